@@ -1,0 +1,300 @@
+"""What the operator, the trainer and the gateway say to each other: configuration, state, exported rows, names of metrics.
+
+Imports pydantic and the standard library only, so that the operator can use it without the gateway's dependencies.
+The operator writes one `GatewayConfig` as JSON under the key `config.json` of a ConfigMap; the gateway mounts it at `CONFIG_PATH`
+(so that it starts with the API server down) and watches the object (so that a change takes effect at once).
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.alias_generators import to_camel
+
+VERSION = 1
+CONFIG_PATH = "/etc/tuneloop/gateway/config.json"
+SECRETS_PATH = "/etc/tuneloop/secrets"
+"""Files `engine-key`, `internal-token`, `feedback-key`: made once by the operator, mounted, never read by it again."""
+KEYS_PATH = "/etc/tuneloop/keys"
+"""One file per API key: the file's name is the subject, its content the key. A name that starts with `reviewer.` has tier reviewer."""
+DATABASE_URL_PATH = "/etc/tuneloop/database/url"
+"""Where present: the SQLAlchemy URL of the capture database. Absent: SQLite at `DATA_PATH`/tuneloop.db."""
+DATA_PATH = "/var/lib/tuneloop"
+TOKEN_PATH = "/var/run/secrets/tuneloop"
+"""Projected folder with `token` and `ca.crt`, for the watch of the ConfigMap and of the engines' EndpointSlices."""
+PUBLIC_PORT = 8080
+"""/v1/chat/completions, /v1/completions, /v1/models, /v1/feedback, /healthz, /readyz"""
+INTERNAL_PORT = 8081
+"""/internal/state (open), /metrics (open), /internal/export and /internal/labels (token)"""
+ENGINE_PORT = 8000
+ENGINE_PROBES_PATH = "/tuneloop/probes"
+"""Answered by the engine's guard (with the engine key): JSON list of the trainer's `Probe` items recorded for its artifact."""
+FEEDBACK_HEADER = "x-tuneloop-feedback"
+REVISION_HEADER = "x-tuneloop-revision"
+TOKEN_HEADER = "x-tuneloop-token"
+"""The internal token, for callers that cannot send Authorization (the API server's service proxy drops it)."""
+
+
+class Model(BaseModel):
+    """Frozen, closed, camelCase at the edge."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", alias_generator=to_camel, populate_by_name=True)
+
+
+# --- configuration -----------------------------------------------------------
+
+
+class FewShot(Model):
+    input: str
+    output: str
+
+
+class Prompt(Model):
+    """Applied to a request before it goes to the engine. Absent fields leave the request as it is."""
+
+    system: str | None = None
+    """Put first, unless the request has a system message of its own."""
+    template: str | None = None
+    """Sandboxed Jinja over `text` (also `input`): the last user message (chat) or the prompt (completions)."""
+    few_shot: tuple[FewShot, ...] = ()
+    """User and assistant turns before the last user message."""
+    temperature: float | None = None
+    """Defaults for what a request does not set."""
+    max_tokens: int | None = None
+
+
+class RevisionState(str, Enum):
+    CANDIDATE = "Candidate"
+    """Probed and warmed up; takes no user traffic unless its weight says so."""
+    STABLE = "Stable"
+    DRAINING = "Draining"
+    """No new requests; running ones end."""
+
+
+class Revision(Model):
+    """One revision of the deployment, and the engine that serves it."""
+
+    name: str
+    """The ControllerRevision's name; the label `revision` of the metrics."""
+    version: int | None = None
+    """The ModelVersion's number, where there is one."""
+    service: str
+    """The engine's Service; its EndpointSlices are the replicas. The host `<service>.<namespace>.svc` is the fallback."""
+    model_id: str
+    """What to send as `model` to the engine."""
+    prompt: Prompt = Prompt()
+    state: RevisionState
+    weight: Annotated[int, Field(ge=0, le=100)]
+    """Percent of the traffic."""
+    probe: bool = False
+    """Ask the probe items recorded with the artifact, and report the agreement."""
+
+
+class Capture(Model):
+    sample_rate: float = 1.0
+    personal_data: Literal["Redact", "Keep"] = "Redact"
+    retention_days: int = 30
+    queue_size: int = 2000
+
+
+class Drift(Model):
+    """Detector B (sequential classifier e-CUSUM) on users' inputs."""
+
+    size: int = 2000
+    """Rows of the reference."""
+    false_alarm_every_requests: float = 100_000
+    """c: the guaranteed average run length in sampled requests; the alarm threshold is ln(c)."""
+    horizon_days: float = 30
+    mix_over_seconds: float = 86_400
+    epoch: str = "0"
+    """Changes when the e-process must start afresh (promotion, re-arming)."""
+    seed: Literal["Fresh", "SinceAlarm"] = "Fresh"
+    """Where the new epoch's reference comes from: live traffic to come, or inputs captured since the alarm of the epoch before."""
+    collect: bool = True
+    """False until a version takes full traffic: nothing is sampled into a reference."""
+
+
+class Limits(Model):
+    max_body_bytes: int = 1 << 20
+    requests_per_minute: int | None = None
+    """Per API key."""
+    upstream_timeout_seconds: float = 300
+    max_in_flight: int = 512
+
+
+class GatewayConfig(Model):
+    version: Literal[1] = 1
+    generation: int
+    """Grows with every change; the gateway reports the one it has applied."""
+    namespace: str
+    deployment: str
+    model: str
+    """The model name that clients use and `/v1/models` lists."""
+    task: Literal["Chat", "Completion"] = "Chat"
+    revisions: tuple[Revision, ...] = ()
+    require_key: bool = False
+    """True: a request without a key of `KEYS_PATH` is answered 401."""
+    capture: Capture = Capture()
+    drift: Drift | None = None
+    max_share_of_one_subject: float = 0.02
+    """Share of the exported training rows that one subject may contribute."""
+    limits: Limits = Limits()
+
+
+# --- state -------------------------------------------------------------------
+
+
+class ProbeState(Model):
+    status: Literal["Pending", "Running", "Done", "Failed", "NoProbes"]
+    asked: int = 0
+    agreed: int = 0
+    message: str = Field(default="", max_length=300)
+
+
+class RevisionReport(Model):
+    name: str
+    endpoints: int
+    """Ready replicas that the gateway sees."""
+    warm: bool = False
+    """A warm-up prompt was answered."""
+    probe: ProbeState = ProbeState(status="Pending")
+    requests: int = 0
+    errors: int = 0
+    in_flight: int = 0
+
+
+class DriftStatus(str, Enum):
+    OFF = "Off"
+    COLLECTING = "Collecting"
+    """The reference is being sampled."""
+    MONITORING = "Monitoring"
+    ALARM = "Alarm"
+    """Latched until the epoch changes."""
+    EXHAUSTED = "ReferenceExhausted"
+
+
+class DriftReport(Model):
+    status: DriftStatus
+    epoch: str
+    log_evidence: float = 0.0
+    log_threshold: float = 0.0
+    effect: float = 0.0
+    """Prequential AUC over the last 500 pairs, minus 0.5."""
+    pairs: int = 0
+    reference_rows: int = 0
+    reference_remaining: int = 0
+    detected_at: str | None = None
+    """RFC 3339, UTC."""
+
+
+class FeedbackReport(Model):
+    up: int = 0
+    down: int = 0
+    corrections: int = 0
+    labelled_train: int = 0
+    """Curated rows of the current epoch that `/internal/export?split=train` would give."""
+    labelled_gate: int = 0
+
+
+class CaptureReport(Model):
+    captured: int = 0
+    dropped: int = 0
+    """Not stored: the queue was full, or the database did not take it."""
+    pending: int = 0
+
+
+class GatewayState(Model):
+    """Answer of `GET /internal/state`."""
+
+    version: Literal[1] = 1
+    pod_uid: str
+    started_at: str
+    generation: int
+    """Of the configuration that is applied."""
+    revisions: tuple[RevisionReport, ...] = ()
+    drift: DriftReport
+    feedback: FeedbackReport = FeedbackReport()
+    capture: CaptureReport = CaptureReport()
+
+
+# --- rows --------------------------------------------------------------------
+
+
+class CapturedRow(Model):
+    """A row of `GET /internal/labels?limit=N&uniform=1` (NDJSON): what a reviewer labels. Drawn uniformly from captured traffic."""
+
+    id: str
+    text: str
+    """The last user message, redacted as captured."""
+    answer: str
+    captured_at: str
+
+
+class LabelRow(Model):
+    """A row of `POST /internal/labels` (NDJSON, at most 10,000 a request). A later label of the same id replaces the earlier."""
+
+    id: str
+    label: str = Field(max_length=8192)
+    document: str | None = Field(default=None, max_length=256)
+    """Rows of one document never stand on both sides of the split. Absent: the hash of the text."""
+
+
+class LabelReceipt(Model):
+    """Answer of `POST /internal/labels`."""
+
+    accepted: int
+    unknown: int
+    """Ids that were never captured (or are past retention)."""
+    train: int
+    gate: int
+
+
+class ExportRow(Model):
+    """A row of `GET /internal/export?split=train|gate` (NDJSON), in the order of ids."""
+
+    id: str
+    document: str
+    text: str
+    label: str
+    kind: Literal["Label", "Correction"]
+
+
+# --- names of metrics (prometheus-client adds _total to counters) ---------------
+
+
+class Metric:
+    """Names that dashboards, rules and the operator rely on. Labels: namespace, deployment (+ revision where per revision)."""
+
+    REQUESTS = "tuneloop_gateway_requests"
+    """counter; + revision, code (2xx 4xx 5xx), finish_reason"""
+    REQUEST_SECONDS = "tuneloop_gateway_request_seconds"
+    """histogram; + revision"""
+    FIRST_BYTE_SECONDS = "tuneloop_gateway_time_to_first_byte_seconds"
+    """histogram; + revision"""
+    IN_FLIGHT = "tuneloop_gateway_in_flight_requests"
+    RETRIES = "tuneloop_gateway_retries"
+    """counter; + revision"""
+    TOKENS = "tuneloop_gateway_tokens"
+    """counter; + revision, kind (prompt, completion)"""
+    REVISION_WEIGHT = "tuneloop_gateway_revision_weight_percent"
+    """gauge; + revision, version"""
+    PROBE_AGREEMENT = "tuneloop_gateway_probe_agreement_ratio"
+    """gauge; + revision"""
+    CAPTURED = "tuneloop_gateway_captured"
+    CAPTURE_DROPPED = "tuneloop_gateway_capture_dropped"
+    """counter; + reason (queue_full, database)"""
+    FEEDBACK = "tuneloop_feedback"
+    """counter; + kind (rating, preference, correction), value (up, down, none)"""
+    LABELLED_ROWS = "tuneloop_feedback_labelled_rows"
+    """gauge; + split"""
+    DRIFT_LOG_EVIDENCE = "tuneloop_drift_log_evidence"
+    DRIFT_LOG_THRESHOLD = "tuneloop_drift_log_threshold"
+    DRIFT_EFFECT = "tuneloop_drift_effect"
+    DRIFT_ALARM = "tuneloop_drift_alarm"
+    """gauge, 0 or 1, latched"""
+    DRIFT_REFERENCE_REMAINING = "tuneloop_drift_reference_remaining_rows"
+    DRIFT_PAIRS = "tuneloop_drift_pairs"
+    """gauge: pairs tested in this epoch"""
+    CONFIG_GENERATION = "tuneloop_gateway_config_generation"

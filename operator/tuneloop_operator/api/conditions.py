@@ -1,0 +1,129 @@
+"""Condition types and reasons: every word that a status may say."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class JobCondition(str, Enum):
+    """Conditions of a FineTuneJob. The first five are there from the first write; the last three only when True."""
+
+    SUCCEEDED = "Succeeded"
+    DATA_READY = "DataReady"
+    TRAINED = "Trained"
+    PACKAGED = "Packaged"
+    EVALUATED = "Evaluated"
+    SUSPENDED = "Suspended"
+    RECONCILING = "Reconciling"
+    STALLED = "Stalled"
+
+
+class VersionCondition(str, Enum):
+    """Conditions of a ModelVersion."""
+
+    VERIFIED = "Verified"
+    IN_USE = "InUse"
+
+
+class DeploymentCondition(str, Enum):
+    """Conditions of a ModelDeployment; Reconciling and Stalled only when True, all others from the first write."""
+
+    AVAILABLE = "Available"
+    READY = "Ready"
+    DRIFT_DETECTED = "DriftDetected"
+    RETRAINING_NEEDED = "RetrainingNeeded"
+    DEGRADED = "Degraded"
+    RECONCILING = "Reconciling"
+    STALLED = "Stalled"
+
+
+class JobReason(str, Enum):
+    """Reasons of a FineTuneJob's conditions."""
+
+    # progress
+    PENDING = "Pending"
+    PREPARING = "Preparing"
+    TRAINING = "Training"
+    PACKAGING = "Packaging"
+    EVALUATING = "Evaluating"
+    SUSPENDED = "Suspended"
+    COMPLETED = "Completed"
+    ALREADY_TRAINED = "AlreadyTrained"
+    # outcomes of the gates
+    GATE_PASSED = "GatePassed"
+    GATE_FAILED = "GateFailed"
+    GATE_INCONCLUSIVE = "GateInconclusive"
+    NO_GATES = "NoGates"
+    # what went wrong
+    DATA_INVALID = "DataInvalid"
+    DATA_EMPTY = "DataEmpty"
+    MODEL_NOT_FOUND = "ModelNotFound"
+    ACCESS_DENIED = "AccessDenied"
+    SECRET_NOT_FOUND = "SecretNotFound"
+    CLAIM_NOT_FOUND = "ClaimNotFound"
+    QUOTA_EXCEEDED = "QuotaExceeded"
+    UNSCHEDULABLE = "Unschedulable"
+    IMAGE_PULL_FAILED = "ImagePullFailed"
+    OUT_OF_MEMORY = "OutOfMemory"
+    NON_FINITE_LOSS = "NonFiniteLoss"
+    STEP_STALLED = "StepStalled"
+    PREEMPTED = "Preempted"
+    DEADLINE_EXCEEDED = "DeadlineExceeded"
+    RESTART_LIMIT = "RestartLimit"
+    NAME_CONFLICT = "NameConflict"
+    INTERNAL_ERROR = "InternalError"
+
+
+class VersionReason(str, Enum):
+    """Reasons of a ModelVersion's conditions."""
+
+    EVALUATED_BY_DIGEST = "EvaluatedByDigest"
+    NOT_EVALUATED = "NotEvaluated"
+    SERVED = "Served"
+    NOT_SERVED = "NotServed"
+
+
+class DeploymentReason(str, Enum):
+    """Reasons of a ModelDeployment's conditions."""
+
+    # Available, Ready
+    SERVING = "Serving"
+    STARTING = "Starting"
+    ROLLING_OUT = "RollingOut"
+    ROLLED_BACK = "RolledBack"
+    NO_ENDPOINTS = "NoEndpoints"
+    # what stands in the way
+    VERSION_NOT_FOUND = "VersionNotFound"
+    NO_APPROVED_VERSION = "NoApprovedVersion"
+    NOT_SERVABLE = "NotServable"
+    PROMPT_MISMATCH = "PromptMismatch"
+    SERVING_MISMATCH = "ServingMismatch"
+    ENGINE_FAILED = "EngineFailed"
+    STARTUP_TIMEOUT = "StartupTimeout"
+    IMAGE_PULL_FAILED = "ImagePullFailed"
+    UNSCHEDULABLE = "Unschedulable"
+    OUT_OF_MEMORY = "OutOfMemory"
+    SECRET_NOT_FOUND = "SecretNotFound"
+    QUOTA_EXCEEDED = "QuotaExceeded"
+    NAME_CONFLICT = "NameConflict"
+    # drift
+    DRIFT_ALARM = "DriftAlarm"
+    NO_DRIFT = "NoDrift"
+    COLLECTING_REFERENCE = "CollectingReference"
+    REFERENCE_EXHAUSTED = "ReferenceExhausted"
+    NO_DATA = "NoData"
+    NOT_MONITORED = "NotMonitored"
+    # retraining
+    NOT_NEEDED = "NotNeeded"
+    EFFECT_TOO_SMALL = "EffectTooSmall"
+    COLLECTING_DATA = "CollectingData"
+    NEEDS_LABELS = "NeedsLabels"
+    COOLDOWN = "Cooldown"
+    BUDGET_EXHAUSTED = "BudgetExhausted"
+    AWAITING_APPROVAL = "AwaitingApproval"
+    RETRAINING = "Retraining"
+    RETRAINING_FAILED = "RetrainingFailed"
+    GATE_FAILED = "GateFailed"
+    NO_TEMPLATE = "NoTemplate"
+    HEALTHY = "Healthy"
+    WITHDRAWN = "Withdrawn"

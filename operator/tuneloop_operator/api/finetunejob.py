@@ -1,0 +1,387 @@
+"""FineTuneJob: one run, from data and a base model to one model version."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field
+
+from tuneloop_operator.api.types import Condition, Metadata, Model, Name, Number, PodOverrides, Source, StoreRef, rules
+
+KIND = "FineTuneJob"
+PLURAL = "finetunejobs"
+SHORT_NAME = "ftj"
+
+
+class SFT(Model):
+    """Supervised fine-tuning."""
+
+    loss: Literal["CompletionOnly", "FullSequence"] = Field(default="CompletionOnly", description="Which tokens are learned: the completion's, or all.")
+
+
+class Objective(Model):
+    """What the training optimises."""
+
+    type: Literal["SFT"] = Field(default="SFT", description="SFT: supervised fine-tuning on prompts and completions.")
+    sft: SFT | None = Field(default=None, description="Settings of SFT.")
+
+
+class LoRA(Model):
+    """Low-rank adapters."""
+
+    rank: int = Field(default=32, ge=1, le=512, description="Rank of the adapters.")
+    alpha: int = Field(default=32, ge=1, le=1024, description="Scaling: alpha / rank.")
+    dropout: Number = Field(default="0", description="Dropout on the adapters' inputs.")
+    target_modules: Literal["AllLinear", "Attention"] = Field(default="AllLinear", description="Which layers get adapters.")
+
+
+class Method(Model):
+    """Which weights are trained."""
+
+    model_config = ConfigDict(json_schema_extra=rules(("!has(self.lora) || self.type == 'LoRA'", "lora may be set only with type: LoRA.")))
+
+    type: Literal["LoRA", "Full"] = Field(default="LoRA", description="LoRA: adapters on a frozen base. Full: all weights.")
+    lora: LoRA | None = Field(default=None, description="Settings of LoRA.")
+
+
+Template = Annotated[str, Field(min_length=1, max_length=16384)]
+ObjectName = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", max_length=63)]
+ColumnName = Annotated[str, Field(max_length=128)]
+
+
+class RowTemplate(Model):
+    """Sandboxed Jinja over a row's columns."""
+
+    prompt: Template = Field(description="The prompt, for example `Sentiment of: {{ text }}`.")
+    completion: Template = Field(description="What the model should answer, for example `{{ label }}`.")
+
+
+class Columns(Model):
+    """Role -> column. A role that is absent is read from the column of the same name."""
+
+    prompt: ColumnName | None = Field(default=None, description="Column of the prompt, where there is no template.")
+    completion: ColumnName | None = Field(default=None, description="Column of the completion, where there is no template.")
+    text: ColumnName | None = Field(default=None, description="Column that templates call `text`.")
+    label: ColumnName | None = Field(default=None, description="Column that templates call `label`.")
+    document: ColumnName | None = Field(default=None, description="Column of the document id: rows of one document are never split.")
+
+
+class FeedbackRef(Model):
+    """Curated feedback and labels that a ModelDeployment's gateway holds."""
+
+    deployment: Name = Field(description="A ModelDeployment of the same namespace.")
+
+
+ONE_PLACE = rules(
+    ("has(self.source) != has(self.feedback)", "exactly one of source and feedback must be set."),
+)
+
+
+class DataSource(Model):
+    """Rows to train on."""
+
+    model_config = ConfigDict(json_schema_extra=ONE_PLACE)
+
+    source: Source | None = Field(default=None, description="A file (jsonl, csv) or a folder of them.")
+    feedback: FeedbackRef | None = Field(default=None, description="The training half of a deployment's curated feedback.")
+    columns: Columns = Field(default=Columns(), description="Which column plays which role.")
+    template: RowTemplate | None = Field(default=None, description="How a row becomes prompt and completion. Absent: the roles prompt and completion.")
+    weight: Number = Field(default="1", description="Share of the training rows, relative to the other sources.")
+
+
+class Validation(Model):
+    """Rows that are held out of the training data, by document."""
+
+    fraction: Number = Field(default="0.1", description="Share of the documents, 0 to 0.5.")
+
+
+class Curation(Model):
+    """What is removed from the training rows before anything is trained."""
+
+    deduplicate: Literal["None", "Exact"] = Field(default="Exact", description="Remove rows that are equal after normalisation.")
+    decontaminate: bool = Field(default=True, description="Remove rows that equal, nearly equal or share 13 words with an item of an evaluation suite.")
+
+
+class Data(Model):
+    """Where the rows come from."""
+
+    train: Annotated[tuple[DataSource, ...], Field(min_length=1, max_length=16)] = Field(description="Sources of training rows.")
+    validation: Validation | None = Field(default=None, description="Hold out a part of the training data.")
+    curation: Curation = Field(default=Curation(), description="What is removed.")
+
+
+class EarlyStopping(Model):
+    """Stop when the validation loss no longer falls."""
+
+    patience: int = Field(default=3, ge=1, le=100, description="Evaluations without a better loss.")
+
+
+class Training(Model):
+    """Hyper-parameters."""
+
+    epochs: Number = Field(default="1", description="Passes over the training rows; ignored where maxSteps is set.")
+    max_steps: int | None = Field(default=None, ge=1, le=10_000_000, description="Optimiser steps.")
+    global_batch_size: int = Field(default=16, ge=1, le=4096, description="Rows in one optimiser step, over all devices and accumulation.")
+    learning_rate: Number | None = Field(default=None, description="Peak learning rate. Absent: 2e-4 for LoRA, 2e-5 for Full.")
+    warmup_steps: int | None = Field(default=None, ge=0, le=100_000, description="Steps of linear warm-up. Absent: 3 % of the steps.")
+    max_sequence_length: int = Field(default=512, ge=8, le=131_072, description="Tokens of a row; longer ones are cut and counted.")
+    packing: bool = Field(default=False, description="Pack several rows into one sequence.")
+    precision: Literal["BF16", "FP32"] = Field(default="BF16", description="Precision of the forward pass.")
+    seed: int = Field(default=42, ge=0, le=2**31 - 1, description="Seed of order, initialisation and dropout.")
+    early_stopping: EarlyStopping | None = Field(default=None, description="Needs data.validation.")
+    extra_arguments: Annotated[dict[str, Annotated[str, Field(max_length=256)]], Field(max_length=32)] = Field(
+        default={}, description="Passed to the trainer's arguments; unknown names are refused before training."
+    )
+
+
+class Compute(Model):
+    """Where the training runs."""
+
+    accelerators_per_node: int = Field(default=1, ge=0, le=16, description="Devices of the training pod; 0 trains on the CPU.")
+    accelerator_resource: str = Field(default="nvidia.com/gpu", max_length=128, description="Resource name of the devices.")
+    pod: PodOverrides = Field(default=PodOverrides(), description="Overrides for the pods of all stages; resources only for train and evaluate.")
+
+
+class Checkpoint(Model):
+    """How often the run can be taken up again."""
+
+    every_minutes: Number | None = Field(default=None, description="Minutes between checkpoints. Absent: 10, where everySteps is absent too.")
+    every_steps: int | None = Field(default=None, ge=1, description="Steps between checkpoints.")
+    keep: int = Field(default=2, ge=1, le=20, description="Newest checkpoints that are kept.")
+
+
+class SuiteDataset(Model):
+    """Items of a suite."""
+
+    model_config = ConfigDict(json_schema_extra=ONE_PLACE)
+
+    source: Source | None = Field(default=None, description="A file (jsonl, csv).")
+    feedback: FeedbackRef | None = Field(default=None, description="The gate half of a deployment's reviewer-labelled traffic.")
+    columns: Columns = Field(default=Columns(), description="Which column plays which role.")
+    template: RowTemplate | None = Field(default=None, description="As in data.train.")
+    labels: Annotated[tuple[Annotated[str, Field(max_length=256)], ...], Field(max_length=64)] = Field(
+        default=(), description="Completions to choose from, scored by summed log-probability. Absent: the distinct completions of the items."
+    )
+
+
+class Suite(Model):
+    """A named set of items to evaluate on."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(("(self.type == 'Dataset') == has(self.dataset)", "dataset must be set with type: Dataset, and only then."))
+    )
+
+    name: Name = Field(description="Name that gates refer to.")
+    type: Literal["Dataset", "Validation"] = Field(default="Dataset", description="Dataset: own items. Validation: the rows that data.validation holds out.")
+    dataset: SuiteDataset | None = Field(default=None, description="The items.")
+    metrics: Annotated[tuple[Literal["Accuracy", "MacroF1", "Loss"], ...], Field(min_length=1, max_length=3)] = Field(
+        default=("Accuracy",), description="What is measured."
+    )
+
+
+class Gate(Model):
+    """A test that the candidate must pass against the baseline, on the same items."""
+
+    suite: Name = Field(description="Name of a suite.")
+    metric: Literal["Accuracy", "Loss"] = Field(default="Accuracy", description="What is compared.")
+    rule: Literal["Superior", "NonInferior"] = Field(description="Superior: better than the baseline. NonInferior: worse by less than margin.")
+    margin: Number = Field(default="0.03", description="Largest loss that NonInferior allows.")
+    alpha: Number = Field(default="0.05", description="Level of the suite; each of its five promotions is tested at alpha / 5.")
+    min_items: int = Field(default=400, ge=10, le=100_000, description="Fewer items make the gate Inconclusive.")
+
+
+class Baseline(Model):
+    """What the candidate is compared with, pinned when the job is first seen."""
+
+    model_config = ConfigDict(json_schema_extra=rules(("(self.type == 'Base') != has(self.name)", "name must be set unless type is Base.")))
+
+    type: Literal["Base", "ModelVersion", "Deployment"] = Field(default="Base", description="The base model, a version, or what a deployment serves.")
+    name: ObjectName | None = Field(default=None, description="Name of the ModelVersion (`sentiment-v3`) or of the ModelDeployment.")
+
+
+
+
+class Evaluation(Model):
+    """What is measured after training, and what must hold for approval."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            ("!has(self.gates) || self.gates.all(g, has(self.suites) && self.suites.exists(s, s.name == g.suite))", "every gate must name a suite of evaluation.suites."),
+        )
+    )
+
+    suites: Annotated[tuple[Suite, ...], Field(max_length=8)] = Field(default=(), description="Sets of items.")
+    gates: Annotated[tuple[Gate, ...], Field(max_length=16)] = Field(default=(), description="Tests that decide the version's approval; all must pass.")
+    baseline: Baseline = Field(default=Baseline(), description="What the candidate is compared with.")
+
+
+class Output(Model):
+    """Where the model goes."""
+
+    model: Name = Field(description="Name of the model; its versions are ModelVersions `<model>-v<n>`.")
+    store: StoreRef = Field(description="Where runs and models are written.")
+    format: Literal["Adapter", "Merged"] | None = Field(default=None, description="Absent: Adapter for LoRA, Merged for Full.")
+
+
+class RunPolicy(Model):
+    """How the run is run; editable at any time."""
+
+    suspend: bool = Field(default=False, description="Stop after a checkpoint, and give the devices back, until it is false again.")
+    max_restarts: int = Field(default=3, ge=0, le=100, description="Attempts after failures; interruptions that made progress do not count.")
+    active_deadline_seconds: int | None = Field(default=None, ge=60, description="Running time, queueing excluded, after which the job fails.")
+    ttl_seconds_after_finished: int | None = Field(default=None, ge=0, description="Remove the child Jobs so long after the end.")
+
+
+class FineTuneJobSpec(Model):
+    """What to train, on what, how, and what must hold for the result to be approved."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            ("self.method.type == 'LoRA' || !has(self.output.format) || self.output.format == 'Merged'", "method Full has no adapter: output.format must be Merged."),
+            ("!has(self.training.earlyStopping) || has(self.data.validation)", "training.earlyStopping needs data.validation."),
+        )
+    )
+
+    base_model: Source = Field(description="The model to start from.")
+    objective: Objective = Field(default=Objective(), description="What the training optimises.")
+    prompt_format: Literal["Chat", "Text"] = Field(
+        default="Chat", description="Chat: prompt as user turn, completion as assistant turn of the tokenizer's template. Text: as they are."
+    )
+    method: Method = Field(default=Method(), description="Which weights are trained.")
+    data: Data = Field(description="Where the rows come from.")
+    training: Training = Field(default=Training(), description="Hyper-parameters.")
+    compute: Compute = Field(default=Compute(), description="Where the training runs.")
+    checkpoint: Checkpoint = Field(default=Checkpoint(), description="How often the run can be taken up again.")
+    evaluation: Evaluation = Field(default=Evaluation(), description="What is measured, and what must hold.")
+    output: Output = Field(description="Where the model goes.")
+    approval: Literal["Automatic", "Manual"] = Field(default="Automatic", description="Automatic: passed gates approve the version. Manual: a person does.")
+    run_policy: RunPolicy = Field(default=RunPolicy(), description="How the run is run; editable at any time.")
+
+
+# --- status ------------------------------------------------------------------
+
+
+class PinnedBaseline(Model):
+    """The baseline, as it was when the job was first seen."""
+
+    type: str = Field(max_length=32, description="Base or ModelVersion.")
+    name: str = Field(max_length=63, description="Name of the ModelVersion, or base.")
+    artifact_uri: str | None = Field(default=None, max_length=512, description="Where it lies.")
+    manifest_digest: str | None = Field(default=None, max_length=80, description="Digest of its manifest.")
+    format: str | None = Field(default=None, max_length=16, description="Adapter or Merged.")
+
+
+class Resolved(Model):
+    """Inputs that were resolved once, so that a running job cannot drift."""
+
+    image: str | None = Field(default=None, max_length=512, description="The trainer image.")
+    config_digest: str | None = Field(default=None, max_length=80, description="sha256 over what was asked for.")
+    base_revision: str | None = Field(default=None, max_length=64, description="Commit of the base model.")
+    base_digest: str | None = Field(default=None, max_length=80, description="sha256 over the base model's files.")
+    dataset_digests: Annotated[dict[str, str], Field(max_length=16)] = Field(default={}, description="sha256 of each source.")
+    baseline: PinnedBaseline | None = Field(default=None, description="What the candidate is compared with.")
+
+
+class DataStatus(Model):
+    """What the prepare stage made of the data."""
+
+    rows_in: int = Field(default=0, description="Rows read.")
+    rows_kept: int = Field(default=0, description="Rows that are trained on.")
+    dropped: Annotated[dict[str, int], Field(max_length=16)] = Field(default={}, description="Rows dropped, by reason.")
+    tokens: int = Field(default=0, description="Tokens of the kept rows.")
+    truncated: int = Field(default=0, description="Rows that were cut.")
+    validation_rows: int = Field(default=0, description="Rows held out.")
+    supervised_share: Number | None = Field(default=None, description="Share of the tokens that are learned.")
+    report_uri: str | None = Field(default=None, max_length=512, description="The data card.")
+
+
+class ProgressStatus(Model):
+    """How far the training is; written at most once a minute or per percent."""
+
+    step: int = Field(default=0, description="Optimiser steps done.")
+    max_steps: int = Field(default=0, description="Optimiser steps in all.")
+    percent: int = Field(default=0, description="Whole percent.")
+    display: str = Field(default="", max_length=32, description="step/maxSteps, for the column.")
+    loss: str | None = Field(default=None, max_length=16, description="Last training loss.")
+    tokens_per_second: str | None = Field(default=None, max_length=16, description="Training tokens a second.")
+    estimated_completion_time: str | None = Field(default=None, max_length=32, description="To the minute.")
+
+
+class GateStatus(Model):
+    """One gate's numbers."""
+
+    suite: str = Field(max_length=63, description="Suite.")
+    metric: str = Field(max_length=16, description="Metric.")
+    rule: str = Field(max_length=16, description="Rule.")
+    verdict: str = Field(max_length=16, description="Pass, Fail or Inconclusive.")
+    candidate: str = Field(max_length=16, description="The candidate's value.")
+    baseline: str = Field(max_length=16, description="The baseline's value.")
+    difference: str = Field(max_length=16, description="Candidate - baseline.")
+    interval: str = Field(max_length=40, description="Confidence interval of the difference.")
+    n: int = Field(description="Items.")
+    p: str | None = Field(default=None, max_length=16, description="One-sided p-value.")
+    detectable: str | None = Field(default=None, max_length=16, description="Difference found with 80 % power.")
+
+
+class ScoreStatus(Model):
+    """One suite's numbers beside the gates."""
+
+    suite: str = Field(max_length=63, description="Suite.")
+    n: int = Field(description="Items.")
+    accuracy: str | None = Field(default=None, max_length=16, description="The candidate's accuracy.")
+    baseline_accuracy: str | None = Field(default=None, max_length=16, description="The baseline's accuracy.")
+    macro_f1: str | None = Field(default=None, max_length=16, description="The candidate's macro-F1.")
+    majority_rate: str | None = Field(default=None, max_length=16, description="Accuracy of always giving the most frequent label.")
+    parse_rate: str | None = Field(default=None, max_length=16, description="Share of free answers that are a label.")
+    loss: str | None = Field(default=None, max_length=16, description="The candidate's held-out loss.")
+
+
+class EvaluationStatus(Model):
+    """What the gates said."""
+
+    verdict: str = Field(max_length=16, description="Pass, Fail, Inconclusive or NoGates.")
+    artifact_digest: str = Field(default="", max_length=80, description="Digest of the manifest that was evaluated.")
+    gates: Annotated[tuple[GateStatus, ...], Field(max_length=16)] = Field(default=(), description="Per gate.")
+    scores: Annotated[tuple[ScoreStatus, ...], Field(max_length=8)] = Field(default=(), description="Per suite.")
+    report_uri: str | None = Field(default=None, max_length=512, description="The full results.")
+
+
+class ArtifactStatus(Model):
+    """The packaged model."""
+
+    uri: str = Field(max_length=512, description="Where it lies.")
+    manifest_digest: str = Field(max_length=80, description="Digest of its manifest.")
+    format: str = Field(max_length=16, description="Adapter or Merged.")
+    size_bytes: int = Field(description="Bytes.")
+
+
+class FineTuneJobStatus(Model):
+    """What was observed."""
+
+    observed_generation: int = Field(default=0, description="Generation of the spec that this status speaks of.")
+    phase: str = Field(default="", max_length=32, description="For the column: Pending, Preparing, Training, Packaging, Evaluating, Suspended, Succeeded, Failed, Stalled.")
+    conditions: Annotated[tuple[Condition, ...], Field(max_length=16)] = Field(default=(), description="Standard conditions.")
+    started_at: str | None = Field(default=None, max_length=32, description="When the first training Job was made; the spec is immutable from then on.")
+    finished_at: str | None = Field(default=None, max_length=32, description="When the job succeeded or failed.")
+    running_seconds: int = Field(default=0, description="Training time so far, queueing and suspension excluded.")
+    resolved: Resolved = Field(default=Resolved(), description="Inputs resolved once.")
+    data: DataStatus | None = Field(default=None, description="What the prepare stage made of the data.")
+    progress: ProgressStatus | None = Field(default=None, description="How far the training is.")
+    attempts: int = Field(default=0, description="Training attempts.")
+    checkpoint_step: int | None = Field(default=None, description="Newest checkpoint.")
+    steps_lost: int = Field(default=0, description="Steps that had to be done again.")
+    artifact: ArtifactStatus | None = Field(default=None, description="The packaged model.")
+    evaluation: EvaluationStatus | None = Field(default=None, description="What the gates said.")
+    model_version: int | None = Field(default=None, description="The version's number, written before the ModelVersion is made.")
+    prepare_runs: int = Field(default=0, description="Times that the prepare stage was started.")
+    message: str = Field(default="", max_length=1024, description="The sentence of the Succeeded condition.")
+
+
+class FineTuneJob(Model):
+    """One fine-tuning run."""
+
+    metadata: Metadata
+    spec: FineTuneJobSpec
+    status: FineTuneJobStatus = FineTuneJobStatus()
+
+

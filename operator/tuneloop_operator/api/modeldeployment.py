@@ -1,0 +1,273 @@
+"""ModelDeployment: one served model behind one stable URL."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field
+
+from tuneloop_operator.api.types import Condition, Metadata, Model, ModelRef, Name, Number, PodOverrides, Quantity, SecretName, SecretRef, rules
+
+KIND = "ModelDeployment"
+PLURAL = "modeldeployments"
+SHORT_NAME = "mdep"
+
+
+class FewShot(Model):
+    """One example."""
+
+    input: str = Field(max_length=8192, description="User turn.")
+    output: str = Field(max_length=8192, description="Assistant turn.")
+
+
+class PromptParameters(Model):
+    """Defaults for what a request does not set."""
+
+    temperature: Number | None = Field(default=None, description="Sampling temperature.")
+    max_tokens: int | None = Field(default=None, ge=1, le=131_072, description="Longest answer.")
+
+
+class Prompt(Model):
+    """What the gateway adds to a request."""
+
+    system: str | None = Field(default=None, max_length=16384, description="System message, unless the request has one.")
+    template: str | None = Field(default=None, max_length=16384, description="Sandboxed Jinja over `text`, the last user message.")
+    few_shot: Annotated[tuple[FewShot, ...], Field(max_length=32)] = Field(default=(), description="Examples before the last user message.")
+    parameters: PromptParameters = Field(default=PromptParameters(), description="Defaults of sampling.")
+
+
+OptionValue = Annotated[str, Field(max_length=256)]
+
+
+class Engine(Model):
+    """The vLLM engine."""
+
+    image: str | None = Field(default=None, max_length=512, description="Image with vLLM. Absent: the operator's, pinned when a revision is made.")
+    replicas: int = Field(default=1, ge=1, le=64, description="Engine pods of the stable revision.")
+    accelerators_per_replica: int = Field(default=1, ge=0, le=16, description="Devices of a pod; 0 serves on the CPU.")
+    accelerator_resource: str = Field(default="nvidia.com/gpu", max_length=128, description="Resource name of the devices.")
+    max_model_length: int | None = Field(default=None, ge=16, le=1_048_576, description="Longest prompt and answer together, in tokens.")
+    options: Annotated[dict[Annotated[str, Field(max_length=64)], OptionValue], Field(max_length=32)] = Field(
+        default={}, description="Engine options by name, from an allow-list: dtype, max-num-seqs, gpu-memory-utilization, enforce-eager, …"
+    )
+    startup_timeout_seconds: int = Field(default=1200, ge=30, le=14_400, description="Time that a pod has until it is ready.")
+    pod: PodOverrides = Field(default=PodOverrides(), description="Overrides for the engine's pods.")
+
+
+class Rollout(Model):
+    """How a new revision takes over."""
+
+    strategy: Literal["BlueGreen"] = Field(default="BlueGreen", description="BlueGreen: all traffic at once, after the new revision is ready and has passed its probes.")
+    keep_previous_seconds: int = Field(default=60, ge=0, le=86_400, description="How long the engine before stays warm.")
+
+
+class ApiKeys(Model):
+    """Keys of the API."""
+
+    secret_ref: SecretRef = Field(description="Secret with one key per entry; an entry named `reviewer.<name>` may correct answers.")
+    requests_per_minute: int | None = Field(default=None, ge=1, description="Limit for each key.")
+
+
+class Auth(Model):
+    """Who may use the API."""
+
+    api_keys: ApiKeys | None = Field(default=None, description="Absent: everybody who reaches the Service.")
+
+
+class DatabaseSecret(Model):
+    """A Secret's key that holds an SQLAlchemy URL."""
+
+    name: SecretName = Field(description="Name of the Secret.")
+    key: str = Field(default="url", max_length=253, description="Key in it.")
+
+
+class DatabaseVolume(Model):
+    """The claim of the SQLite database."""
+
+    size: Quantity = Field(default="10Gi", description="Size of the claim.")
+    storage_class_name: str | None = Field(default=None, max_length=253, description="Absent: the default class.")
+    retention_policy: Literal["Retain", "Delete"] = Field(default="Retain", description="Retain: captured data survives this object.")
+
+
+class Database(Model):
+    """Where captured traffic and feedback are kept."""
+
+    model_config = ConfigDict(json_schema_extra=rules(("!(has(self.secretRef) && has(self.volume))", "secretRef and volume exclude each other.")))
+
+    secret_ref: DatabaseSecret | None = Field(default=None, description="A PostgreSQL database.")
+    volume: DatabaseVolume | None = Field(default=None, description="SQLite on a claim.")
+
+
+class Capture(Model):
+    """What is kept of the traffic."""
+
+    sample_rate: Number = Field(default="1", description="Share of the requests, 0 to 1.")
+    personal_data: Literal["Redact", "Keep"] = Field(default="Redact", description="Redact mail addresses, numbers and the like before storing.")
+    retention_days: int = Field(default=30, ge=1, le=3650, description="Days until captured texts are deleted.")
+    database: Database = Field(default=Database(), description="Absent: SQLite on a claim of 10Gi.")
+
+
+class Feedback(Model):
+    """Safeguards of the feedback."""
+
+    max_share_of_one_subject: Number = Field(default="0.02", description="Largest share of the exported rows that one subject may have given.")
+
+
+class Gateway(Model):
+    """The front of the deployment."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            (
+                "self.replicas == 1 || (has(self.capture) && has(self.capture.database) && has(self.capture.database.secretRef))",
+                "more than one gateway replica needs a database: set gateway.capture.database.secretRef.",
+            ),
+        )
+    )
+
+    replicas: int = Field(default=1, ge=1, le=32, description="Gateway pods; more than one needs a database.")
+    auth: Auth = Field(default=Auth(), description="Who may use the API.")
+    capture: Capture = Field(default=Capture(), description="What is kept of the traffic.")
+    feedback: Feedback = Field(default=Feedback(), description="Safeguards of the feedback.")
+    pod: PodOverrides = Field(default=PodOverrides(), description="Overrides for the gateway's pods.")
+
+
+class DriftSettings(Model):
+    """The detector on users' inputs."""
+
+    reference: Literal["Live"] = Field(default="Live", description="Live: sampled from traffic after a version takes all of it.")
+    size: int = Field(default=2000, ge=100, le=100_000, description="Rows of the reference.")
+    false_alarm_every_requests: int = Field(default=100_000, ge=100, description="Sampled requests between false alarms, guaranteed on average.")
+    minimum_effect: Number = Field(default="0.1", description="Smallest effect (AUC - 0.5) that may retrain.")
+    horizon_days: Number = Field(default="30", description="Days that the reference must last.")
+    mix_over_seconds: int = Field(default=86_400, ge=0, le=604_800, description="Live rows are drawn from so long a buffer, so that daily cycles are no drift.")
+
+
+class Monitoring(Model):
+    """What is watched."""
+
+    source: Literal["Direct", "Prometheus"] = Field(default="Direct", description="Where the operator reads the evidence: from the gateway, or from its Prometheus.")
+    drift: DriftSettings | None = Field(default=None, description="Absent: drift is not watched.")
+
+
+class Trigger(Model):
+    """What starts a retraining."""
+
+    type: Literal["Drift"] = Field(description="Drift: the inputs changed.")
+
+
+class RetrainingTemplate(Model):
+    """Merged over the served version's lineage."""
+
+    spec: dict[str, Any] = Field(
+        default={}, description="Fields of a FineTuneJob's spec.", json_schema_extra={"type": "object", "x-kubernetes-preserve-unknown-fields": True}
+    )
+
+
+class Retraining(Model):
+    """When and how a better model is trained."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            (
+                "!has(self.template) || !has(self.template.spec) || !has(self.template.spec.evaluation) || (has(self.template.spec.evaluation.gates) && size(self.template.spec.evaluation.gates) > 0)",
+                "template.spec.evaluation must have gates: a retraining without a gate is refused.",
+            ),
+        )
+    )
+
+    triggers: Annotated[tuple[Trigger, ...], Field(min_length=1, max_length=8)] = Field(description="What starts a retraining.")
+    min_new_examples: int = Field(default=200, ge=1, le=1_000_000, description="Curated rows since the last promotion that a retraining needs.")
+    approval: Literal["Automatic", "Manual"] = Field(default="Automatic", description="Manual: the job is made suspended; un-suspending it is the approval.")
+    cooldown_seconds: int = Field(default=86_400, ge=0, description="Time between two retrainings.")
+    max_runs_per_month: int = Field(default=8, ge=0, le=1000, description="Budget.")
+    template: RetrainingTemplate = Field(default=RetrainingTemplate(), description="Merged over the served version's lineage.spec; required for models trained elsewhere.")
+
+
+class ModelDeploymentSpec(Model):
+    """Which model to serve, how, and when to train a better one."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            ("!has(self.retraining) || (has(self.monitoring) && has(self.monitoring.drift))", "a Drift trigger needs monitoring.drift."),
+        )
+    )
+
+    model: ModelRef = Field(description="Which model.")
+    task: Literal["Chat", "Completion"] = Field(default="Chat", description="Chat: /v1/chat/completions. Completion: /v1/completions.")
+    prompt: Prompt | None = Field(default=None, description="Absent: the prompt that the version was trained with.")
+    engine: Engine = Field(default=Engine(), description="The vLLM engine.")
+    rollout: Rollout = Field(default=Rollout(), description="How a new revision takes over.")
+    gateway: Gateway = Field(default=Gateway(), description="The front of the deployment.")
+    monitoring: Monitoring = Field(default=Monitoring(), description="What is watched.")
+    retraining: Retraining | None = Field(default=None, description="Absent: nothing is retrained.")
+
+
+# --- status ------------------------------------------------------------------
+
+
+class RevisionStatus(Model):
+    """A revision in use."""
+
+    version: int | None = Field(default=None, description="The ModelVersion's number.")
+    revision: str = Field(default="", max_length=63, description="Name of the ControllerRevision.")
+    ready_replicas: int = Field(default=0, description="Ready engine pods.")
+    since: str | None = Field(default=None, max_length=32, description="In this role since.")
+    message: str = Field(default="", max_length=512, description="What it waits for.")
+
+
+class DriftStatus(Model):
+    """What the detector says."""
+
+    log_evidence: str = Field(default="0", max_length=16, description="Natural logarithm of the evidence; alarm at logThreshold.")
+    log_threshold: str = Field(default="0", max_length=16, description="ln(falseAlarmEveryRequests).")
+    effect: str = Field(default="0", max_length=16, description="AUC - 0.5 over the last 500 pairs.")
+    detected_at: str | None = Field(default=None, max_length=32, description="When the alarm was raised.")
+    requests: int = Field(default=0, description="Pairs tested.")
+
+
+class FeedbackStatus(Model):
+    """What people said."""
+
+    up: int = Field(default=0, description="Thumbs up.")
+    down: int = Field(default=0, description="Thumbs down.")
+    corrections: int = Field(default=0, description="Corrections.")
+    curated: int = Field(default=0, description="Rows that a retraining would train on.")
+    gate: int = Field(default=0, description="Rows that a retraining would be gated on.")
+
+
+class RetrainingStatus(Model):
+    """The only status that is accumulated, written with a precondition before a job is made."""
+
+    episode: int = Field(default=0, description="Number of the current or last trigger episode.")
+    epoch: int = Field(default=0, description="Times that the detector was started afresh.")
+    last_trigger: str | None = Field(default=None, max_length=32, description="Drift.")
+    last_triggered_at: str | None = Field(default=None, max_length=32, description="When the last job was decided.")
+    last_job: str | None = Field(default=None, max_length=63, description="Name of the last retraining job.")
+    runs_this_month: int = Field(default=0, description="Jobs made in `month`.")
+    month: str | None = Field(default=None, max_length=7, description="YYYY-MM, UTC.")
+    blocked_by: str | None = Field(default=None, max_length=64, description="Why nothing trains.")
+
+
+class ModelDeploymentStatus(Model):
+    """What was observed."""
+
+    observed_generation: int = Field(default=0, description="Generation of the spec that this status speaks of.")
+    url: str | None = Field(default=None, max_length=512, description="Where clients send requests.")
+    conditions: Annotated[tuple[Condition, ...], Field(max_length=16)] = Field(default=(), description="Standard conditions.")
+    stable: RevisionStatus | None = Field(default=None, description="What takes the traffic.")
+    canary: RevisionStatus | None = Field(default=None, description="What is being rolled out.")
+    drift: DriftStatus | None = Field(default=None, description="What the detector says.")
+    feedback: FeedbackStatus | None = Field(default=None, description="What people said.")
+    retraining: RetrainingStatus = Field(default=RetrainingStatus(), description="What was retrained.")
+    config_generation: int = Field(default=0, description="Generation of the gateway's configuration.")
+    replicas: int = Field(default=0, description="Engine pods of the stable revision.")
+    selector: str = Field(default="", max_length=512, description="Selector of the stable engine's pods.")
+
+
+class ModelDeployment(Model):
+    """One served model."""
+
+    metadata: Metadata
+    spec: ModelDeploymentSpec
+    status: ModelDeploymentStatus = ModelDeploymentStatus()

@@ -1,0 +1,49 @@
+"""The operator's settings: one frozen class, read from the environment once, in main."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Settings(BaseModel):
+    """Every setting has an environment variable `TUNELOOP_<NAME>`; the chart sets them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    namespace: str = Field(default="tuneloop-system", description="Namespace of the operator itself: its Lease, and who may reach gateways and trainers.")
+    watch_namespaces: tuple[str, ...] = Field(default=(), description="Namespaces to watch; empty = all.")
+    identity: str = Field(default="operator", description="Holder of the Lease; the pod's name.")
+    leader_election: bool = True
+    trainer_image: str = "tuneloop-trainer:dev"
+    gateway_image: str = "tuneloop-gateway:dev"
+    engine_image: str = "vllm/vllm-openai:v0.32.0"
+    engine_cpu_image: str | None = Field(default=None, description="Engine image for accelerators 0; absent = engine_image.")
+    engine_command: tuple[str, ...] = ("python3", "-m", "vllm.entrypoints.openai.api_server")
+    image_pull_policy: str = "IfNotPresent"
+    pod_user: int | None = Field(default=65532, description="runAsUser of trainer, gateway and engine pods; None = the platform's choice.")
+    fs_group: int | None = Field(default=65532, description="One fsGroup per namespace, so that stages and engines share files.")
+    prometheus_url: str | None = Field(default=None, description="Prometheus that monitoring.source: Prometheus reads, e.g. http://prometheus.monitoring:9090.")
+    prometheus_token_file: str | None = None
+    cluster_domain: str = "cluster.local"
+    workers: int = 8
+    metrics_port: int = 8080
+    progress_interval_seconds: float = 10.0
+    state_interval_seconds: float = 5.0
+    lease_seconds: int = 9
+    renew_seconds: int = 6
+    retry_seconds: int = 2
+
+
+def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
+    """Settings from `TUNELOOP_*` variables. Tuples are separated by commas. Raises pydantic.ValidationError."""
+    values: dict[str, object] = {}
+    for name, field in Settings.model_fields.items():
+        text = environment.get(f"TUNELOOP_{name.upper()}")
+        if text is None or text == "":
+            continue
+        is_tuple = isinstance(field.default, tuple)
+        values[name] = tuple(part for part in text.split(",") if part) if is_tuple else text
+    return Settings.model_validate(values)

@@ -1,0 +1,412 @@
+"""What the operator and the trainer say to each other: the run's configuration, its progress, and each stage's result.
+
+Imports pydantic and the standard library only, so that the operator can use it without the trainer's dependencies.
+The operator writes one `RunConfig` as JSON into a ConfigMap, mounted at `CONFIG_PATH` in every stage's pod.
+A stage answers with a `StageResult` in its termination message (at most `RESULT_LIMIT` bytes) and the same beside its output.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from enum import Enum, IntEnum
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic.alias_generators import to_camel
+
+VERSION = 1
+CONFIG_PATH = "/etc/tuneloop/run/config.json"
+"""Where every stage finds its `RunConfig`."""
+TERMINATION_PATH = "/dev/termination-log"
+PROGRESS_PORT = 8080
+"""Port of `GET /progress` (JSON of `Progress`), `GET /metrics` (Prometheus) and `GET /healthz` while a stage runs."""
+RESULT_LIMIT = 3500
+"""Bytes that a `StageResult` may have; Kubernetes cuts a termination message at 4096."""
+PROGRESS_LIMIT = 16 * 1024
+"""Bytes that an answer of `GET /progress` may have."""
+MAX_GATES = 16
+PROBE_TEXT = "Is the sky blue?"
+"""The user turn whose rendering `PrepareSummary.prompt_probe_sha256` is the hash of (Chat: the tokenizer's chat template with
+a generation prompt; Text: the text itself)."""
+
+
+class Model(BaseModel):
+    """Frozen, closed, camelCase at the edge."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", alias_generator=to_camel, populate_by_name=True)
+
+
+class ExitCode(IntEnum):
+    """What a stage's exit code says to the operator."""
+
+    DONE = 0
+    BUG = 1
+    INVALID = 10
+    """The user's input is wrong: no retry."""
+    OUT_OF_MEMORY = 11
+    NON_FINITE = 12
+    STALLED = 13
+    INTERRUPTED = 75
+    """Saved after SIGTERM: start another attempt, which resumes."""
+
+
+class Stage(str, Enum):
+    PREPARE = "prepare"
+    TRAIN = "train"
+    PACKAGE = "package"
+    EVALUATE = "evaluate"
+
+
+class Reason(str, Enum):
+    """Why a stage did not succeed; a subset of the FineTuneJob's reasons, spelled the same."""
+
+    DATA_INVALID = "DataInvalid"
+    DATA_EMPTY = "DataEmpty"
+    MODEL_NOT_FOUND = "ModelNotFound"
+    ACCESS_DENIED = "AccessDenied"
+    OUT_OF_MEMORY = "OutOfMemory"
+    NON_FINITE_LOSS = "NonFiniteLoss"
+    STEP_STALLED = "StepStalled"
+    PREEMPTED = "Preempted"
+    INTERNAL_ERROR = "InternalError"
+
+
+# --- configuration -----------------------------------------------------------
+
+
+class FeedbackExport(Model):
+    """Rows that the gateway of a deployment exports (`GET {url}?split=train|gate`, NDJSON of the gateway's ExportRow)."""
+
+    deployment: str
+    url: str
+    token_file: str
+    """File holding the internal token, sent as `Authorization: Bearer`."""
+    split: Literal["train", "gate"] = "train"
+
+
+class Template(Model):
+    """Sandboxed Jinja over a row's columns."""
+
+    prompt: str = Field(max_length=16384)
+    completion: str = Field(max_length=16384)
+
+
+class DataSource(Model):
+    """One source of rows: a file (or folder) at `path`, or a feedback export."""
+
+    uri: str
+    """As the user wrote it, for messages and lineage."""
+    path: str | None = None
+    feedback: FeedbackExport | None = None
+    columns: dict[str, str] = {}
+    """Role -> column in the file. Roles: prompt, completion, text, label, document, system. A role that is absent is read from the column of the same name."""
+    template: Template | None = None
+    """Renders prompt and completion from the row; absent: the roles prompt and completion are used as they are."""
+    weight: float = 1.0
+
+    @model_validator(mode="after")
+    def _one_place(self) -> DataSource:
+        if (self.path is None) == (self.feedback is None):
+            raise ValueError("exactly one of path and feedback must be set")
+        return self
+
+
+class Base(Model):
+    """The base model: a local folder, or a repository of the hub at a commit."""
+
+    uri: str
+    path: str | None = None
+    repository: str | None = None
+    revision: str | None = None
+
+
+class Lora(Model):
+    rank: int = 32
+    alpha: int = 32
+    dropout: float = 0.0
+    target_modules: Literal["AllLinear", "Attention"] = "AllLinear"
+
+
+class Method(Model):
+    type: Literal["LoRA", "Full"]
+    lora: Lora | None = None
+
+
+class Training(Model):
+    """Hyper-parameters; one of epochs and max_steps decides the length (max_steps wins)."""
+
+    epochs: float = 1.0
+    max_steps: int | None = None
+    global_batch_size: int = 16
+    micro_batch_size: int | None = None
+    """None: chosen by the trainer. The operator halves it after an out-of-memory attempt."""
+    learning_rate: float = 2e-4
+    warmup_steps: int | None = None
+    max_sequence_length: int = 512
+    packing: bool = False
+    precision: Literal["BF16", "FP32"] = "BF16"
+    seed: int = 42
+    early_stopping_patience: int | None = None
+    extra_arguments: dict[str, str | int | float | bool] = {}
+
+
+class Checkpoint(Model):
+    every_minutes: float | None = 10
+    every_steps: int | None = None
+    keep: int = 2
+
+
+class Curation(Model):
+    deduplicate: Literal["None", "Exact"] = "Exact"
+    decontaminate: bool = True
+
+
+class Suite(Model):
+    """One set of evaluation items. `Validation` is the split that prepare holds out of the training data."""
+
+    name: str
+    type: Literal["Dataset", "Validation"]
+    source: DataSource | None = None
+    labels: tuple[str, ...] = ()
+    """Completions that are scored by summed log-probability; empty: the distinct completions of the suite (at most 64)."""
+    metrics: tuple[Literal["Accuracy", "MacroF1", "Loss"], ...]
+
+
+class Gate(Model):
+    suite: str
+    metric: Literal["Accuracy", "Loss"]
+    rule: Literal["Superior", "NonInferior"]
+    margin: float = 0.03
+    alpha: float = 0.05
+    """The level the user set; the test is done at `alpha / promotions` (api.md: five promotions a suite)."""
+    min_items: int = 400
+
+
+class Artifact(Model):
+    """A packaged model on the store."""
+
+    path: str
+    manifest_digest: str
+    format: Literal["Adapter", "Merged"]
+    base: Base | None = None
+    """The base that an adapter belongs to."""
+
+
+class Baseline(Model):
+    """What the candidate is compared with: the base model, or a packaged artifact, pinned when the run was made."""
+
+    type: Literal["Base", "ModelVersion"]
+    name: str
+    artifact: Artifact | None = None
+
+
+class Evaluation(Model):
+    suites: tuple[Suite, ...] = ()
+    gates: Annotated[tuple[Gate, ...], Field(max_length=MAX_GATES)] = ()
+    baseline: Baseline = Baseline(type="Base", name="base")
+    promotions_per_suite: int = 5
+
+
+class Paths(Model):
+    """Folders of the run. All but `sources` are writable by the stage's user."""
+
+    work: str
+    """This run's own folder on the store: prepare/, train/, package/, evaluate/ below it."""
+    artifact: str
+    """Folder that the packaged model is published to, by rename."""
+    cache: str
+    """Shared by the runs of the store: base model snapshots, baseline results."""
+
+
+class RunConfig(Model):
+    """Everything a run's stages need; the same file for all of them."""
+
+    version: Literal[1] = 1
+    namespace: str
+    name: str
+    uid: str
+    paths: Paths
+    base: Base
+    objective: Literal["SFT"] = "SFT"
+    loss: Literal["CompletionOnly", "FullSequence"] = "CompletionOnly"
+    prompt_format: Literal["Chat", "Text"] = "Chat"
+    method: Method
+    train: tuple[DataSource, ...] = Field(min_length=1, max_length=16)
+    validation_fraction: float = 0.0
+    curation: Curation = Curation()
+    training: Training = Training()
+    checkpoint: Checkpoint = Checkpoint()
+    evaluation: Evaluation = Evaluation()
+    model: str
+    output_format: Literal["Adapter", "Merged"]
+    stall_seconds: float | None = None
+    """No step for so long ends the attempt with STALLED. None: decided by the trainer from its own median step."""
+    threads: int | None = None
+    image: str = ""
+    """The trainer image, for the lineage in the model card."""
+
+
+# --- progress ----------------------------------------------------------------
+
+
+class Progress(Model):
+    """A running stage's state, answered at `GET /progress`."""
+
+    version: Literal[1] = 1
+    pod_uid: str
+    """The pod's UID (env POD_UID), so that an answer of another pod on a reused address is not believed."""
+    stage: Stage
+    phase: str = Field(max_length=64)
+    """A word for what goes on now: LoadingModel, Training, Saving, Scoring, …"""
+    step: int = 0
+    max_steps: int = 0
+    percent: float = 0.0
+    samples: int = 0
+    loss: float | None = None
+    learning_rate: float | None = None
+    gradient_norm: float | None = None
+    tokens_per_second: float | None = None
+    remaining_seconds: float | None = None
+    checkpoint_step: int | None = None
+    peak_memory_bytes: int | None = None
+
+
+# --- results -----------------------------------------------------------------
+
+
+class PrepareSummary(Model):
+    rows_in: int
+    rows_kept: int
+    dropped: dict[str, int] = {}
+    """Rows dropped by reason (at most 12 reasons): Duplicate, Contaminated, TooLong, NoSupervisedToken, Empty …"""
+    tokens: int
+    supervised_share: float
+    truncated: int = 0
+    validation_rows: int = 0
+    max_steps: int
+    base_digest: str
+    base_revision: str | None = None
+    dataset_digests: dict[str, str] = {}
+    """Source URI -> sha256 of what was read of it (at most 16)."""
+    suite_digests: dict[str, str] = {}
+    """Suite name -> sha256 over its items (at most 8)."""
+    shards_digest: str
+    """sha256 over ordered input_ids and labels."""
+    prompt_probe_sha256: str | None = None
+    """sha256 of a rendered probe prompt (chat template of the tokenizer), to compare with what is served."""
+
+
+class TrainSummary(Model):
+    step: int
+    max_steps: int
+    samples: int
+    loss: float | None
+    validation_loss: float | None = None
+    tokens_per_second: float | None = None
+    seconds: float
+    resumed_from_step: int | None = None
+    steps_lost: int = 0
+    peak_memory_bytes: int | None = None
+    micro_batch_size: int = 1
+
+
+class PackageSummary(Model):
+    path: str
+    manifest_digest: str
+    format: Literal["Adapter", "Merged"]
+    size_bytes: int
+
+
+class GateResult(Model):
+    """One gate's numbers. `difference` is candidate - baseline in the metric's own units: better is above 0 for Accuracy, below 0
+    for Loss. [`lower`, `upper`] is its interval at the gate's own level (each side alpha / promotions)."""
+
+    suite: str = Field(max_length=63)
+    metric: str = Field(max_length=16)
+    rule: str = Field(max_length=16)
+    verdict: Literal["Pass", "Fail", "Inconclusive"]
+    candidate: float
+    baseline: float
+    difference: float
+    lower: float
+    upper: float
+    n: int
+    p: float | None = None
+    discordant: int | None = None
+    detectable: float | None = None
+    """The difference that this n would find with 80 % power at the observed discordance."""
+
+
+class SuiteScore(Model):
+    """Point estimates of one suite for candidate and baseline, beside the gates."""
+
+    accuracy: float | None = None
+    baseline_accuracy: float | None = None
+    macro_f1: float | None = None
+    majority_rate: float | None = None
+    parse_rate: float | None = None
+    """Share of free (greedy) answers that are one of the labels, on a sample of the items."""
+    loss: float | None = None
+    n: int
+
+
+class EvaluateSummary(Model):
+    verdict: Literal["Pass", "Fail", "Inconclusive", "NoGates"]
+    artifact_digest: str
+    gates: tuple[GateResult, ...] = ()
+    scores: dict[str, SuiteScore] = {}
+    probes: str | None = None
+    """Path of the probe items (JSON list of `Probe`), at most 50."""
+    message: str = Field(default="", max_length=300)
+
+
+class Probe(Model):
+    """One item to ask the served model before it takes traffic; greedy answers must agree."""
+
+    prompt: str
+    """What a user would send: the item's role `text` where the suite has a template (the gateway applies the same template to the
+    last user message), else the item's whole prompt."""
+    answer: str
+    """The evaluator's greedy answer of at most `max_tokens` tokens, stripped."""
+    max_tokens: int
+
+
+class StageResult(Model):
+    """A stage's last word."""
+
+    version: Literal[1] = 1
+    stage: Stage
+    exit_code: int
+    reason: Reason | None = None
+    message: str = Field(default="", max_length=600)
+    uri: str | None = None
+    """Where the full result lies."""
+    sha256: str | None = None
+    prepare: PrepareSummary | None = None
+    train: TrainSummary | None = None
+    package: PackageSummary | None = None
+    evaluate: EvaluateSummary | None = None
+
+
+class ManifestFile(Model):
+    path: str
+    size: int
+    sha256: str
+
+
+class Manifest(Model):
+    """Lists every file of a published folder. Its digest is `sha256:` over the canonical JSON (sorted keys, no spaces)."""
+
+    version: Literal[1] = 1
+    kind: Literal["dataset", "checkpoint", "model"]
+    files: tuple[ManifestFile, ...]
+    metadata: dict[str, str | int | float | bool | None] = {}
+
+    def canonical(self) -> bytes:
+        """The bytes of `manifest.json`: sorted keys, no spaces, ASCII."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":")).encode()
+
+    def digest(self) -> str:
+        """`sha256:<hex>` over `canonical()`; equals the hash of the file `manifest.json`."""
+        return "sha256:" + hashlib.sha256(self.canonical()).hexdigest()
