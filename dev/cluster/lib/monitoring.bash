@@ -1,19 +1,19 @@
 # Prometheus on the host, configured from the monitors that are in the cluster.
 
 prometheus() {
-  local state=$H/prometheus configure
+  local state=$H/prometheus monitors
   mkdir -p "$state/data"
-  configure=(python3 "$HERE/../prometheus/monitors.py" --server "https://127.0.0.1:$API" --pki "$H/pki"
+  monitors=(python3 "$HERE/../prometheus/monitors.py" --server "https://127.0.0.1:$API" --pki "$H/pki"
     --kubeconfig "$H/admin.kubeconfig" --out "$state")
   # What an operator of Prometheus would bring along, so that charts see it.
   kubectl apply --server-side --force-conflicts -f "$HERE/../prometheus/crds.yaml" >/dev/null
   kubectl wait --for=condition=Established --timeout=30s -f "$HERE/../prometheus/crds.yaml" >/dev/null
-  "${configure[@]}" --once >"$H/log/prometheus-monitors.log" 2>&1 ||
-    { tail -n 8 "$H/log/prometheus-monitors.log" >&2; fail "the monitors in the cluster give no configuration"; }
+  "${monitors[@]}" --once >"$H/log/prometheus-first.log" 2>&1 ||
+    { tail -n 8 "$H/log/prometheus-first.log" >&2; fail "the monitors in the cluster give no configuration"; }
   start prometheus /usr/bin/prometheus --config.file="$state/prometheus.yml" --storage.tsdb.path="$state/data" \
     --storage.tsdb.retention.time=2d --web.listen-address=$PROMETHEUS --log.level=warn
   for_pods prometheus "${PROMETHEUS##*:}"
-  alive prometheus && start prometheus-monitors "${configure[@]}" --prometheus "$H/run/prometheus"
+  alive prometheus && start prometheus-monitors "${monitors[@]}" --prometheus "$H/run/prometheus"
   await prometheus 30 curl -sf http://$PROMETHEUS/-/ready
   say "Prometheus ready: http://$PROMETHEUS"
 }

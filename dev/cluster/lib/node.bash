@@ -13,7 +13,7 @@ for_pods() { # NAME PORT: hands what reaches PORT on the bridge to the same port
 }
 
 registry() {
-  cat >"$H/registry.yaml" <<YAML
+  configure registry "$H/registry.yaml" <<YAML
 version: 0.1
 log: {level: warn}
 storage: {filesystem: {rootdirectory: $H/registry}, delete: {enabled: true}}
@@ -33,7 +33,7 @@ YAML
 runtime() {
   mkdir -p "$H/containerd/certs.d/localhost:5000" "$H/cni" $RUN
   printf '[host."http://%s"]\n  capabilities = ["pull", "resolve"]\n' $REGISTRY >"$H/containerd/certs.d/localhost:5000/hosts.toml"
-  cat >"$H/containerd/config.toml" <<TOML
+  configure containerd "$H/containerd/config.toml" <<TOML
 version = 2
 root = "$H/containerd/root"
 state = "$RUN/containerd"
@@ -68,7 +68,7 @@ JSON
 
 kubelet() {
   echo "nameserver $GATEWAY" >"$H/resolv.conf"
-  cat >"$H/kubelet.yaml" <<YAML
+  configure kubelet "$H/kubelet.yaml" <<YAML
 apiVersion: kubelet.config.k8s.io/v1beta1
 kind: KubeletConfiguration
 authentication: {anonymous: {enabled: false}, webhook: {enabled: true}, x509: {clientCAFile: $H/pki/ca.crt}}
@@ -93,7 +93,7 @@ YAML
 }
 
 proxy() {
-  cat >"$H/proxy.yaml" <<YAML
+  configure kube-proxy "$H/proxy.yaml" <<YAML
 apiVersion: kubeproxy.config.k8s.io/v1alpha1
 kind: KubeProxyConfiguration
 clientConnection: {kubeconfig: $H/proxy.kubeconfig}
@@ -107,7 +107,7 @@ YAML
 }
 
 dns() {
-  cat >"$H/Corefile" <<TEXT
+  configure coredns "$H/Corefile" <<TEXT
 .:53 {
     bind $GATEWAY
     errors

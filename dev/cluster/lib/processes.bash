@@ -19,6 +19,14 @@ start() { # NAME COMMAND...
   echo "$! $(birth $!)" >"$H/run/$name"
 }
 
+configure() { # NAME FILE: standard input into FILE; where that changes it, NAME is stopped, to be started anew
+  local content; content=$(cat)
+  # Never written for nothing: kube-proxy ends when its file is touched.
+  [ "$(cat "$2" 2>/dev/null)" != "$content" ] || return 0
+  stop "$1"
+  printf '%s\n' "$content" >"$2"
+}
+
 stop() { # NAME...: TERM, and KILL after GRACE seconds
   local name i=0
   for name; do if alive "$name"; then kill "$PID"; fi; done

@@ -1,0 +1,111 @@
+# `make help` lists what there is. Everything a target needs is fetched or built by it.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DEFAULT_GOAL := help
+
+export TUNELOOP_T0 := $(shell date +%s)
+# CLUSTER=current uses the current kubectl context instead of the local cluster.
+export CLUSTER ?= local
+
+STEP := dev/step
+KUBE := dev/cluster/cluster
+PY := .venv/bin/python
+PYTEST := .venv/bin/pytest
+# Steps that are empty where the current context is used.
+IF_LOCAL = $(if $(filter current,$(CLUSTER)),,$(1))
+# In test runs: the local cluster's kubectl and helm, and where it is.
+WITH_CLUSTER = eval "$$($(KUBE) env)"
+
+.PHONY: help
+help: ## this list
+	@echo "make TARGET [CLUSTER=current]"
+	sed -nE 's/^([a-z0-9-]+):[^#]*## (.*)/  \1\t\2/p' Makefile | expand -t 18
+
+.PHONY: demo
+demo: venv $(call IF_LOCAL,cluster-up images) $(if $(call IF_LOCAL,x),,tools) ## the whole loop, live: train, serve, drift, retrain, roll out
+	@$(call IF_LOCAL,$(WITH_CLUSTER))
+	export PATH="$$PATH:$$($(KUBE) bin)"
+	$(PY) dev/demo/run.py
+
+.PHONY: test
+test: venv control-plane-up cluster-up images ## test-unit, test-cluster and test-e2e in one run
+	@$(WITH_CLUSTER)
+	$(PYTEST) -m "not long" tests/unit tests/cluster tests/e2e
+
+.PHONY: test-unit
+test-unit: venv ## no cluster, no network; about a minute
+	@$(PYTEST) -n 2 -m "not long" tests/unit
+
+.PHONY: test-cluster
+test-cluster: venv control-plane-up ## on a real API server without a node; about 5 minutes
+	@export PATH="$$($(KUBE) bin):$$PATH"
+	$(PYTEST) -m "not long" tests/cluster
+
+.PHONY: test-e2e
+test-e2e: venv cluster-up images ## the loop on real pods; about 25 minutes
+	@$(WITH_CLUSTER)
+	$(PYTEST) -m "not long" tests/e2e
+
+.PHONY: test-long
+test-long: venv control-plane-up cluster-up images ## what takes longer than the others together
+	@$(WITH_CLUSTER)
+	$(PYTEST) -m long tests
+
+.PHONY: lint
+lint: venv ## ruff, mypy, import-linter
+	@.venv/bin/ruff check
+	.venv/bin/mypy
+	.venv/bin/lint-imports --no-cache
+
+.PHONY: generate
+generate: venv ## CRDs and their chart templates, from the pydantic models
+	@$(PY) -m tuneloop_operator crds --out crds
+	$(PY) -m tuneloop_operator crds --chart --out charts/tuneloop/templates/crds
+
+.PHONY: verify
+verify: generate ## generate, then fail if that changed anything
+	@changed=$$(git status --porcelain -- crds charts)
+	if [ -n "$$changed" ]; then echo "generated files differ; commit what make generate wrote:"; echo "$$changed"; exit 1; fi
+
+.PHONY: cluster-up
+cluster-up: ## the local Kubernetes, with registry and Prometheus
+	@$(STEP) "Kubernetes on this machine" $(KUBE) up
+
+.PHONY: cluster-down
+cluster-down: ## stop it; objects, volumes and images are kept
+	@$(KUBE) down
+
+.PHONY: images
+images: venv cluster-up ## build operator, gateway, trainer and vllm-cpu, and load them into the local cluster
+	@$(STEP) "Images" dev/images/build --load
+
+.PHONY: chart
+chart: tools ## lint the chart and package it into build/
+	@export PATH="$$($(KUBE) bin):$$PATH"
+	helm lint --strict charts/tuneloop
+	helm package charts/tuneloop -d build
+
+.PHONY: bench
+bench: bench-operator bench-gateway ## all benchmarks
+
+.PHONY: bench-operator
+bench-operator: venv control-plane-up ## objects a second, memory, writes when idle and after a restart
+	@export PATH="$$($(KUBE) bin):$$PATH"
+	$(PY) bench/bench_operator.py
+
+.PHONY: bench-gateway
+bench-gateway: venv ## what the gateway adds to a request
+	@$(PY) bench/bench_gateway.py
+
+# --- steps of the targets above ---
+
+.PHONY: venv control-plane-up tools
+venv:
+	@$(STEP) "Python environment" dev/venv
+
+control-plane-up:
+	@$(STEP) "control plane for tests" $(KUBE) up --control-plane-only
+
+tools:
+	@$(STEP) "kubectl and helm" $(KUBE) tools
