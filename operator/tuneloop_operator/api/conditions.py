@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 
 
-class JobCondition(str, Enum):
+class JobCondition(StrEnum):
     """Conditions of a FineTuneJob. The first five are there from the first write; the last three only when True."""
 
     SUCCEEDED = "Succeeded"
@@ -18,14 +18,14 @@ class JobCondition(str, Enum):
     STALLED = "Stalled"
 
 
-class VersionCondition(str, Enum):
+class VersionCondition(StrEnum):
     """Conditions of a ModelVersion."""
 
     VERIFIED = "Verified"
     IN_USE = "InUse"
 
 
-class DeploymentCondition(str, Enum):
+class DeploymentCondition(StrEnum):
     """Conditions of a ModelDeployment; Reconciling and Stalled only when True, all others from the first write."""
 
     AVAILABLE = "Available"
@@ -37,7 +37,7 @@ class DeploymentCondition(str, Enum):
     STALLED = "Stalled"
 
 
-class JobReason(str, Enum):
+class JobReason(StrEnum):
     """Reasons of a FineTuneJob's conditions."""
 
     # progress
@@ -74,7 +74,7 @@ class JobReason(str, Enum):
     INTERNAL_ERROR = "InternalError"
 
 
-class VersionReason(str, Enum):
+class VersionReason(StrEnum):
     """Reasons of a ModelVersion's conditions."""
 
     EVALUATED_BY_DIGEST = "EvaluatedByDigest"
@@ -83,7 +83,7 @@ class VersionReason(str, Enum):
     NOT_SERVED = "NotServed"
 
 
-class DeploymentReason(str, Enum):
+class DeploymentReason(StrEnum):
     """Reasons of a ModelDeployment's conditions."""
 
     # Available, Ready

@@ -6,7 +6,24 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
-from tuneloop_operator.api.types import Condition, Metadata, Model, Name, Number, PodOverrides, Source, StoreRef, rules
+from tuneloop_operator.api.definitions import NAME_RULE, Column, Definition, immutable
+from tuneloop_operator.api.types import (
+    DNS_LABEL,
+    NUMBER_PATTERN,
+    Condition,
+    Half,
+    Metadata,
+    Model,
+    Name,
+    Number,
+    PodOverrides,
+    Positive,
+    Source,
+    StoreRef,
+    keyed_by,
+    rules,
+    sentence,
+)
 
 KIND = "FineTuneJob"
 PLURAL = "finetunejobs"
@@ -16,7 +33,9 @@ SHORT_NAME = "ftj"
 class SFT(Model):
     """Supervised fine-tuning."""
 
-    loss: Literal["CompletionOnly", "FullSequence"] = Field(default="CompletionOnly", description="Which tokens are learned: the completion's, or all.")
+    loss: Literal["CompletionOnly", "FullSequence"] = Field(
+        default="CompletionOnly", description="Which tokens are learned: the completion's, or all."
+    )
 
 
 class Objective(Model):
@@ -31,7 +50,7 @@ class LoRA(Model):
 
     rank: int = Field(default=32, ge=1, le=512, description="Rank of the adapters.")
     alpha: int = Field(default=32, ge=1, le=1024, description="Scaling: alpha / rank.")
-    dropout: Number = Field(default="0", description="Dropout on the adapters' inputs.")
+    dropout: Half = Field(default="0", description="Dropout on the adapters' inputs.")
     target_modules: Literal["AllLinear", "Attention"] = Field(default="AllLinear", description="Which layers get adapters.")
 
 
@@ -45,7 +64,9 @@ class Method(Model):
 
 
 Template = Annotated[str, Field(min_length=1, max_length=16384)]
-ObjectName = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", max_length=63)]
+ObjectName = Annotated[
+    str, Field(pattern=DNS_LABEL, max_length=63, json_schema_extra=sentence("must be the name of an object: only a-z, 0-9 and '-'."))
+]
 ColumnName = Annotated[str, Field(max_length=128)]
 
 
@@ -85,21 +106,25 @@ class DataSource(Model):
     source: Source | None = Field(default=None, description="A file (jsonl, csv) or a folder of them.")
     feedback: FeedbackRef | None = Field(default=None, description="The training half of a deployment's curated feedback.")
     columns: Columns = Field(default=Columns(), description="Which column plays which role.")
-    template: RowTemplate | None = Field(default=None, description="How a row becomes prompt and completion. Absent: the roles prompt and completion.")
-    weight: Number = Field(default="1", description="Share of the training rows, relative to the other sources.")
+    template: RowTemplate | None = Field(
+        default=None, description="How a row becomes prompt and completion. Absent: the roles prompt and completion."
+    )
+    weight: Positive = Field(default="1", description="Share of the training rows, relative to the other sources.")
 
 
 class Validation(Model):
     """Rows that are held out of the training data, by document."""
 
-    fraction: Number = Field(default="0.1", description="Share of the documents, 0 to 0.5.")
+    fraction: Half = Field(default="0.1", description="Share of the documents, 0 to 0.5.")
 
 
 class Curation(Model):
     """What is removed from the training rows before anything is trained."""
 
     deduplicate: Literal["None", "Exact"] = Field(default="Exact", description="Remove rows that are equal after normalisation.")
-    decontaminate: bool = Field(default=True, description="Remove rows that equal, nearly equal or share 13 words with an item of an evaluation suite.")
+    decontaminate: bool = Field(
+        default=True, description="Remove rows that equal, nearly equal or share 13 words with an item of an evaluation suite."
+    )
 
 
 class Data(Model):
@@ -119,10 +144,10 @@ class EarlyStopping(Model):
 class Training(Model):
     """Hyper-parameters."""
 
-    epochs: Number = Field(default="1", description="Passes over the training rows; ignored where maxSteps is set.")
+    epochs: Positive = Field(default="1", description="Passes over the training rows; ignored where maxSteps is set.")
     max_steps: int | None = Field(default=None, ge=1, le=10_000_000, description="Optimiser steps.")
     global_batch_size: int = Field(default=16, ge=1, le=4096, description="Rows in one optimiser step, over all devices and accumulation.")
-    learning_rate: Number | None = Field(default=None, description="Peak learning rate. Absent: 2e-4 for LoRA, 2e-5 for Full.")
+    learning_rate: Positive | None = Field(default=None, description="Peak learning rate. Absent: 2e-4 for LoRA, 2e-5 for Full.")
     warmup_steps: int | None = Field(default=None, ge=0, le=100_000, description="Steps of linear warm-up. Absent: 3 % of the steps.")
     max_sequence_length: int = Field(default=512, ge=8, le=131_072, description="Tokens of a row; longer ones are cut and counted.")
     packing: bool = Field(default=False, description="Pack several rows into one sequence.")
@@ -139,13 +164,17 @@ class Compute(Model):
 
     accelerators_per_node: int = Field(default=1, ge=0, le=16, description="Devices of the training pod; 0 trains on the CPU.")
     accelerator_resource: str = Field(default="nvidia.com/gpu", max_length=128, description="Resource name of the devices.")
-    pod: PodOverrides = Field(default=PodOverrides(), description="Overrides for the pods of all stages; resources only for train and evaluate.")
+    pod: PodOverrides = Field(
+        default=PodOverrides(), description="Overrides for the pods of all stages; resources only for train and evaluate."
+    )
 
 
 class Checkpoint(Model):
     """How often the run can be taken up again."""
 
-    every_minutes: Number | None = Field(default=None, description="Minutes between checkpoints. Absent: 10, where everySteps is absent too.")
+    every_minutes: Positive | None = Field(
+        default=None, description="Minutes between checkpoints. Absent: 10, where everySteps is absent too."
+    )
     every_steps: int | None = Field(default=None, ge=1, description="Steps between checkpoints.")
     keep: int = Field(default=2, ge=1, le=20, description="Newest checkpoints that are kept.")
 
@@ -160,7 +189,8 @@ class SuiteDataset(Model):
     columns: Columns = Field(default=Columns(), description="Which column plays which role.")
     template: RowTemplate | None = Field(default=None, description="As in data.train.")
     labels: Annotated[tuple[Annotated[str, Field(max_length=256)], ...], Field(max_length=64)] = Field(
-        default=(), description="Completions to choose from, scored by summed log-probability. Absent: the distinct completions of the items."
+        default=(),
+        description="Completions to choose from, scored by summed log-probability. Absent: the distinct completions of the items.",
     )
 
 
@@ -172,11 +202,25 @@ class Suite(Model):
     )
 
     name: Name = Field(description="Name that gates refer to.")
-    type: Literal["Dataset", "Validation"] = Field(default="Dataset", description="Dataset: own items. Validation: the rows that data.validation holds out.")
+    type: Literal["Dataset", "Validation"] = Field(
+        default="Dataset", description="Dataset: own items. Validation: the rows that data.validation holds out."
+    )
     dataset: SuiteDataset | None = Field(default=None, description="The items.")
     metrics: Annotated[tuple[Literal["Accuracy", "MacroF1", "Loss"], ...], Field(min_length=1, max_length=3)] = Field(
         default=("Accuracy",), description="What is measured."
     )
+
+
+Level = Annotated[
+    str,
+    Field(
+        pattern=NUMBER_PATTERN,
+        max_length=16,
+        json_schema_extra=sentence(
+            "must be a number above 0 and up to 0.5, as a string, for example '0.05'.", "double(self) > 0.0 && double(self) <= 0.5"
+        ),
+    ),
+]
 
 
 class Gate(Model):
@@ -184,9 +228,11 @@ class Gate(Model):
 
     suite: Name = Field(description="Name of a suite.")
     metric: Literal["Accuracy", "Loss"] = Field(default="Accuracy", description="What is compared.")
-    rule: Literal["Superior", "NonInferior"] = Field(description="Superior: better than the baseline. NonInferior: worse by less than margin.")
+    rule: Literal["Superior", "NonInferior"] = Field(
+        description="Superior: better than the baseline. NonInferior: worse by less than margin."
+    )
     margin: Number = Field(default="0.03", description="Largest loss that NonInferior allows.")
-    alpha: Number = Field(default="0.05", description="Level of the suite; each of its five promotions is tested at alpha / 5.")
+    alpha: Level = Field(default="0.05", description="Level of the suite; each of its five promotions is tested at alpha / 5.")
     min_items: int = Field(default=400, ge=10, le=100_000, description="Fewer items make the gate Inconclusive.")
 
 
@@ -195,10 +241,10 @@ class Baseline(Model):
 
     model_config = ConfigDict(json_schema_extra=rules(("(self.type == 'Base') != has(self.name)", "name must be set unless type is Base.")))
 
-    type: Literal["Base", "ModelVersion", "Deployment"] = Field(default="Base", description="The base model, a version, or what a deployment serves.")
+    type: Literal["Base", "ModelVersion", "Deployment"] = Field(
+        default="Base", description="The base model, a version, or what a deployment serves."
+    )
     name: ObjectName | None = Field(default=None, description="Name of the ModelVersion (`sentiment-v3`) or of the ModelDeployment.")
-
-
 
 
 class Evaluation(Model):
@@ -206,12 +252,19 @@ class Evaluation(Model):
 
     model_config = ConfigDict(
         json_schema_extra=rules(
-            ("!has(self.gates) || self.gates.all(g, has(self.suites) && self.suites.exists(s, s.name == g.suite))", "every gate must name a suite of evaluation.suites."),
+            (
+                "!has(self.gates) || self.gates.all(g, has(self.suites) && self.suites.exists(s, s.name == g.suite))",
+                "every gate must name a suite of evaluation.suites.",
+            ),
         )
     )
 
-    suites: Annotated[tuple[Suite, ...], Field(max_length=8)] = Field(default=(), description="Sets of items.")
-    gates: Annotated[tuple[Gate, ...], Field(max_length=16)] = Field(default=(), description="Tests that decide the version's approval; all must pass.")
+    suites: Annotated[tuple[Suite, ...], Field(max_length=8)] = Field(
+        default=(), description="Sets of items.", json_schema_extra=keyed_by("name")
+    )
+    gates: Annotated[tuple[Gate, ...], Field(max_length=16)] = Field(
+        default=(), description="Tests that decide the version's approval; all must pass."
+    )
     baseline: Baseline = Field(default=Baseline(), description="What the candidate is compared with.")
 
 
@@ -227,8 +280,12 @@ class RunPolicy(Model):
     """How the run is run; editable at any time."""
 
     suspend: bool = Field(default=False, description="Stop after a checkpoint, and give the devices back, until it is false again.")
-    max_restarts: int = Field(default=3, ge=0, le=100, description="Attempts after failures; interruptions that made progress do not count.")
-    active_deadline_seconds: int | None = Field(default=None, ge=60, description="Running time, queueing excluded, after which the job fails.")
+    max_restarts: int = Field(
+        default=3, ge=0, le=100, description="Attempts after failures; interruptions that made progress do not count."
+    )
+    active_deadline_seconds: int | None = Field(
+        default=None, ge=60, description="Running time, queueing excluded, after which the job fails."
+    )
     ttl_seconds_after_finished: int | None = Field(default=None, ge=0, description="Remove the child Jobs so long after the end.")
 
 
@@ -237,15 +294,24 @@ class FineTuneJobSpec(Model):
 
     model_config = ConfigDict(
         json_schema_extra=rules(
-            ("self.method.type == 'LoRA' || !has(self.output.format) || self.output.format == 'Merged'", "method Full has no adapter: output.format must be Merged."),
+            (
+                "self.method.type == 'LoRA' || !has(self.output.format) || self.output.format == 'Merged'",
+                "method Full has no adapter: output.format must be Merged.",
+            ),
             ("!has(self.training.earlyStopping) || has(self.data.validation)", "training.earlyStopping needs data.validation."),
+            (
+                "has(self.data.validation) || !has(self.evaluation) || !has(self.evaluation.suites)"
+                " || !self.evaluation.suites.exists(s, s.type == 'Validation')",
+                "a suite of type Validation needs data.validation.",
+            ),
         )
     )
 
     base_model: Source = Field(description="The model to start from.")
     objective: Objective = Field(default=Objective(), description="What the training optimises.")
     prompt_format: Literal["Chat", "Text"] = Field(
-        default="Chat", description="Chat: prompt as user turn, completion as assistant turn of the tokenizer's template. Text: as they are."
+        default="Chat",
+        description="Chat: prompt as user turn, completion as assistant turn of the tokenizer's template. Text: as they are.",
     )
     method: Method = Field(default=Method(), description="Which weights are trained.")
     data: Data = Field(description="Where the rows come from.")
@@ -254,7 +320,9 @@ class FineTuneJobSpec(Model):
     checkpoint: Checkpoint = Field(default=Checkpoint(), description="How often the run can be taken up again.")
     evaluation: Evaluation = Field(default=Evaluation(), description="What is measured, and what must hold.")
     output: Output = Field(description="Where the model goes.")
-    approval: Literal["Automatic", "Manual"] = Field(default="Automatic", description="Automatic: passed gates approve the version. Manual: a person does.")
+    approval: Literal["Automatic", "Manual"] = Field(
+        default="Automatic", description="Automatic: passed gates approve the version. Manual: a person does."
+    )
     run_policy: RunPolicy = Field(default=RunPolicy(), description="How the run is run; editable at any time.")
 
 
@@ -359,9 +427,17 @@ class FineTuneJobStatus(Model):
     """What was observed."""
 
     observed_generation: int = Field(default=0, description="Generation of the spec that this status speaks of.")
-    phase: str = Field(default="", max_length=32, description="For the column: Pending, Preparing, Training, Packaging, Evaluating, Suspended, Succeeded, Failed, Stalled.")
-    conditions: Annotated[tuple[Condition, ...], Field(max_length=16)] = Field(default=(), description="Standard conditions.")
-    started_at: str | None = Field(default=None, max_length=32, description="When the first training Job was made; the spec is immutable from then on.")
+    phase: str = Field(
+        default="",
+        max_length=32,
+        description="For the column: Pending, Preparing, Training, Packaging, Evaluating, Suspended, Succeeded, Failed, Stalled.",
+    )
+    conditions: Annotated[tuple[Condition, ...], Field(max_length=16)] = Field(
+        default=(), description="Standard conditions.", json_schema_extra=keyed_by("type")
+    )
+    started_at: str | None = Field(
+        default=None, max_length=32, description="When the first training Job was made; the spec is immutable from then on."
+    )
     finished_at: str | None = Field(default=None, max_length=32, description="When the job succeeded or failed.")
     running_seconds: int = Field(default=0, description="Training time so far, queueing and suspension excluded.")
     resolved: Resolved = Field(default=Resolved(), description="Inputs resolved once.")
@@ -385,3 +461,30 @@ class FineTuneJob(Model):
     status: FineTuneJobStatus = FineTuneJobStatus()
 
 
+DEFINITION = Definition(
+    kind=KIND,
+    plural=PLURAL,
+    short_name=SHORT_NAME,
+    model=FineTuneJob,
+    columns=(
+        Column("Phase", ".status.phase"),
+        Column("Step", ".status.progress.display"),
+        Column("Loss", ".status.progress.loss"),
+        Column("Done", ".status.progress.estimatedCompletionTime"),
+        Column("Version", ".status.modelVersion", "integer"),
+        Column("Age", ".metadata.creationTimestamp", "date"),
+        Column("Model", ".spec.output.model", priority=1),
+        Column("Message", ".status.message", priority=1),
+    ),
+    rules=(
+        NAME_RULE,
+        *immutable(
+            FineTuneJobSpec,
+            "runPolicy",
+            "approval",
+            path=".spec",
+            when="has(oldSelf.status) && has(oldSelf.status.startedAt)",
+            message="{field} cannot change once training has started; only runPolicy and approval can. Make a new FineTuneJob instead.",
+        ),
+    ),
+)

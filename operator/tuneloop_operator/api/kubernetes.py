@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 
 from tuneloop_operator.api.types import Metadata, Model
 
@@ -158,13 +158,13 @@ class Deployment(Model):
 
 class ConfigMap(Model):
     metadata: ObjectMeta
-    data: dict[str, str] = {}
+    data: dict[str, str] = Field(default_factory=dict)
 
 
 class ControllerRevision(Model):
     metadata: ObjectMeta
     revision: int = 0
-    data: dict[str, Any] = {}
+    data: dict[str, Any] = Field(default_factory=dict)
 
 
 class Named(Model):

@@ -6,7 +6,25 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from tuneloop_operator.api.types import Condition, Metadata, Model, ModelRef, Name, Number, PodOverrides, Quantity, SecretName, SecretRef, rules
+from tuneloop_operator.api.definitions import NAME_RULE, Column, Definition, Scale, condition
+from tuneloop_operator.api.types import (
+    NUMBER_PATTERN,
+    Condition,
+    Half,
+    Metadata,
+    Model,
+    ModelRef,
+    Number,
+    PodOverrides,
+    Positive,
+    Quantity,
+    SecretName,
+    SecretRef,
+    Share,
+    keyed_by,
+    rules,
+    sentence,
+)
 
 KIND = "ModelDeployment"
 PLURAL = "modeldeployments"
@@ -42,7 +60,9 @@ OptionValue = Annotated[str, Field(max_length=256)]
 class Engine(Model):
     """The vLLM engine."""
 
-    image: str | None = Field(default=None, max_length=512, description="Image with vLLM. Absent: the operator's, pinned when a revision is made.")
+    image: str | None = Field(
+        default=None, max_length=512, description="Image with vLLM. Absent: the operator's, pinned when a revision is made."
+    )
     replicas: int = Field(default=1, ge=1, le=64, description="Engine pods of the stable revision.")
     accelerators_per_replica: int = Field(default=1, ge=0, le=16, description="Devices of a pod; 0 serves on the CPU.")
     accelerator_resource: str = Field(default="nvidia.com/gpu", max_length=128, description="Resource name of the devices.")
@@ -57,7 +77,9 @@ class Engine(Model):
 class Rollout(Model):
     """How a new revision takes over."""
 
-    strategy: Literal["BlueGreen"] = Field(default="BlueGreen", description="BlueGreen: all traffic at once, after the new revision is ready and has passed its probes.")
+    strategy: Literal["BlueGreen"] = Field(
+        default="BlueGreen", description="BlueGreen: all traffic at once, after the new revision is ready and has passed its probes."
+    )
     keep_previous_seconds: int = Field(default=60, ge=0, le=86_400, description="How long the engine before stays warm.")
 
 
@@ -92,7 +114,9 @@ class DatabaseVolume(Model):
 class Database(Model):
     """Where captured traffic and feedback are kept."""
 
-    model_config = ConfigDict(json_schema_extra=rules(("!(has(self.secretRef) && has(self.volume))", "secretRef and volume exclude each other.")))
+    model_config = ConfigDict(
+        json_schema_extra=rules(("!(has(self.secretRef) && has(self.volume))", "secretRef and volume exclude each other."))
+    )
 
     secret_ref: DatabaseSecret | None = Field(default=None, description="A PostgreSQL database.")
     volume: DatabaseVolume | None = Field(default=None, description="SQLite on a claim.")
@@ -101,16 +125,32 @@ class Database(Model):
 class Capture(Model):
     """What is kept of the traffic."""
 
-    sample_rate: Number = Field(default="1", description="Share of the requests, 0 to 1.")
-    personal_data: Literal["Redact", "Keep"] = Field(default="Redact", description="Redact mail addresses, numbers and the like before storing.")
+    sample_rate: Share = Field(default="1", description="Share of the requests, 0 to 1.")
+    personal_data: Literal["Redact", "Keep"] = Field(
+        default="Redact", description="Redact mail addresses, numbers and the like before storing."
+    )
     retention_days: int = Field(default=30, ge=1, le=3650, description="Days until captured texts are deleted.")
     database: Database = Field(default=Database(), description="Absent: SQLite on a claim of 10Gi.")
+
+
+PositiveShare = Annotated[
+    str,
+    Field(
+        pattern=NUMBER_PATTERN,
+        max_length=16,
+        json_schema_extra=sentence(
+            "must be a number above 0 and up to 1, as a string, for example '0.02'.", "double(self) > 0.0 && double(self) <= 1.0"
+        ),
+    ),
+]
 
 
 class Feedback(Model):
     """Safeguards of the feedback."""
 
-    max_share_of_one_subject: Number = Field(default="0.02", description="Largest share of the exported rows that one subject may have given.")
+    max_share_of_one_subject: PositiveShare = Field(
+        default="0.02", description="Largest share of the exported rows that one subject may have given."
+    )
 
 
 class Gateway(Model):
@@ -137,16 +177,22 @@ class DriftSettings(Model):
 
     reference: Literal["Live"] = Field(default="Live", description="Live: sampled from traffic after a version takes all of it.")
     size: int = Field(default=2000, ge=100, le=100_000, description="Rows of the reference.")
-    false_alarm_every_requests: int = Field(default=100_000, ge=100, description="Sampled requests between false alarms, guaranteed on average.")
-    minimum_effect: Number = Field(default="0.1", description="Smallest effect (AUC - 0.5) that may retrain.")
-    horizon_days: Number = Field(default="30", description="Days that the reference must last.")
-    mix_over_seconds: int = Field(default=86_400, ge=0, le=604_800, description="Live rows are drawn from so long a buffer, so that daily cycles are no drift.")
+    false_alarm_every_requests: int = Field(
+        default=100_000, ge=100, description="Sampled requests between false alarms, guaranteed on average."
+    )
+    minimum_effect: Half = Field(default="0.1", description="Smallest effect (AUC - 0.5) that may retrain.")
+    horizon_days: Positive = Field(default="30", description="Days that the reference must last.")
+    mix_over_seconds: int = Field(
+        default=86_400, ge=0, le=604_800, description="Live rows are drawn from so long a buffer, so that daily cycles are no drift."
+    )
 
 
 class Monitoring(Model):
     """What is watched."""
 
-    source: Literal["Direct", "Prometheus"] = Field(default="Direct", description="Where the operator reads the evidence: from the gateway, or from its Prometheus.")
+    source: Literal["Direct", "Prometheus"] = Field(
+        default="Direct", description="Where the operator reads the evidence: from the gateway, or from its Prometheus."
+    )
     drift: DriftSettings | None = Field(default=None, description="Absent: drift is not watched.")
 
 
@@ -156,11 +202,35 @@ class Trigger(Model):
     type: Literal["Drift"] = Field(description="Drift: the inputs changed.")
 
 
+ANYTHING: dict[str, Any] = {"x-kubernetes-preserve-unknown-fields": True}
+GATES: dict[str, Any] = {
+    "type": "array",
+    "maxItems": 16,
+    "items": {"type": "object", **ANYTHING},
+    "description": "Tests that decide the version's approval.",
+}
+TEMPLATE_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    **ANYTHING,
+    "properties": {
+        "evaluation": {
+            "type": "object",
+            **ANYTHING,
+            "description": "As in a FineTuneJob; with at least one gate.",
+            "properties": {"gates": GATES},
+        }
+    },
+}
+"""What the rule on gates reads of a template; everything else of it is checked when the job is made."""
+
+
 class RetrainingTemplate(Model):
     """Merged over the served version's lineage."""
 
     spec: dict[str, Any] = Field(
-        default={}, description="Fields of a FineTuneJob's spec.", json_schema_extra={"type": "object", "x-kubernetes-preserve-unknown-fields": True}
+        default={},
+        description="Fields of a FineTuneJob's spec.",
+        json_schema_extra=TEMPLATE_SCHEMA,
     )
 
 
@@ -170,18 +240,25 @@ class Retraining(Model):
     model_config = ConfigDict(
         json_schema_extra=rules(
             (
-                "!has(self.template) || !has(self.template.spec) || !has(self.template.spec.evaluation) || (has(self.template.spec.evaluation.gates) && size(self.template.spec.evaluation.gates) > 0)",
+                "!has(self.template) || !has(self.template.spec) || !has(self.template.spec.evaluation)"
+                " || (has(self.template.spec.evaluation.gates) && size(self.template.spec.evaluation.gates) > 0)",
                 "template.spec.evaluation must have gates: a retraining without a gate is refused.",
             ),
         )
     )
 
     triggers: Annotated[tuple[Trigger, ...], Field(min_length=1, max_length=8)] = Field(description="What starts a retraining.")
-    min_new_examples: int = Field(default=200, ge=1, le=1_000_000, description="Curated rows since the last promotion that a retraining needs.")
-    approval: Literal["Automatic", "Manual"] = Field(default="Automatic", description="Manual: the job is made suspended; un-suspending it is the approval.")
+    min_new_examples: int = Field(
+        default=200, ge=1, le=1_000_000, description="Curated rows since the last promotion that a retraining needs."
+    )
+    approval: Literal["Automatic", "Manual"] = Field(
+        default="Automatic", description="Manual: the job is made suspended; un-suspending it is the approval."
+    )
     cooldown_seconds: int = Field(default=86_400, ge=0, description="Time between two retrainings.")
     max_runs_per_month: int = Field(default=8, ge=0, le=1000, description="Budget.")
-    template: RetrainingTemplate = Field(default=RetrainingTemplate(), description="Merged over the served version's lineage.spec; required for models trained elsewhere.")
+    template: RetrainingTemplate = Field(
+        default=RetrainingTemplate(), description="Merged over the served version's lineage.spec; required for models trained elsewhere."
+    )
 
 
 class ModelDeploymentSpec(Model):
@@ -254,7 +331,9 @@ class ModelDeploymentStatus(Model):
 
     observed_generation: int = Field(default=0, description="Generation of the spec that this status speaks of.")
     url: str | None = Field(default=None, max_length=512, description="Where clients send requests.")
-    conditions: Annotated[tuple[Condition, ...], Field(max_length=16)] = Field(default=(), description="Standard conditions.")
+    conditions: Annotated[tuple[Condition, ...], Field(max_length=16)] = Field(
+        default=(), description="Standard conditions.", json_schema_extra=keyed_by("type")
+    )
     stable: RevisionStatus | None = Field(default=None, description="What takes the traffic.")
     canary: RevisionStatus | None = Field(default=None, description="What is being rolled out.")
     drift: DriftStatus | None = Field(default=None, description="What the detector says.")
@@ -271,3 +350,25 @@ class ModelDeployment(Model):
     metadata: Metadata
     spec: ModelDeploymentSpec
     status: ModelDeploymentStatus = ModelDeploymentStatus()
+
+
+DEFINITION = Definition(
+    kind=KIND,
+    plural=PLURAL,
+    short_name=SHORT_NAME,
+    model=ModelDeployment,
+    columns=(
+        Column("Available", condition("Available")),
+        Column("Ready", condition("Ready")),
+        Column("Version", ".status.stable.version", "integer"),
+        Column("Canary", ".status.canary.version", "integer"),
+        Column("Replicas", ".status.replicas", "integer"),
+        Column("Drift", condition("DriftDetected")),
+        Column("URL", ".status.url"),
+        Column("Age", ".metadata.creationTimestamp", "date"),
+        Column("Model", ".spec.model.name", priority=1),
+        Column("Reason", '.status.conditions[?(@.type=="Ready")].reason', priority=1),
+    ),
+    rules=(NAME_RULE,),
+    scale=Scale(spec_replicas=".spec.engine.replicas", status_replicas=".status.replicas", selector=".status.selector"),
+)

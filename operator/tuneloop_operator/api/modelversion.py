@@ -6,20 +6,28 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
+from tuneloop_operator.api.definitions import Column, Definition, condition, immutable
 from tuneloop_operator.api.finetunejob import EvaluationStatus
-from tuneloop_operator.api.types import Condition, Metadata, Model, Name, Source, rules
+from tuneloop_operator.api.types import Condition, Metadata, Model, Name, Source, keyed_by, rules, sentence
 
 KIND = "ModelVersion"
 PLURAL = "modelversions"
 SHORT_NAME = "mv"
 
-Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$", max_length=80)]
+Digest = Annotated[
+    str, Field(pattern=r"^sha256:[0-9a-f]{64}$", max_length=80, json_schema_extra=sentence("must be sha256: and 64 hexadecimal digits."))
+]
 
 
 class Artifact(Model):
     """What was trained."""
 
-    uri: str = Field(pattern=r"^pvc://[^ ]+$", max_length=512, description="Folder of the model.")
+    uri: str = Field(
+        pattern=r"^pvc://[^ ]+$",
+        max_length=512,
+        description="Folder of the model.",
+        json_schema_extra=sentence("must be pvc://claim/folder, without '..'.", "!self.contains('..')"),
+    )
     manifest_digest: Digest = Field(description="sha256 of its manifest.")
     format: Literal["Adapter", "Merged"] = Field(description="Adapter: needs the base. Merged: complete.")
     size_bytes: int = Field(ge=0, description="Bytes of all files.")
@@ -37,7 +45,9 @@ class Lineage(Model):
 
     fine_tune_job: str = Field(max_length=63, description="Name of the job.")
     fine_tune_job_uid: str = Field(max_length=64, description="UID of the job.")
-    spec: dict[str, Any] = Field(description="The job's spec.", json_schema_extra={"type": "object", "x-kubernetes-preserve-unknown-fields": True})
+    spec: dict[str, Any] = Field(
+        description="The job's spec.", json_schema_extra={"type": "object", "x-kubernetes-preserve-unknown-fields": True}
+    )
     config_digest: str = Field(max_length=80, description="sha256 over what was asked for.")
     dataset_digests: Annotated[dict[str, str], Field(max_length=16)] = Field(default={}, description="sha256 of each source.")
     image: str = Field(default="", max_length=512, description="The trainer image.")
@@ -48,7 +58,9 @@ class VersionPrompt(Model):
     """The prompt that the model was trained with."""
 
     format: Literal["Chat", "Text"] = Field(default="Chat", description="As in the job.")
-    template: str | None = Field(default=None, max_length=16384, description="Prompt template over `text`, where the training data had one.")
+    template: str | None = Field(
+        default=None, max_length=16384, description="Prompt template over `text`, where the training data had one."
+    )
     probe_sha256: str | None = Field(default=None, max_length=80, description="sha256 of a rendered probe prompt.")
 
 
@@ -57,13 +69,15 @@ class ModelVersionSpec(Model):
 
     model_config = ConfigDict(
         json_schema_extra=rules(
-            ("self.model == oldSelf.model && self.version == oldSelf.version", "model and version are immutable."),
-            ("self.artifact == oldSelf.artifact", "artifact is immutable."),
-            ("has(self.base) == has(oldSelf.base) && (!has(self.base) || self.base == oldSelf.base)", "base is immutable."),
-            ("has(self.lineage) == has(oldSelf.lineage) && (!has(self.lineage) || self.lineage.configDigest == oldSelf.lineage.configDigest)", "lineage is immutable."),
-            ("has(self.evaluation) == has(oldSelf.evaluation) && (!has(self.evaluation) || self.evaluation == oldSelf.evaluation)", "evaluation is immutable."),
-            ("!has(self.evaluation) || self.evaluation.artifactDigest == self.artifact.manifestDigest", "evaluation.artifactDigest must equal artifact.manifestDigest: what is evaluated is what is shipped."),
-            ("self.approval == oldSelf.approval || !(oldSelf.approval in ['Rejected', 'Withdrawn'])", "Rejected and Withdrawn are final; train a new version."),
+            (
+                "!has(self.evaluation)"
+                " || (has(self.evaluation.artifactDigest) && self.evaluation.artifactDigest == self.artifact.manifestDigest)",
+                "evaluation.artifactDigest must equal artifact.manifestDigest: what is evaluated is what is shipped.",
+            ),
+            (
+                "self.approval == oldSelf.approval || !(oldSelf.approval in ['Rejected', 'Withdrawn'])",
+                "approval cannot change any more: Rejected and Withdrawn are final. Train a new version.",
+            ),
         )
     )
 
@@ -75,15 +89,21 @@ class ModelVersionSpec(Model):
     evaluation: EvaluationStatus | None = Field(default=None, description="What its gates said.")
     probes_uri: str | None = Field(default=None, max_length=512, description="Items with the evaluator's answers, asked before traffic.")
     prompt: VersionPrompt = Field(default=VersionPrompt(), description="The prompt it was trained with.")
-    approval: Literal["Pending", "Approved", "Rejected", "Withdrawn"] = Field(default="Pending", description="Approved versions may be served as the latest.")
+    approval: Literal["Pending", "Approved", "Rejected", "Withdrawn"] = Field(
+        default="Pending", description="Approved versions may be served as the latest."
+    )
 
 
 class ModelVersionStatus(Model):
     """What was observed."""
 
     observed_generation: int = Field(default=0, description="Generation of the spec that this status speaks of.")
-    conditions: Annotated[tuple[Condition, ...], Field(max_length=8)] = Field(default=(), description="Verified, InUse.")
-    served_by: Annotated[tuple[str, ...], Field(max_length=64)] = Field(default=(), description="ModelDeployments that serve it.")
+    conditions: Annotated[tuple[Condition, ...], Field(max_length=8)] = Field(
+        default=(), description="Verified, InUse.", json_schema_extra=keyed_by("type")
+    )
+    served_by: Annotated[tuple[Annotated[str, Field(max_length=63)], ...], Field(max_length=64)] = Field(
+        default=(), description="ModelDeployments that serve it."
+    )
 
 
 class ModelVersion(Model):
@@ -92,3 +112,35 @@ class ModelVersion(Model):
     metadata: Metadata
     spec: ModelVersionSpec
     status: ModelVersionStatus = ModelVersionStatus()
+
+
+DEFINITION = Definition(
+    kind=KIND,
+    plural=PLURAL,
+    short_name=SHORT_NAME,
+    model=ModelVersion,
+    columns=(
+        Column("Model", ".spec.model"),
+        Column("Version", ".spec.version", "integer"),
+        Column("Approval", ".spec.approval"),
+        Column("Verdict", ".spec.evaluation.verdict"),
+        Column("Verified", condition("Verified")),
+        Column("In use", condition("InUse")),
+        Column("Age", ".metadata.creationTimestamp", "date"),
+        Column("Job", ".spec.lineage.fineTuneJob", priority=1),
+        Column("Format", ".spec.artifact.format", priority=1),
+    ),
+    rules=(
+        {
+            "rule": "self.metadata.name == '%s-v%d'.format([self.spec.model, self.spec.version])",
+            "message": "metadata.name must be <spec.model>-v<spec.version>.",
+        },
+        *immutable(
+            ModelVersionSpec,
+            "approval",
+            path=".spec",
+            when="",
+            message="{field} cannot change: a ModelVersion is the record of one artifact. Only approval can.",
+        ),
+    ),
+)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -20,12 +20,74 @@ def rules(*pairs: tuple[str, str]) -> dict[str, Any]:
     return {"x-kubernetes-validations": [{"rule": rule, "message": message} for rule, message in pairs]}
 
 
+SENTENCE = "x-tuneloop-sentence"
+"""What the user reads where a string does not match its `pattern`; the CRD gets a CEL rule instead of the pattern."""
+RANGE = "x-tuneloop-range"
+"""A CEL expression that must hold beside the pattern, under the same sentence."""
+
+
+def sentence(text: str, range_: str | None = None) -> dict[str, Any]:
+    """For `json_schema_extra` of a string with a pattern."""
+    return {SENTENCE: text} if range_ is None else {SENTENCE: text, RANGE: range_}
+
+
+def keyed_by(*keys: str) -> dict[str, Any]:
+    """For `json_schema_extra` of a list whose items are told apart by these fields (server-side apply merges them)."""
+    return {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": list(keys)}
+
+
 NUMBER_PATTERN = r"^[0-9]+(\.[0-9]+)?([eE]-?[0-9]+)?$"
-Number = Annotated[str, Field(pattern=NUMBER_PATTERN, max_length=16)]
+Number = Annotated[
+    str,
+    Field(
+        pattern=NUMBER_PATTERN, max_length=16, json_schema_extra=sentence("must be a number of at least 0, as a string, for example '0.5'.")
+    ),
+]
 """A non-negative decimal as a string, since Kubernetes tools mangle floats."""
-Name = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", min_length=1, max_length=52)]
+Positive = Annotated[
+    str,
+    Field(
+        pattern=NUMBER_PATTERN,
+        max_length=16,
+        json_schema_extra=sentence("must be a number above 0, as a string, for example '0.5' or '2e-4'.", "double(self) > 0.0"),
+    ),
+]
+Share = Annotated[
+    str,
+    Field(
+        pattern=NUMBER_PATTERN,
+        max_length=16,
+        json_schema_extra=sentence("must be a number from 0 to 1, as a string, for example '0.5'.", "double(self) <= 1.0"),
+    ),
+]
+Half = Annotated[
+    str,
+    Field(
+        pattern=NUMBER_PATTERN,
+        max_length=16,
+        json_schema_extra=sentence("must be a number from 0 to 0.5, as a string, for example '0.1'.", "double(self) <= 0.5"),
+    ),
+]
+DNS_LABEL = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
+Name = Annotated[
+    str,
+    Field(
+        pattern=DNS_LABEL,
+        min_length=1,
+        max_length=52,
+        json_schema_extra=sentence("must be a name: only a-z, 0-9 and '-', beginning and ending with a letter or digit."),
+    ),
+]
 """A DNS label short enough that child names fit."""
-SecretName = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", min_length=1, max_length=253)]
+SecretName = Annotated[
+    str,
+    Field(
+        pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$",
+        min_length=1,
+        max_length=253,
+        json_schema_extra=sentence("must be the name of a Secret: only a-z, 0-9, '-' and '.'."),
+    ),
+]
 
 
 class SecretRef(Model):
@@ -49,7 +111,9 @@ class Source(Model):
     model_config = ConfigDict(json_schema_extra=SOURCE_RULES)
 
     uri: str = Field(min_length=7, max_length=512, description="pvc://claim/path, or hf://organisation/name.")
-    revision: str | None = Field(default=None, max_length=64, description="Commit of a hub repository. Resolved once, and pinned in status, if absent.")
+    revision: str | None = Field(
+        default=None, max_length=64, description="Commit of a hub repository. Resolved once, and pinned in status, if absent."
+    )
     secret_ref: SecretRef | None = Field(default=None, description="Secret with the key `token`, for a hub repository that needs one.")
 
 
@@ -59,7 +123,8 @@ class StoreRef(Model):
     uri: str = Field(
         pattern=r"^pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?(/[A-Za-z0-9._-]+)*$",
         max_length=512,
-        description="pvc://claim or pvc://claim/folder. The claim must admit the pods of all stages and engines (ReadWriteMany on more than one node).",
+        json_schema_extra=sentence("must be pvc://claim or pvc://claim/folder, without '..'.", "!self.contains('..')"),
+        description="pvc://claim or pvc://claim/folder. All stages and engines mount the claim: ReadWriteMany where there is more than one node.",
     )
 
 
@@ -67,7 +132,9 @@ class ModelRef(Model):
     """A model by name; without a version the newest approved one."""
 
     name: Name = Field(description="The model's name: `output.model` of the job that trained it.")
-    version: int | None = Field(default=None, ge=1, description="A ModelVersion's number. Absent: the highest approved version not rejected here.")
+    version: int | None = Field(
+        default=None, ge=1, description="A ModelVersion's number. Absent: the highest approved version not rejected here."
+    )
 
 
 class Toleration(Model):
@@ -80,7 +147,14 @@ class Toleration(Model):
     toleration_seconds: int | None = Field(default=None, description="For NoExecute: how long the pod stays.")
 
 
-Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?$", max_length=24)]
+Quantity = Annotated[
+    str,
+    Field(
+        pattern=r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?$",
+        max_length=24,
+        json_schema_extra=sentence("must be a quantity, for example 500m, 2 or 8Gi."),
+    ),
+]
 
 
 class Resources(Model):
@@ -93,7 +167,12 @@ class Resources(Model):
 class EnvVar(Model):
     """A plain value; secrets go into Secrets."""
 
-    name: str = Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=128, description="Name of the variable.")
+    name: str = Field(
+        pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
+        max_length=128,
+        description="Name of the variable.",
+        json_schema_extra=sentence("must be the name of an environment variable: letters, digits and '_', not beginning with a digit."),
+    )
     value: str = Field(default="", max_length=4096, description="Its value.")
 
 
@@ -103,8 +182,12 @@ LabelValue = Annotated[str, Field(max_length=253)]
 class PodOverrides(Model):
     """What a user may change of a pod that the operator makes: an allow-list. Maps merge by key, lists append."""
 
-    labels: Annotated[dict[str, LabelValue], Field(max_length=32)] = Field(default={}, description="Added to the pod; labels of the operator win.")
-    annotations: Annotated[dict[str, Annotated[str, Field(max_length=1024)]], Field(max_length=32)] = Field(default={}, description="Added to the pod.")
+    labels: Annotated[dict[str, LabelValue], Field(max_length=32)] = Field(
+        default={}, description="Added to the pod; labels of the operator win."
+    )
+    annotations: Annotated[dict[str, Annotated[str, Field(max_length=1024)]], Field(max_length=32)] = Field(
+        default={}, description="Added to the pod."
+    )
     node_selector: Annotated[dict[str, LabelValue], Field(max_length=16)] = Field(default={}, description="As in a pod.")
     tolerations: Annotated[tuple[Toleration, ...], Field(max_length=16)] = Field(default=(), description="As in a pod.")
     priority_class_name: str | None = Field(default=None, max_length=253, description="As in a pod.")
@@ -112,10 +195,12 @@ class PodOverrides(Model):
     scheduler_name: str | None = Field(default=None, max_length=253, description="As in a pod.")
     image_pull_secrets: Annotated[tuple[SecretRef, ...], Field(max_length=8)] = Field(default=(), description="As in a pod.")
     resources: Resources | None = Field(default=None, description="Merged over the operator's defaults.")
-    env: Annotated[tuple[EnvVar, ...], Field(max_length=32)] = Field(default=(), description="Appended; names of the operator are refused.")
+    env: Annotated[tuple[EnvVar, ...], Field(max_length=32)] = Field(
+        default=(), description="Appended; names of the operator are refused.", json_schema_extra=keyed_by("name")
+    )
 
 
-class ConditionStatus(str, Enum):
+class ConditionStatus(StrEnum):
     TRUE = "True"
     FALSE = "False"
     UNKNOWN = "Unknown"
