@@ -1,28 +1,16 @@
-"""Configures the local cluster's Prometheus from the PodMonitors, ServiceMonitors and PrometheusRules that are in it.
+"""PodMonitors, ServiceMonitors and PrometheusRules as configuration of Prometheus.
 
-On clusters in production the Prometheus operator does this; here a loop of three LISTs does, so that a chart's monitors are
-tested against a real Prometheus. It reads the fields of FIELDS; a monitor with any other is left out, with a line in the log,
-so that a test cannot pass on something that was silently ignored. Standard library only: it runs before any environment is made.
+It knows the fields of FIELDS. A monitor with any other is left out, with a line in the log, so that a test cannot pass on
+something that was silently ignored.
 """
 
-import argparse
-import http.client
 import json
-import os
 import re
-import signal
-import ssl
-import subprocess
-import sys
-import time
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Callable, Iterable
 from typing import Any
-from urllib.parse import urlsplit
 
 Object = dict[str, Any]  # JSON as the API server sent it
 
-KINDS = ("podmonitors", "servicemonitors", "prometheusrules")
 INTERVAL = "5s"  # of monitors that name none
 
 # field of an endpoint -> setting of a scrape config
@@ -46,9 +34,9 @@ class NotUnderstood(Exception):
     """A monitor asks for something that is not translated here."""
 
 
-def scrape_configs(pod_monitors: Iterable[Object], service_monitors: Iterable[Object]) -> list[Object]:
-    """One scrape config per endpoint of each monitor, without the part that says where the API server is."""
-    found = []
+def scrape_configs(pod_monitors: Iterable[Object], service_monitors: Iterable[Object], log: Callable[[str], None]) -> list[Object]:
+    """One scrape config per endpoint of each monitor, on the targets of targets.py."""
+    found: list[Object] = []
     for kind, monitors in (("podMonitor", pod_monitors), ("serviceMonitor", service_monitors)):
         for monitor in monitors:
             try:
@@ -67,20 +55,21 @@ def _of_monitor(kind: str, monitor: Object) -> list[Object]:
         _only("endpoint", endpoint)
         config: Object = {"job_name": f"{kind}/{meta['namespace']}/{meta['name']}/{number}", "scrape_interval": INTERVAL}
         config |= {SETTINGS[field]: value for field, value in endpoint.items() if field in SETTINGS}
-        config["kubernetes_sd_configs"] = [_discovery(kind, spec.get("namespaceSelector") or {}, meta["namespace"])]
+        config["file_sd_configs"] = [{"files": [f"targets/{'pods' if kind == 'podMonitor' else 'services'}.json"]}]
         rules = _pod_rules(spec, endpoint, meta) if kind == "podMonitor" else _service_rules(spec, endpoint)
-        config["relabel_configs"] = rules + [_relabeling(r) for r in endpoint.get("relabelings") or []]
+        config["relabel_configs"] = _namespaces(spec, meta) + rules + [_relabeling(r) for r in endpoint.get("relabelings") or []]
         if endpoint.get("metricRelabelings"):
             config["metric_relabel_configs"] = [_relabeling(r) for r in endpoint["metricRelabelings"]]
         configs.append(config)
     return configs
 
 
-def _discovery(kind: str, selector: Object, own: str) -> Object:
-    discovery: Object = {"role": "pod" if kind == "podMonitor" else "endpointslice"}
-    if not selector.get("any"):
-        discovery["namespaces"] = {"names": selector.get("matchNames") or [own]}
-    return discovery
+def _namespaces(spec: Object, meta: Object) -> list[Object]:
+    selector = spec.get("namespaceSelector") or {}
+    if selector.get("any"):
+        return []
+    names = selector.get("matchNames") or [meta["namespace"]]
+    return [_keep(["__meta_kubernetes_namespace"], "|".join(re.escape(name) for name in names))]
 
 
 def _pod_rules(spec: Object, endpoint: Object, meta: Object) -> list[Object]:
@@ -170,12 +159,8 @@ def _only(what: str, fields: Object) -> None:
         raise NotUnderstood(f"{what} with {', '.join(unknown)}, of which dev/prometheus/monitors.py knows nothing")
 
 
-def files(objects: dict[str, list[Object]], server: Object) -> dict[str, str]:
-    """Name -> content of what Prometheus reads. JSON, which is YAML too. `server`: where discovery finds the API server."""
-    configs = scrape_configs(objects["podmonitors"], objects["servicemonitors"])
-    for config in configs:
-        for discovery in config["kubernetes_sd_configs"]:
-            discovery |= server
+def files(objects: dict[str, list[Object]], log: Callable[[str], None]) -> dict[str, str]:
+    """Name -> content of what Prometheus reads, from the objects of the three kinds by plural. JSON, which is YAML too."""
     rules = {}
     for rule in objects["prometheusrules"]:
         name = f"rules/{rule['metadata']['namespace']}_{rule['metadata']['name']}.yml"
@@ -183,87 +168,9 @@ def files(objects: dict[str, list[Object]], server: Object) -> dict[str, str]:
     main = {
         "global": {"scrape_interval": INTERVAL, "evaluation_interval": INTERVAL},
         "rule_files": sorted(rules),
-        "scrape_configs": [{"job_name": "prometheus", "static_configs": [{"targets": ["127.0.0.1:9090"]}]}, *configs],
+        "scrape_configs": [
+            {"job_name": "prometheus", "static_configs": [{"targets": ["127.0.0.1:9090"]}]},
+            *scrape_configs(objects["podmonitors"], objects["servicemonitors"], log),
+        ],
     }
     return rules | {"prometheus.yml": json.dumps(main, indent=1)}
-
-
-def log(text: str) -> None:
-    print(time.strftime("%FT%TZ", time.gmtime()), text, file=sys.stderr, flush=True)
-
-
-class Cluster:
-    """Reads the monitors over one kept connection."""
-
-    def __init__(self, server: str, pki: Path) -> None:
-        context = ssl.create_default_context(cafile=str(pki / "ca.crt"))
-        context.load_cert_chain(pki / "admin.crt", pki / "admin.key")
-        self._connection = http.client.HTTPSConnection(urlsplit(server).netloc, timeout=10, context=context)
-
-    def list(self, kind: str) -> list[Object]:
-        try:
-            self._connection.request("GET", f"/apis/monitoring.coreos.com/v1/{kind}")
-            response = self._connection.getresponse()
-            body = response.read()
-        except (OSError, http.client.HTTPException):
-            self._connection.close()
-            raise
-        if response.status != 200:
-            raise OSError(f"LIST of {kind}: HTTP {response.status}")
-        items: list[Object] = json.loads(body)["items"]
-        return sorted(items, key=lambda item: (item["metadata"]["namespace"], item["metadata"]["name"]))
-
-
-def replace(out: Path, wanted: dict[str, str]) -> bool:
-    """Writes what differs and takes away old rules; true if Prometheus must read again. What promtool refuses stays out."""
-    old = {str(path.relative_to(out)): path.read_text() for path in [*out.glob("rules/*.yml"), *out.glob("prometheus.yml")]}
-    if wanted == old:
-        return False
-    candidate = out / "candidate"
-    for name, text in wanted.items():
-        path = candidate / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    checked = subprocess.run(["promtool", "check", "config", candidate / "prometheus.yml"], capture_output=True, text=True, check=False)
-    if checked.returncode:
-        log(f"promtool refuses what the monitors say; the old configuration stays: {checked.stdout}{checked.stderr}")
-        return False
-    (out / "rules").mkdir(exist_ok=True)
-    for name in wanted:
-        (candidate / name).replace(out / name)
-    for name in set(old) - set(wanted):
-        (out / name).unlink()
-    return True
-
-
-def reload(pid_file: Path) -> None:
-    os.kill(int(pid_file.read_text().split()[0]), signal.SIGHUP)
-    log("Prometheus reads its configuration again")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--server", required=True, help="URL of the API server")
-    parser.add_argument("--pki", required=True, type=Path, help="folder with ca.crt, admin.crt, admin.key")
-    parser.add_argument("--kubeconfig", required=True, help="what Prometheus uses to discover pods")
-    parser.add_argument("--out", required=True, type=Path, help="folder for prometheus.yml and rules/")
-    parser.add_argument("--prometheus", type=Path, help="pid file of the process to reload")
-    parser.add_argument("--once", action="store_true", help="write the configuration and end")
-    arguments = parser.parse_args()
-    cluster = Cluster(arguments.server, arguments.pki)
-    while True:
-        try:
-            objects = {kind: cluster.list(kind) for kind in KINDS}
-            if replace(arguments.out, files(objects, {"kubeconfig_file": arguments.kubeconfig})) and arguments.prometheus:
-                reload(arguments.prometheus)
-        except OSError as error:
-            if arguments.once:
-                raise
-            log(f"{type(error).__name__}: {error}")
-        if arguments.once:
-            return
-        time.sleep(2)
-
-
-if __name__ == "__main__":
-    main()

@@ -3,12 +3,12 @@
 prometheus() {
   local state=$H/prometheus monitors
   mkdir -p "$state/data"
-  monitors=(python3 "$HERE/../prometheus/monitors.py" --server "https://127.0.0.1:$API" --pki "$H/pki"
-    --kubeconfig "$H/admin.kubeconfig" --out "$state")
+  monitors=(/usr/bin/env PYTHONPATH="$HERE/../.." PYTHONDONTWRITEBYTECODE=1 python3 -m dev.prometheus
+    --server "https://127.0.0.1:$API" --pki "$H/pki" --out "$state")
   # What an operator of Prometheus would bring along, so that charts see it.
   kubectl apply --server-side --force-conflicts -f "$HERE/../prometheus/crds.yaml" >/dev/null
   kubectl wait --for=condition=Established --timeout=30s -f "$HERE/../prometheus/crds.yaml" >/dev/null
-  "${monitors[@]}" --once >"$H/log/prometheus-first.log" 2>&1 ||
+  "${monitors[@]}" >"$H/log/prometheus-first.log" 2>&1 ||
     { tail -n 8 "$H/log/prometheus-first.log" >&2; fail "the monitors in the cluster give no configuration"; }
   start prometheus /usr/bin/prometheus --config.file="$state/prometheus.yml" --storage.tsdb.path="$state/data" \
     --storage.tsdb.retention.time=2d --web.listen-address=$PROMETHEUS --log.level=warn
