@@ -26,6 +26,8 @@ RESULT_LIMIT = 3500
 PROGRESS_LIMIT = 16 * 1024
 """Bytes that an answer of `GET /progress` may have."""
 MAX_GATES = 16
+TOKENS_PER_MICRO_BATCH = {"cpu": 4096, "cuda": 16384}
+"""The trainer's own choice of a micro-batch is as many rows as have so many tokens."""
 PROBE_TEXT = "Is the sky blue?"
 """The user turn whose rendering `PrepareSummary.prompt_probe_sha256` is the hash of (Chat: the tokenizer's chat template with
 a generation prompt; Text: the text itself)."""
@@ -100,7 +102,8 @@ class DataSource(Model):
     path: str | None = None
     feedback: FeedbackExport | None = None
     columns: dict[str, str] = {}
-    """Role -> column in the file. Roles: prompt, completion, text, label, document, system. A role that is absent is read from the column of the same name."""
+    """Role -> column in the file. Roles: prompt, completion, text, label, document, system.
+    A role that is absent is read from the column of the same name."""
     template: Template | None = None
     """Renders prompt and completion from the row; absent: the roles prompt and completion are used as they are."""
     weight: float = 1.0

@@ -337,6 +337,8 @@ class PinnedBaseline(Model):
     artifact_uri: str | None = Field(default=None, max_length=512, description="Where it lies.")
     manifest_digest: str | None = Field(default=None, max_length=80, description="Digest of its manifest.")
     format: str | None = Field(default=None, max_length=16, description="Adapter or Merged.")
+    base_uri: str | None = Field(default=None, max_length=512, description="The base model that it belongs to.")
+    base_revision: str | None = Field(default=None, max_length=64, description="Its revision.")
 
 
 class Resolved(Model):
@@ -373,6 +375,7 @@ class ProgressStatus(Model):
     loss: str | None = Field(default=None, max_length=16, description="Last training loss.")
     tokens_per_second: str | None = Field(default=None, max_length=16, description="Training tokens a second.")
     estimated_completion_time: str | None = Field(default=None, max_length=32, description="To the minute.")
+    updated_at: str | None = Field(default=None, max_length=32, description="When this was written.")
 
 
 class GateStatus(Model):

@@ -16,6 +16,10 @@ DEPLOYMENT_LABEL = "tuneloop.dev/modeldeployment"
 MODEL_LABEL = "tuneloop.dev/model"
 STAGE_LABEL = "tuneloop.dev/stage"
 ATTEMPT_LABEL = "tuneloop.dev/attempt"
+INPUT_LABEL = "tuneloop.dev/input"
+"""Hash of what a stage's Job was asked to do; a Job of another hash says nothing about this one."""
+RETRY_HASH_LABEL = "tuneloop.dev/retry-hash"
+"""Hash of the retry annotation that a Job was made under."""
 REVISION_LABEL = "tuneloop.dev/revision"
 ENGINE_LABEL = "tuneloop.dev/engine"
 EPISODE_LABEL = "tuneloop.dev/episode"
@@ -40,8 +44,14 @@ def labels(component: str, instance: str, **more: str) -> dict[str, str]:
     }
 
 
-def job_config(job: str) -> str:
-    return f"{job}-config"
+def job_config(job: str, content_hash: str) -> str:
+    """One ConfigMap per content: a pod must never start with the file of another attempt."""
+    return f"{job}-config-{content_hash}"
+
+
+def job_policy(job: str) -> str:
+    """The NetworkPolicy of a job's pods."""
+    return f"{job}-progress"
 
 
 def stage_job(job: str, stage: str, number: int) -> str:
@@ -65,6 +75,21 @@ def gateway(deployment: str) -> str:
 def gateway_secret(deployment: str) -> str:
     """Holds engine-key, internal-token and feedback-key; made once."""
     return f"{deployment}-keys"
+
+
+def gateway_data(deployment: str) -> str:
+    """The claim of the SQLite database; kept where the deployment goes, and taken up again by one of the same name."""
+    return f"{deployment}-data"
+
+
+def gateway_url(deployment: str, namespace: str) -> str:
+    """The stable URL: the public Service is called like the deployment."""
+    return f"http://{deployment}.{namespace}.svc"
+
+
+def retraining_job(deployment: str, uid: str, episode: int) -> str:
+    """One name for each episode of one deployment, at most 52 characters."""
+    return f"{deployment[:32].rstrip('-')}-retrain-{short_hash([uid, episode])}"
 
 
 def claim_mount(claim: str) -> str:

@@ -1,0 +1,192 @@
+"""The trainer's configuration: a FineTuneJob's spec and what was resolved for it, as the contract wants it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from tuneloop_gateway.contract import INTERNAL_PORT
+from tuneloop_operator.api import finetunejob as api
+from tuneloop_operator.api.types import Source
+from tuneloop_operator.render import names
+from tuneloop_operator.settings import Settings
+from tuneloop_trainer import contract
+
+FEEDBACK_PATH = "/etc/tuneloop/feedback"
+"""Below it, one folder per ModelDeployment with its internal token."""
+INTERNAL_TOKEN = "internal-token"
+VALIDATION_SUITE = "validation"
+LEARNING_RATES = {"LoRA": 2e-4, "Full": 2e-5}
+CHECKPOINT_MINUTES = 10.0
+GENERATED_FOLDERS = ("runs", "models", "cache")
+
+
+def run_config(job: api.FineTuneJob, resolved: api.Resolved, settings: Settings, micro_batch: int | None = None) -> contract.RunConfig:
+    """The file that all stages of a run read; `micro_batch` is set after an attempt that was out of memory."""
+    spec = job.spec
+    return contract.RunConfig(
+        namespace=job.metadata.namespace,
+        name=job.metadata.name,
+        uid=job.metadata.uid,
+        paths=paths(job),
+        base=base(spec.base_model),
+        loss=spec.objective.sft.loss if spec.objective.sft is not None else "CompletionOnly",
+        prompt_format=spec.prompt_format,
+        method=_method(spec.method),
+        train=tuple(_data_source(job, source, settings) for source in spec.data.train),
+        validation_fraction=float(spec.data.validation.fraction) if spec.data.validation is not None else 0.0,
+        curation=contract.Curation(deduplicate=spec.data.curation.deduplicate, decontaminate=spec.data.curation.decontaminate),
+        training=_training(spec, micro_batch),
+        checkpoint=_checkpoint(spec.checkpoint),
+        evaluation=_evaluation(job, resolved, settings),
+        model=spec.output.model,
+        output_format=output_format(spec),
+        image=resolved.image or "",
+    )
+
+
+# --- places ------------------------------------------------------------------
+
+
+def run_folder(job: api.FineTuneJob) -> str:
+    """A job that was deleted and made again under the same name must not find its predecessor's files."""
+    return f"{job.metadata.name}-{job.metadata.uid[:8]}"
+
+
+def artifact_uri(job: api.FineTuneJob) -> str:
+    return f"{job.spec.output.store.uri.rstrip('/')}/models/{job.spec.output.model}/{run_folder(job)}"
+
+
+def paths(job: api.FineTuneJob) -> contract.Paths:
+    store = names.pvc_path(job.spec.output.store.uri)
+    return contract.Paths(work=f"{store}/runs/{run_folder(job)}", artifact=names.pvc_path(artifact_uri(job)), cache=f"{store}/cache")
+
+
+def output_format(spec: api.FineTuneJobSpec) -> Literal["Adapter", "Merged"]:
+    if spec.output.format is not None:
+        return spec.output.format
+    return "Adapter" if spec.method.type == "LoRA" else "Merged"
+
+
+def base(source: Source) -> contract.Base:
+    if source.uri.startswith("hf://"):
+        return contract.Base(uri=source.uri, repository=source.uri.removeprefix("hf://").strip("/"), revision=source.revision)
+    return contract.Base(uri=source.uri, path=names.pvc_path(source.uri), revision=source.revision)
+
+
+# --- parts -------------------------------------------------------------------
+
+
+def _method(method: api.Method) -> contract.Method:
+    if method.type == "Full":
+        return contract.Method(type="Full")
+    lora = method.lora or api.LoRA()
+    settings = contract.Lora(rank=lora.rank, alpha=lora.alpha, dropout=float(lora.dropout), target_modules=lora.target_modules)
+    return contract.Method(type="LoRA", lora=settings)
+
+
+def _training(spec: api.FineTuneJobSpec, micro_batch: int | None) -> contract.Training:
+    asked = spec.training
+    return contract.Training(
+        epochs=float(asked.epochs),
+        max_steps=asked.max_steps,
+        global_batch_size=asked.global_batch_size,
+        micro_batch_size=micro_batch,
+        learning_rate=float(asked.learning_rate) if asked.learning_rate is not None else LEARNING_RATES[spec.method.type],
+        warmup_steps=asked.warmup_steps,
+        max_sequence_length=asked.max_sequence_length,
+        packing=asked.packing,
+        precision=asked.precision,
+        seed=asked.seed,
+        early_stopping_patience=asked.early_stopping.patience if asked.early_stopping is not None else None,
+        extra_arguments=dict(asked.extra_arguments),
+    )
+
+
+def _checkpoint(asked: api.Checkpoint) -> contract.Checkpoint:
+    minutes = float(asked.every_minutes) if asked.every_minutes is not None else None
+    if minutes is None and asked.every_steps is None:
+        minutes = CHECKPOINT_MINUTES
+    return contract.Checkpoint(every_minutes=minutes, every_steps=asked.every_steps, keep=asked.keep)
+
+
+def _rows(
+    job: api.FineTuneJob, source: Source | None, feedback: api.FeedbackRef | None, split: Literal["train", "gate"], settings: Settings
+) -> contract.DataSource:
+    """Where rows come from, without how they are read."""
+    if source is not None:
+        return contract.DataSource(uri=source.uri, path=names.pvc_path(source.uri))
+    if feedback is None:
+        raise ValueError("exactly one of source and feedback must be set")
+    name = feedback.deployment
+    host = f"{names.gateway(name)}.{job.metadata.namespace}.svc.{settings.cluster_domain}"
+    export = contract.FeedbackExport(
+        deployment=name,
+        url=f"http://{host}:{INTERNAL_PORT}/internal/export",
+        token_file=f"{FEEDBACK_PATH}/{name}/{INTERNAL_TOKEN}",
+        split=split,
+    )
+    return contract.DataSource(uri=f"feedback://{name}/{split}", feedback=export)
+
+
+def _template(template: api.RowTemplate | None) -> contract.Template | None:
+    return None if template is None else contract.Template(prompt=template.prompt, completion=template.completion)
+
+
+def _columns(columns: api.Columns) -> dict[str, str]:
+    return columns.model_dump(exclude_none=True)
+
+
+def _data_source(job: api.FineTuneJob, source: api.DataSource, settings: Settings) -> contract.DataSource:
+    rows = _rows(job, source.source, source.feedback, "train", settings)
+    read = {"columns": _columns(source.columns), "template": _template(source.template), "weight": float(source.weight)}
+    return rows.model_copy(update=read)
+
+
+# --- evaluation --------------------------------------------------------------
+
+
+def _evaluation(job: api.FineTuneJob, resolved: api.Resolved, settings: Settings) -> contract.Evaluation:
+    plan = job.spec.evaluation
+    suites = tuple(_suite(job, suite, settings) for suite in plan.suites)
+    gates = tuple(map(_gate, plan.gates))
+    if not gates and job.spec.data.validation is not None:
+        # A validation split without gates gets the default one: better than the baseline on held-out loss.
+        held_out = next((suite for suite in suites if suite.type == "Validation"), None)
+        if held_out is None:
+            held_out = contract.Suite(name=VALIDATION_SUITE, type="Validation", metrics=("Loss",))
+            suites = (*suites, held_out)
+        gates = (contract.Gate(suite=held_out.name, metric="Loss", rule="Superior"),)
+    return contract.Evaluation(suites=suites, gates=gates, baseline=_baseline(resolved.baseline))
+
+
+def _suite(job: api.FineTuneJob, suite: api.Suite, settings: Settings) -> contract.Suite:
+    if suite.dataset is None:
+        return contract.Suite(name=suite.name, type=suite.type, metrics=suite.metrics)
+    dataset = suite.dataset
+    rows = _rows(job, dataset.source, dataset.feedback, "gate", settings)
+    source = rows.model_copy(update={"columns": _columns(dataset.columns), "template": _template(dataset.template)})
+    return contract.Suite(name=suite.name, type=suite.type, source=source, labels=dataset.labels, metrics=suite.metrics)
+
+
+def _gate(gate: api.Gate) -> contract.Gate:
+    return contract.Gate(
+        suite=gate.suite,
+        metric=gate.metric,
+        rule=gate.rule,
+        margin=float(gate.margin),
+        alpha=float(gate.alpha),
+        min_items=gate.min_items,
+    )
+
+
+def _baseline(pinned: api.PinnedBaseline | None) -> contract.Baseline:
+    if pinned is None or pinned.artifact_uri is None:
+        return contract.Baseline(type="Base", name="base")
+    of = Source(uri=pinned.base_uri, revision=pinned.base_revision) if pinned.base_uri is not None else None
+    artifact = contract.Artifact(
+        path=names.pvc_path(pinned.artifact_uri),
+        manifest_digest=pinned.manifest_digest or "",
+        format="Adapter" if pinned.format == "Adapter" else "Merged",
+        base=base(of) if of is not None else None,
+    )
+    return contract.Baseline(type="ModelVersion", name=pinned.name, artifact=artifact)

@@ -1,0 +1,224 @@
+"""A FineTuneJob's children: the stages' Jobs, their configuration, and the policy that lets the operator see their progress."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import PurePosixPath
+
+from tuneloop_operator.api.finetunejob import FineTuneJob, Resolved
+from tuneloop_operator.render import names, pods
+from tuneloop_operator.render.pods import Json
+from tuneloop_operator.render.run_config import FEEDBACK_PATH, INTERNAL_TOKEN
+from tuneloop_operator.settings import Settings
+from tuneloop_trainer.contract import CONFIG_PATH, PROGRESS_PORT, RunConfig, Stage
+
+CONTAINER = "stage"
+HUB_TOKEN = "token"
+"""Key of the hub's token in a `secretRef`."""
+REQUESTS = {
+    Stage.PREPARE: {"cpu": "250m", "memory": "512Mi"},
+    Stage.TRAIN: {"cpu": "500m", "memory": "1Gi"},
+    Stage.PACKAGE: {"cpu": "250m", "memory": "1Gi"},
+    Stage.EVALUATE: {"cpu": "500m", "memory": "1Gi"},
+}
+GRACE_SECONDS = {Stage.TRAIN: 120}
+"""Time to save after SIGTERM."""
+DEFAULT_GRACE_SECONDS = 30
+SIZED_STAGES = (Stage.TRAIN, Stage.EVALUATE)
+"""Stages that load the model onto devices; the user's resources are for these."""
+
+
+def job_labels(job: FineTuneJob, component: str = "trainer") -> dict[str, str]:
+    return names.labels(component, job.metadata.name, **{names.JOB_LABEL: job.metadata.name, names.MODEL_LABEL: job.spec.output.model})
+
+
+# --- configuration -----------------------------------------------------------
+
+
+def config_map(job: FineTuneJob, config: RunConfig) -> Json:
+    return {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {"name": config_map_name(job, config), "namespace": job.metadata.namespace, "labels": job_labels(job)},
+        "immutable": True,
+        "data": {PurePosixPath(CONFIG_PATH).name: _config_text(config)},
+    }
+
+
+def config_map_name(job: FineTuneJob, config: RunConfig) -> str:
+    return names.job_config(job.metadata.name, names.short_hash(_config_text(config), 8))
+
+
+def _config_text(config: RunConfig) -> str:
+    return config.model_dump_json(by_alias=True, exclude_none=True)
+
+
+# --- network -----------------------------------------------------------------
+
+
+def progress_policy(job: FineTuneJob, settings: Settings) -> Json:
+    """Nobody reaches the job's pods but the operator, and a Prometheus, on the port of progress and metrics."""
+    operator = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": settings.namespace}}}
+    prometheus = {"namespaceSelector": {}, "podSelector": {"matchLabels": {"app.kubernetes.io/name": "prometheus"}}}
+    return {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": {"name": names.job_policy(job.metadata.name), "namespace": job.metadata.namespace, "labels": job_labels(job)},
+        "spec": {
+            "podSelector": {"matchLabels": {names.JOB_LABEL: job.metadata.name}},
+            "policyTypes": ["Ingress"],
+            "ingress": [{"from": [operator, prometheus], "ports": [{"protocol": "TCP", "port": PROGRESS_PORT}]}],
+        },
+    }
+
+
+# --- Jobs --------------------------------------------------------------------
+
+
+def stage_job(
+    job: FineTuneJob,
+    resolved: Resolved,
+    config: RunConfig,
+    settings: Settings,
+    *,
+    stage: Stage,
+    number: int,
+    input_hash: str,
+    with_devices: bool = True,
+) -> Json:
+    """One attempt of one stage. It is never retried by Kubernetes but for disruptions, which are nobody's fault."""
+    labels = job_labels(job) | {names.STAGE_LABEL: stage.value, names.ATTEMPT_LABEL: str(number)}
+    job_only = {names.INPUT_LABEL: input_hash, names.RETRY_HASH_LABEL: retry_hash(job)}
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {
+            "name": names.stage_job(job.metadata.name, stage.value, number),
+            "namespace": job.metadata.namespace,
+            "labels": labels | job_only,
+        },
+        "spec": {
+            "parallelism": 1,
+            "completions": 1,
+            "backoffLimit": 0,
+            "suspend": False,
+            "podReplacementPolicy": "Failed",
+            "podFailurePolicy": {
+                "rules": [
+                    {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+                    # Fails at the first exit anyway; by this rule the Job's condition names the exit code, which outlives the pod.
+                    {"action": "FailJob", "onExitCodes": {"containerName": CONTAINER, "operator": "NotIn", "values": [0]}},
+                ]
+            },
+            "template": _pod(job, resolved, config, settings, stage, labels, with_devices),
+        },
+    }
+
+
+def suspended(manifest: Json, suspend: bool) -> Json:
+    """An observed Job with nothing changed but `suspend`: its template is immutable, and may have been made by another version of us."""
+    metadata = manifest["metadata"]
+    kept = {name: metadata[name] for name in ("name", "namespace", "labels") if name in metadata}
+    return {"apiVersion": "batch/v1", "kind": "Job", "metadata": kept, "spec": manifest["spec"] | {"suspend": suspend}}
+
+
+def retry_hash(job: FineTuneJob) -> str:
+    """The retry annotation's value as a label: users may write anything into it."""
+    return names.short_hash(job.metadata.annotations.get(names.RETRY_ANNOTATION, ""))
+
+
+def _pod(
+    job: FineTuneJob, resolved: Resolved, config: RunConfig, settings: Settings, stage: Stage, labels: dict[str, str], with_devices: bool
+) -> Json:
+    compute = job.spec.compute
+    sized = stage in SIZED_STAGES and with_devices
+    volumes, mounts = _volumes(job, config, stage)
+    container = {
+        "name": CONTAINER,
+        "image": resolved.image,
+        "imagePullPolicy": settings.image_pull_policy,
+        "args": [stage.value],
+        "env": _environment(job, stage),
+        "ports": [{"name": "progress", "containerPort": PROGRESS_PORT, "protocol": "TCP"}],
+        "resources": pods.resources(
+            REQUESTS[stage],
+            compute.pod.resources if sized else None,
+            (compute.accelerator_resource, compute.accelerators_per_node) if sized else None,
+        ),
+        "securityContext": pods.container_security(),
+        "terminationMessagePolicy": "File",
+        "volumeMounts": mounts,
+    }
+    template: Json = {
+        "metadata": {"labels": labels},
+        "spec": pods.pod_defaults(settings)
+        | {
+            "restartPolicy": "Never",
+            "terminationGracePeriodSeconds": GRACE_SECONDS.get(stage, DEFAULT_GRACE_SECONDS),
+            "containers": [container],
+            "volumes": volumes,
+        },
+    }
+    return pods.with_overrides(template, compute.pod)
+
+
+def _environment(job: FineTuneJob, stage: Stage) -> list[Json]:
+    env = [*pods.scratch_environment(), pods.from_field("POD_UID", "metadata.uid")]
+    token = job.spec.base_model.secret_ref
+    # Only prepare talks to the hub; the other stages read what it put into the cache.
+    if token is not None and stage is Stage.PREPARE:
+        env.append(pods.from_secret("HF_TOKEN", token.name, HUB_TOKEN))
+    return env
+
+
+def _volumes(job: FineTuneJob, config: RunConfig, stage: Stage) -> tuple[list[Json], list[Json]]:
+    folder = str(PurePosixPath(CONFIG_PATH).parent)
+    volumes = [*pods.scratch_volumes(), pods.config_volume("config", config_map_name(job, config))]
+    mounts = [*pods.scratch_mounts(), pods.read_only_mount("config", folder)]
+    claim_volumes, claim_mounts = pods.claim_mounts(written=[store_claim(job)], read=read_claims(job, config, stage))
+    if stage is Stage.PREPARE:
+        for deployment in feedback_deployments(config):
+            name = f"feedback-{names.short_hash(deployment)}"
+            volumes.append(pods.secret_volume(name, names.gateway_secret(deployment), [INTERNAL_TOKEN]))
+            mounts.append(pods.read_only_mount(name, f"{FEEDBACK_PATH}/{deployment}"))
+    return [*volumes, *claim_volumes], [*mounts, *claim_mounts]
+
+
+# --- what a stage reads ------------------------------------------------------
+
+
+def store_claim(job: FineTuneJob) -> str:
+    return names.parse_pvc(job.spec.output.store.uri)[0]
+
+
+def read_claims(job: FineTuneJob, config: RunConfig, stage: Stage) -> list[str]:
+    """Claims that the stage only reads: the base model in all stages, the data in prepare, the baseline in evaluate."""
+    uris = [job.spec.base_model.uri]
+    if stage is Stage.PREPARE:
+        uris += [source.uri for source in config.train]
+        uris += [suite.source.uri for suite in config.evaluation.suites if suite.source is not None]
+    if stage is Stage.EVALUATE:
+        uris += _baseline_uris(config)
+    return _claims(uris)
+
+
+def all_claims(job: FineTuneJob, config: RunConfig) -> tuple[str, ...]:
+    """Every claim that some stage mounts."""
+    return tuple(sorted({store_claim(job), *(claim for stage in Stage for claim in read_claims(job, config, stage))}))
+
+
+def feedback_deployments(config: RunConfig) -> list[str]:
+    sources = [*config.train, *(suite.source for suite in config.evaluation.suites if suite.source is not None)]
+    return sorted({source.feedback.deployment for source in sources if source.feedback is not None})
+
+
+def _baseline_uris(config: RunConfig) -> list[str]:
+    artifact = config.evaluation.baseline.artifact
+    if artifact is None:
+        return []
+    claim = PurePosixPath(artifact.path).relative_to(names.claim_mount("")).parts[0]
+    return [f"pvc://{claim}", *([artifact.base.uri] if artifact.base is not None else [])]
+
+
+def _claims(uris: Iterable[str]) -> list[str]:
+    return sorted({names.parse_pvc(uri)[0] for uri in uris if uri.startswith("pvc://")})
