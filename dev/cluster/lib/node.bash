@@ -89,7 +89,7 @@ evictionHard: {memory.available: 100Mi, nodefs.available: "0%", imagefs.availabl
 nodeStatusReportFrequency: 30s
 YAML
   start kubelet "$ROOT/bin/kubelet" --config="$H/kubelet.yaml" --kubeconfig="$H/node.kubeconfig" \
-    --hostname-override=$NODE --node-ip=$GATEWAY --root-dir="$H/kubelet"
+    --hostname-override=$NODE --node-ip=$GATEWAY --root-dir="$H/kubelet" --cert-dir="$H/kubelet/pki"
 }
 
 proxy() {
@@ -175,6 +175,7 @@ leftovers() { # what outlives the processes
     [ ! -d "$c" ] || find "$c" -depth -type d -exec rmdir {} + 2>/dev/null || true
   done
   # kubelet and the network plugins write here whatever they are told
+  rm -f /var/lib/kubelet/device-plugins/kubelet.sock
   find /var/log/containers -maxdepth 1 -xtype l -delete 2>/dev/null || true
   find /var/log/containers /var/lib/cni /var/lib/kubelet -depth -type d -empty -delete 2>/dev/null || true
 }
