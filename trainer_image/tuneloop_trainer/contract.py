@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from enum import Enum, IntEnum
+from enum import IntEnum, StrEnum
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -53,14 +53,14 @@ class ExitCode(IntEnum):
     """Saved after SIGTERM: start another attempt, which resumes."""
 
 
-class Stage(str, Enum):
+class Stage(StrEnum):
     PREPARE = "prepare"
     TRAIN = "train"
     PACKAGE = "package"
     EVALUATE = "evaluate"
 
 
-class Reason(str, Enum):
+class Reason(StrEnum):
     """Why a stage did not succeed; a subset of the FineTuneJob's reasons, spelled the same."""
 
     DATA_INVALID = "DataInvalid"

@@ -1,0 +1,108 @@
+"""The base model: a folder of the store, or a snapshot of a hub repository kept in the shared cache. Safetensors only."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+from tuneloop_trainer.contract import Artifact, Base, Paths, Reason
+from tuneloop_trainer.errors import Invalid, Mismatch
+from tuneloop_trainer.manifests import MANIFEST, files_digest, list_files, publish, read_manifest, staging, verify
+
+log = logging.getLogger("tuneloop.bases")
+PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
+"""What a model needs to be loaded and to tokenise. Pickles are never fetched, read or hashed."""
+
+
+def base_folder(base: Base, paths: Paths) -> Path:
+    """Where the base model lies, or will lie once `prepare_base` has run."""
+    if base.path is not None:
+        return Path(base.path)
+    repository = (base.repository or "").replace("/", "--")
+    return Path(paths.cache) / "bases" / f"{repository}@{base.revision or 'main'}"
+
+
+def prepare_base(base: Base, paths: Paths) -> Path:
+    """The folder with the base model, downloaded if it comes from the hub. Raises Invalid if it cannot be used."""
+    folder = base_folder(base, paths)
+    if base.repository is not None and base.path is None:
+        _download(base, folder)
+    if not folder.is_dir():
+        raise Invalid(f"Model {base.uri} does not exist.", Reason.MODEL_NOT_FOUND)
+    _refuse_unusable(folder, base.uri)
+    return folder
+
+
+def base_digest(folder: Path) -> str:
+    """`sha256:<hex>` over the files of the base model, the same wherever the folder lies."""
+    return files_digest(tuple(file for file in list_files(folder, PATTERNS) if "/" not in file.path))
+
+
+def require_base(base: Base, paths: Paths, digest: str) -> Path:
+    """The base's folder, once its files have the digest that was pinned. Raises Mismatch."""
+    folder = base_folder(base, paths)
+    found = base_digest(folder) if folder.is_dir() else "nothing"
+    if found != digest:
+        raise Mismatch(f"Model {base.uri} changed since it was pinned: {found} instead of {digest}.")
+    return folder
+
+
+def require_artifact(artifact: Artifact) -> Path:
+    """The folder of a packaged model, verified by its digest. Raises Mismatch."""
+    folder = Path(artifact.path)
+    verify(folder, artifact.manifest_digest)
+    return folder
+
+
+def _download(base: Base, folder: Path) -> None:
+    if (folder / MANIFEST).is_file():
+        read_manifest(folder)
+        return
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+    with staging(folder, shared=True) as temporary:
+        try:
+            snapshot_download(base.repository, revision=base.revision, local_dir=temporary, allow_patterns=list(PATTERNS))
+        except GatedRepoError as error:
+            raise Invalid(f"Model {base.uri} is gated: the token may not read it.", Reason.ACCESS_DENIED) from error
+        except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+            status = getattr(getattr(error, "response", None), "status_code", 404)
+            if status in (401, 403):
+                raise Invalid(f"Model {base.uri} may not be read with this token, or does not exist.", Reason.ACCESS_DENIED) from error
+            raise Invalid(f"Model {base.uri} does not exist at revision {base.revision}.", Reason.MODEL_NOT_FOUND) from error
+        except HfHubHTTPError as error:
+            if error.response is not None and error.response.status_code in (401, 403):
+                raise Invalid(f"Model {base.uri} may not be read with this token.", Reason.ACCESS_DENIED) from error
+            raise
+        _remove_download_notes(temporary)
+        publish(temporary, folder, "model", {"uri": base.uri, "revision": base.revision})
+    log.info("downloaded %s to the shared cache", base.uri)
+
+
+def _remove_download_notes(folder: Path) -> None:
+    """The hub's client keeps notes in .cache below a local folder; they are no part of the model."""
+    import shutil
+
+    shutil.rmtree(folder / ".cache", ignore_errors=True)
+
+
+def _refuse_unusable(folder: Path, uri: str) -> None:
+    """Raises Invalid for what could run code when loaded, or cannot be loaded at all."""
+    for name in ("config.json", "tokenizer_config.json"):
+        content = _json(folder / name, uri)
+        if "auto_map" in content:
+            raise Invalid(f"Model {uri} needs code of its own (auto_map in {name}), which is not run.", Reason.MODEL_NOT_FOUND)
+    if not any(folder.glob("*.safetensors")):
+        raise Invalid(f"Model {uri} has no .safetensors weights. Convert them: pickled weights are not loaded.", Reason.MODEL_NOT_FOUND)
+
+
+def _json(path: Path, uri: str) -> dict[str, object]:
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise Invalid(f"Model {uri} has no {path.name}.", Reason.MODEL_NOT_FOUND) from None
+    except (OSError, ValueError) as error:
+        raise Invalid(f"Model {uri}: {path.name} cannot be read as JSON.", Reason.MODEL_NOT_FOUND) from error
+    return content if isinstance(content, dict) else {}

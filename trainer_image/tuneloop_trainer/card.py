@@ -1,0 +1,70 @@
+"""The model card that is packaged with the weights: where the model comes from, what it was trained on, and how."""
+
+from __future__ import annotations
+
+import json
+
+from tuneloop_trainer.contract import PrepareSummary, RunConfig, TrainSummary
+
+
+def model_card(config: RunConfig, data: PrepareSummary, training: TrainSummary) -> str:
+    """Markdown. Holds no row of the data and no path of the store."""
+    return "\n".join(
+        [
+            f"# {config.model}",
+            "",
+            f"Fine-tuned from `{config.base.uri}` by the FineTuneJob `{config.namespace}/{config.name}`.",
+            "",
+            "## Lineage",
+            "",
+            *_table(
+                ("base model", f"`{config.base.uri}`"),
+                ("base revision", data.base_revision),
+                ("base digest", f"`{data.base_digest}`"),
+                ("tokenised data", f"`sha256:{data.shards_digest}`"),
+                ("trainer image", f"`{config.image}`" if config.image else None),
+                *((f"source `{uri}`", f"`sha256:{digest}`") for uri, digest in data.dataset_digests.items()),
+                *((f"suite `{name}`", f"`sha256:{digest}`") for name, digest in data.suite_digests.items()),
+            ),
+            "",
+            "## Data",
+            "",
+            *_table(
+                ("rows read", data.rows_in),
+                ("rows trained on", data.rows_kept),
+                ("rows held out", data.validation_rows),
+                *((f"rows dropped: {reason}", count) for reason, count in sorted(data.dropped.items())),
+                ("tokens", data.tokens),
+                ("share of supervised tokens", f"{data.supervised_share:.3f}"),
+                ("truncated rows", data.truncated),
+            ),
+            "",
+            "## Training",
+            "",
+            *_table(
+                ("objective", f"{config.objective}, {config.loss}, {config.prompt_format}"),
+                ("method", config.method.type),
+                ("steps", f"{training.step} of {training.max_steps}"),
+                ("samples", training.samples),
+                ("last training loss", training.loss),
+                ("last held-out loss", training.validation_loss),
+            ),
+            "",
+            "```json",
+            json.dumps(
+                {"method": config.method.model_dump(mode="json"), "training": config.training.model_dump(mode="json")},
+                indent=1,
+                sort_keys=True,
+            ),
+            "```",
+            "",
+            "## Limits",
+            "",
+            "Evaluated on the suites of its FineTuneJob only: the ModelVersion has the verdict. Anything else it says is not measured.",
+            "",
+        ]
+    )
+
+
+def _table(*rows: tuple[str, object]) -> list[str]:
+    return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows if value is not None)]

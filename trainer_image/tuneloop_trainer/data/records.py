@@ -1,0 +1,158 @@
+"""Turns rows into records: prompt, completion, document. Counts what is dropped, and refuses data that is mostly unusable."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from jinja2 import TemplateError
+
+from tuneloop_trainer.contract import DataSource, Reason
+from tuneloop_trainer.data.sources import Reading, Row
+from tuneloop_trainer.data.templates import RowTemplate
+from tuneloop_trainer.errors import Invalid
+
+ROLES = ("prompt", "completion", "text", "label", "document", "system")
+MAX_BAD_SHARE = 0.2
+_NAMES_SHOWN = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One example. `content` is what the row says without the template's words: what near-duplicates are looked for by."""
+
+    prompt: str
+    completion: str
+    document: str
+    content: str
+    row: int
+    system: str | None = None
+
+    @property
+    def key(self) -> bytes:
+        """Equal for records that differ in white space only."""
+        text = "\0".join(" ".join(part.split()) for part in (self.system or "", self.prompt, self.completion))
+        return hashlib.sha256(text.encode()).digest()
+
+
+@dataclass
+class Drops:
+    """Rows dropped by reason, and the first bad one for the message."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    first: str = ""
+
+    def add(self, reason: str, where: str = "") -> None:
+        self.counts[reason] += 1
+        self.first = self.first or where
+
+
+class RowReader:
+    """Reads a source into records. `where` is the field of the spec that the user would change, such as data.train[0]."""
+
+    def __init__(self, source: DataSource, where: str) -> None:
+        self.reading = Reading(source)
+        self.drops = Drops()
+        self.rows = 0
+        self._source = source
+        self._where = where
+        template = source.template
+        try:
+            self._prompt = RowTemplate(template.prompt) if template else None
+            self._completion = RowTemplate(template.completion) if template else None
+        except TemplateError as error:
+            raise Invalid(f"The template of {where} is not valid Jinja: {error}. Set {where}.template.") from error
+
+    def records(self) -> Iterator[Record]:
+        """Every usable row. Raises Invalid if a needed column is missing or more than 20 % of the rows are unusable."""
+        checked = False
+        for row in self.reading.rows():
+            self.rows += 1
+            if row.values is not None and not checked:
+                self._check_columns(row.values)
+                checked = True
+            record = self._record(row)
+            if record is not None:
+                yield record
+        self._refuse_if_mostly_bad()
+
+    def _check_columns(self, values: dict[str, object]) -> None:
+        needed = self._prompt.variables | self._completion.variables if self._prompt and self._completion else {"prompt", "completion"}
+        needed |= {role for role in self._source.columns if role in ROLES}
+        for name in sorted(needed):
+            column = self._source.columns.get(name, name)
+            if column not in values:
+                names = ", ".join(str(key)[:40] for key in list(values)[:_NAMES_SHOWN])
+                raise Invalid(f"Dataset {self._source.uri} has no column '{column}'; it has {names}. Set {self._where}.columns.")
+
+    def _record(self, row: Row) -> Record | None:
+        if row.values is None:
+            return self._drop("Malformed", row, row.problem)
+        context = row.values | {role: row.values.get(column) for role, column in self._source.columns.items()}
+        missing = next((name for name in self._read_names() if _text(context.get(name)) is None), None)
+        if missing is not None:
+            column = self._source.columns.get(missing, missing)
+            return self._drop("MissingValue", row, f"column '{column}' has {_shown(context.get(missing))} where text is needed")
+        try:
+            prompt, completion = self._render(context)
+        except TemplateError as error:
+            return self._drop("Malformed", row, f"the template fails on it: {error}")
+        except (ArithmeticError, TypeError, ValueError) as error:
+            return self._drop("Malformed", row, f"the template fails on it: {type(error).__name__}")
+        if not prompt.strip() or not completion.strip():
+            return self._drop("Empty", row, f"its {'completion' if prompt.strip() else 'prompt'} is empty")
+        system, document = _text(context.get("system")), _text(context.get("document"))
+        content = " ".join(_text(context.get(name)) or "" for name in sorted(self._prompt.variables)) if self._prompt else prompt
+        return Record(prompt, completion, document or _own_document(content), content or prompt, row.number, system)
+
+    def _render(self, context: dict[str, object]) -> tuple[str, str]:
+        if self._prompt is None or self._completion is None:
+            return _text(context["prompt"]) or "", _text(context["completion"]) or ""
+        return self._prompt.render(context), self._completion.render(context)
+
+    def _read_names(self) -> list[str]:
+        if self._prompt is None or self._completion is None:
+            return ["prompt", "completion"]
+        return [name for name in sorted(self._prompt.variables | self._completion.variables) if name in ROLES]
+
+    def _drop(self, reason: str, row: Row, problem: str) -> Record | None:
+        self.drops.add(reason, f"row {row.number}: {problem}")
+        return None
+
+    def _refuse_if_mostly_bad(self) -> None:
+        bad = sum(self.drops.counts.values())
+        if bad > MAX_BAD_SHARE * self.rows:
+            raise Invalid(
+                f"Dataset {self._source.uri}: {bad} of {self.rows} rows cannot be used; {self.drops.first}. "
+                f"Correct the rows, or set {self._where}.columns or {self._where}.template."
+            )
+
+
+def refuse_if_empty(records: int, rows: int, drops: Counter[str]) -> None:
+    """Raises Invalid where nothing is left to train on."""
+    if records == 0:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in drops.most_common())
+        raise Invalid(f"No row is left to train on: all {rows} were dropped ({reasons}).", Reason.DATA_EMPTY)
+
+
+def _text(value: object) -> str | None:
+    """A column's value as text; None where it is none."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value)):
+        return str(value)
+    return None
+
+
+def _shown(value: object) -> str:
+    """The value for a message: short, and never the whole of a long text."""
+    text = "nothing" if value is None else repr(value)
+    return text if len(text) <= 40 else text[:39] + "…"
+
+
+def _own_document(content: str) -> str:
+    """Rows without a document id are documents of their own; equal texts are one."""
+    return hashlib.sha256(" ".join(content.split()).lower().encode()).hexdigest()[:16]

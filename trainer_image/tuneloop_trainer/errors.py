@@ -1,0 +1,54 @@
+"""What a stage raises to end with a reason: each class knows its exit code, and `worker` maps it once."""
+
+from __future__ import annotations
+
+from tuneloop_trainer.contract import ExitCode, Reason
+
+
+class StageError(Exception):
+    """Ends the stage with a reason and one sentence that the user can act on."""
+
+    exit_code = ExitCode.BUG
+    reason: Reason = Reason.INTERNAL_ERROR
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class Invalid(StageError):
+    """The user's input is wrong; another attempt would end the same."""
+
+    exit_code = ExitCode.INVALID
+    reason = Reason.DATA_INVALID
+
+    def __init__(self, message: str, reason: Reason = Reason.DATA_INVALID) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class OutOfMemory(StageError):
+    exit_code = ExitCode.OUT_OF_MEMORY
+    reason = Reason.OUT_OF_MEMORY
+
+
+class NonFinite(StageError):
+    """The loss or the gradient is no longer a number."""
+
+    exit_code = ExitCode.NON_FINITE
+    reason = Reason.NON_FINITE_LOSS
+
+
+class Interrupted(BaseException):
+    """SIGTERM was received; what was reached is saved. No `Exception`, so that no library's broad except takes it for its own."""
+
+    exit_code = ExitCode.INTERRUPTED
+    reason = Reason.PREEMPTED
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class Mismatch(StageError):
+    """A published folder is not what its manifest says."""

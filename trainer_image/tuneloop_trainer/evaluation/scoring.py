@@ -1,0 +1,132 @@
+"""Scores a model on items: log-probabilities of labels, held-out loss, greedy answers. Batches hold items of like length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from tuneloop_trainer.chat import Encoded
+from tuneloop_trainer.models import Model
+
+TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 65536}
+LABEL_SCORING = "summed-log-probability/1"
+"""Name of the scoring rule in cache keys; a change of the rule changes it."""
+Done = Callable[[int], None]
+
+
+def label_scores(model: Model, prompts: Sequence[list[int]], labels: Sequence[Sequence[list[int]]], done: Done) -> list[list[float]]:
+    """Summed log-probability of each label after each prompt, its stop token included.
+
+    A prompt is computed once and its keys and values are shared by all its labels.
+    `labels[i][k]` are the tokens of label k after prompt i.
+    """
+    scores: list[list[float]] = [[] for _ in prompts]
+    finished = 0
+    for batch in _batches([len(prompt) for prompt in prompts], model.device.type):
+        rows = _label_batch(model, [prompts[index] for index in batch], [labels[index] for index in batch])
+        for index, row in zip(batch, rows, strict=True):
+            scores[index] = row
+        finished += len(batch)
+        done(finished)
+    return scores
+
+
+@torch.inference_mode()
+def _label_batch(model: Model, prompts: list[list[int]], labels: list[Sequence[list[int]]]) -> list[list[float]]:
+    ids, mask = _left_padded(prompts, model.device)
+    out = model(input_ids=ids, attention_mask=mask, position_ids=_positions(mask), use_cache=True, logits_to_keep=1)
+    first = torch.log_softmax(out.logits[:, -1].float(), dim=-1)
+    count = len(labels[0])
+    flat = [label for choices in labels for label in choices]
+    sums = first.repeat_interleave(count, 0).gather(1, torch.tensor([[label[0]] for label in flat], device=model.device)).squeeze(1)
+    if max(map(len, flat)) > 1:
+        cache = out.past_key_values
+        cache.batch_repeat_interleave(count)
+        inputs, real = _right_padded([label[:-1] for label in flat], model.device)
+        whole = torch.cat([mask.repeat_interleave(count, 0), real], dim=1)
+        positions = mask.sum(1, keepdim=True).repeat_interleave(count, 0) + torch.arange(inputs.shape[1], device=model.device)
+        out = model(input_ids=inputs, attention_mask=whole, position_ids=positions, past_key_values=cache, use_cache=True)
+        targets, kept = _right_padded([label[1:] for label in flat], model.device)
+        chances = torch.log_softmax(out.logits.float(), dim=-1).gather(2, targets.unsqueeze(2)).squeeze(2)
+        sums = sums + (chances * kept).sum(1)
+    rows: list[list[float]] = sums.reshape(-1, count).tolist()
+    return rows
+
+
+def held_out_losses(model: Model, items: Sequence[Encoded], limit: int, done: Done) -> list[tuple[float, int]]:
+    """Per item the summed negative log-probability of the completion's tokens, and their number; cut at `limit` tokens."""
+    losses: list[tuple[float, int]] = [(0.0, 0)] * len(items)
+    rows = [(item.prompt + item.completion)[:limit] for item in items]
+    finished = 0
+    for batch in _batches([len(row) for row in rows], model.device.type):
+        counts = [min(len(rows[index]) - len(items[index].prompt), len(rows[index]) - 1) for index in batch]
+        for index, loss in zip(batch, _loss_batch(model, [rows[index] for index in batch], counts), strict=True):
+            losses[index] = loss
+        finished += len(batch)
+        done(finished)
+    return losses
+
+
+@torch.inference_mode()
+def _loss_batch(model: Model, rows: list[list[int]], counts: list[int]) -> list[tuple[float, int]]:
+    ids, mask = _left_padded(rows, model.device)
+    longest = max(1, *counts) if len(counts) > 1 else max(1, counts[0])
+    out = model(input_ids=ids, attention_mask=mask, position_ids=_positions(mask), use_cache=False, logits_to_keep=longest + 1)
+    chances = torch.log_softmax(out.logits[:, :-1].float(), dim=-1)
+    chosen = chances.gather(2, ids[:, -longest:].unsqueeze(2)).squeeze(2)
+    return [(float(-chosen[row, longest - max(count, 0) :].sum()), max(count, 0)) for row, count in enumerate(counts)]
+
+
+def greedy_answers(model: Model, prompts: Sequence[list[int]], max_tokens: int, stops: frozenset[int], done: Done) -> list[list[int]]:
+    """The most likely continuation of each prompt, token by token, without its stop token."""
+    from transformers import GenerationConfig
+
+    stop_list = sorted(stops)
+    settings = GenerationConfig(max_new_tokens=max_tokens, do_sample=False, num_beams=1, eos_token_id=stop_list, pad_token_id=stop_list[0])
+    answers: list[list[int]] = [[] for _ in prompts]
+    finished = 0
+    for batch in _batches([len(prompt) for prompt in prompts], model.device.type):
+        ids, mask = _left_padded([prompts[index] for index in batch], model.device)
+        with torch.inference_mode():
+            out = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+        for index, row in zip(batch, out[:, ids.shape[1] :].tolist(), strict=True):
+            end = next((place for place, token in enumerate(row) if token in stops), len(row))
+            answers[index] = row[:end]
+        finished += len(batch)
+        done(finished)
+    return answers
+
+
+def _batches(lengths: Sequence[int], device: str) -> Iterator[list[int]]:
+    """Indices in batches of at most so many padded tokens, longest first: what does not fit fails at once."""
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        if batch and (len(batch) + 1) * lengths[batch[0]] > TOKENS_PER_BATCH[device]:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+Tensor = Any  # torch is followed by no type checker here
+
+
+def _left_padded(rows: Sequence[list[int]], device: Any) -> tuple[Tensor, Tensor]:
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, mask
+
+
+def _right_padded(rows: Sequence[list[int]], device: Any) -> tuple[Tensor, Tensor]:
+    width = max(1, *map(len, rows)) if len(rows) > 1 else max(1, len(rows[0]))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
+    return ids, mask
+
+
+def _positions(mask: Tensor) -> Tensor:
+    return (mask.cumsum(1) - 1).clamp(min=0)

@@ -1,0 +1,107 @@
+"""One suite, ready to be scored: its items as tokens, and how a model is scored on them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tuneloop_trainer.chat import Encoded, Formatter
+from tuneloop_trainer.contract import RunConfig, Suite, SuiteScore
+from tuneloop_trainer.data.suites import Item, labels_of, needs_labels, read_items
+from tuneloop_trainer.evaluation import scoring
+from tuneloop_trainer.evaluation.baselines import SuiteScores, cache_key
+from tuneloop_trainer.evaluation.gates import Paired
+from tuneloop_trainer.evaluation.statistics import macro_f1
+from tuneloop_trainer.models import Model
+from tuneloop_trainer.progress import ProgressWriter
+
+
+@dataclass(frozen=True)
+class PreparedSuite:
+    suite: Suite
+    digest: str
+    items: list[Item]
+    encoded: list[Encoded]
+    labels: tuple[str, ...]
+    label_tokens: list[list[list[int]]]
+    prompt_hash: str
+    """Over every rendered prompt and label: two tokenizers or templates that differ never share scores."""
+    limit: int
+
+    @property
+    def expected(self) -> list[int]:
+        return [self.labels.index(item.completion) for item in self.items]
+
+    @property
+    def longest_label(self) -> int:
+        return max((len(tokens) for choices in self.label_tokens for tokens in choices), default=0)
+
+    def key(self, model_digest: str, dtype: str) -> str:
+        return cache_key(
+            model=model_digest, suite=self.digest, prompt=self.prompt_hash, dtype=dtype, rule=scoring.LABEL_SCORING,
+            metrics=",".join(sorted(self.suite.metrics)), limit=self.limit,
+        )  # fmt: skip
+
+    def score(self, model: Model, progress: ProgressWriter, who: str) -> SuiteScores:
+        """The model's scores on every item."""
+        label_scores: list[list[float]] = []
+        losses: list[tuple[float, int]] = []
+        if self.labels:
+            done = progress.counter(f"Scoring {who}", len(self.items))
+            label_scores = scoring.label_scores(model, [item.prompt for item in self.encoded], self.label_tokens, done)
+        if "Loss" in self.suite.metrics:
+            done = progress.counter(f"Loss {who}", len(self.items))
+            losses = scoring.held_out_losses(model, self.encoded, self.limit, done)
+        return SuiteScores(labels=self.labels, label_scores=tuple(map(tuple, label_scores)), losses=tuple(losses))
+
+    def paired(self, metric: str, candidate: SuiteScores, baseline: SuiteScores) -> Paired:
+        """Both models' values for a gate, item by item. Items without a token to predict are left out of Loss."""
+        documents = [item.document for item in self.items]
+        if metric == "Accuracy":
+            hits = [np.equal(scores.chosen(), self.expected).astype(float) for scores in (candidate, baseline)]
+            return Paired(hits[0], hits[1], np.ones(len(documents)), documents)
+        tokens = np.array([count for _, count in baseline.losses])
+        kept = np.nonzero(tokens)[0]
+        values = [np.array([loss for loss, _ in scores.losses])[kept] / tokens[kept] for scores in (candidate, baseline)]
+        return Paired(values[0], values[1], tokens[kept].astype(float), [documents[place] for place in kept])
+
+    def summary(self, candidate: SuiteScores, baseline: SuiteScores, parse_rate: float | None) -> SuiteScore:
+        """The point estimates that stand beside the gates."""
+        score = SuiteScore(n=len(self.items), parse_rate=parse_rate)
+        if self.labels:
+            expected, chosen = self.expected, candidate.chosen()
+            score = score.model_copy(
+                update={
+                    "accuracy": _rounded(np.mean(np.equal(chosen, expected))),
+                    "baseline_accuracy": _rounded(np.mean(np.equal(baseline.chosen(), expected))),
+                    "macro_f1": _rounded(macro_f1(expected, chosen, len(self.labels))),
+                    "majority_rate": _rounded(Counter(expected).most_common(1)[0][1] / len(expected)),
+                }
+            )
+        if candidate.losses:
+            total = sum(count for _, count in candidate.losses)
+            score = score.model_copy(update={"loss": _rounded(sum(loss for loss, _ in candidate.losses) / max(total, 1))})
+        return score
+
+
+def prepare_suite(config: RunConfig, suite: Suite, digest: str, folder: Path, formatter: Formatter) -> PreparedSuite:
+    """Read the snapshot and turn it into tokens."""
+    items = read_items(folder, suite)
+    labels = labels_of(suite, items) if needs_labels(suite) else ()
+    encoded = [formatter.encode(item.prompt, item.completion, item.system) for item in items]
+    tokens = [[formatter.encode(item.prompt, label, item.system).completion for label in labels] for item in items] if labels else []
+    content = repr([(item.prompt, item.completion) for item in encoded]) + repr(tokens)
+    return PreparedSuite(suite, digest, items, encoded, labels, tokens, hashlib.sha256(content.encode()).hexdigest(), _limit(config, suite))
+
+
+def _limit(config: RunConfig, suite: Suite) -> int:
+    """The validation split is cut as the training rows are; other suites are read whole."""
+    return config.training.max_sequence_length if suite.type == "Validation" else 1 << 20
+
+
+def _rounded(value: float) -> float:
+    return round(float(value), 5)

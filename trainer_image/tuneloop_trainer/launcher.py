@@ -1,0 +1,188 @@
+"""PID 1 of a stage's pod: starts the worker, forwards SIGTERM, reaps, watches for stalls, and tells the operator how it ended.
+
+The worker is a process of its own because what ends it may not be catchable: the kernel's OOM killer, a crash in native code,
+a device that hangs. The launcher imports no ML library, so it stays small and always answers.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from tuneloop_trainer import contract, hardware
+from tuneloop_trainer.contract import ExitCode, Progress, Reason, RunConfig, Stage, StageResult
+from tuneloop_trainer.progress import read_progress
+from tuneloop_trainer.results import read_result, sentence, write_result, write_termination
+from tuneloop_trainer.server import ProgressServer
+from tuneloop_trainer.watchdog import Watchdog
+
+log = logging.getLogger("tuneloop.launcher")
+POLL_SECONDS = 0.2
+STACKS_SECONDS = 1.0
+"""Time that a stalled worker has to print its stacks before it is killed."""
+ENV_CONFIG = "TUNELOOP_CONFIG"
+ENV_PROGRESS = "TUNELOOP_PROGRESS_FILE"
+ENV_RESULT = "TUNELOOP_RESULT_FILE"
+ENV_POD_UID = "POD_UID"
+CACHES = ("HF_HOME", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "MPLCONFIGDIR")
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """Where the launcher reads and writes; from the environment in a pod, made up in tests."""
+
+    config: Path
+    termination: Path
+    port: int
+    pod_uid: str
+    environment: Mapping[str, str]
+
+    @classmethod
+    def from_environment(cls) -> Surroundings:
+        env = os.environ
+        return cls(
+            config=Path(env.get(ENV_CONFIG, contract.CONFIG_PATH)),
+            termination=Path(env.get("TERMINATION_PATH", contract.TERMINATION_PATH)),
+            port=int(env.get("PROGRESS_PORT", contract.PROGRESS_PORT)),
+            pod_uid=env.get(ENV_POD_UID, ""),
+            environment=dict(env),
+        )
+
+
+class Launcher:
+    """One run of one stage."""
+
+    def __init__(self, stage: Stage, surroundings: Surroundings) -> None:
+        self._stage = stage
+        self._at = surroundings
+        self._scratch = Path(tempfile.mkdtemp(prefix="tuneloop-"))
+        self._progress_file = self._scratch / "progress.json"
+        self._result_file = self._scratch / "result.json"
+        self._worker: subprocess.Popen[bytes] | None = None
+        self._terminated = False
+
+    def run(self) -> int:
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
+        os.umask(0o022)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._forward)
+        try:
+            return self._run()
+        finally:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def _run(self) -> int:
+        try:
+            config = RunConfig.model_validate_json(self._at.config.read_bytes())
+        except (OSError, ValidationError) as error:
+            return self._tell(None, self._failure(ExitCode.BUG, f"The run's configuration cannot be read: {error}"))
+        server = ProgressServer(self._at.port, self._progress)
+        server.start()
+        try:
+            oom_kills = hardware.oom_kills()
+            code, stalled = self._watch(self._start(config), config)
+            killed_for_memory = (hardware.oom_kills() or 0) > (oom_kills or 0)
+            return self._tell(config, self._conclude(code, stalled, killed_for_memory))
+        finally:
+            server.stop()
+
+    def _start(self, config: RunConfig) -> int:
+        environment = worker_environment(self._at.environment, self._scratch, config)
+        environment |= {
+            ENV_CONFIG: str(self._at.config),
+            ENV_PROGRESS: str(self._progress_file),
+            ENV_RESULT: str(self._result_file),
+            ENV_POD_UID: self._at.pod_uid,
+        }
+        self._worker = subprocess.Popen([sys.executable, "-m", "tuneloop_trainer.worker", self._stage.value], env=environment)
+        if self._terminated:
+            self._worker.send_signal(signal.SIGTERM)
+        return self._worker.pid
+
+    def _watch(self, pid: int, config: RunConfig) -> tuple[int, Watchdog | None]:
+        """Wait for the worker, reaping whatever else falls to PID 1. Returns its exit code and the watchdog if that ended it."""
+        watchdog = Watchdog(config.stall_seconds, time.monotonic()) if self._stage is Stage.TRAIN else None
+        while True:
+            ended, status = os.waitpid(-1, os.WNOHANG)
+            if ended == pid:
+                return os.waitstatus_to_exitcode(status), None
+            if ended:
+                continue
+            if watchdog is not None and watchdog.is_stalled(read_progress(self._progress_file), time.monotonic()):
+                self._kill_stalled(pid)
+                return -signal.SIGKILL, watchdog
+            time.sleep(POLL_SECONDS)
+
+    def _kill_stalled(self, pid: int) -> None:
+        log.error("no step for too long: asking the worker for its stacks, then ending it")
+        os.kill(pid, signal.SIGUSR1)
+        time.sleep(STACKS_SECONDS)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+    def _conclude(self, code: int, stalled: Watchdog | None, killed_for_memory: bool) -> StageResult:
+        result = read_result(self._result_file)
+        if result is not None and result.exit_code == code:
+            return result
+        if stalled is not None:
+            return self._failure(ExitCode.STALLED, f"No step for {stalled.limit_seconds:.0f} s; the worker was ended.", Reason.STEP_STALLED)
+        if code == -signal.SIGKILL:
+            by = "the kernel, for memory" if killed_for_memory else "SIGKILL, most likely for memory"
+            return self._failure(ExitCode.OUT_OF_MEMORY, f"The worker was ended by {by}.", Reason.OUT_OF_MEMORY)
+        if self._terminated and code in (-signal.SIGTERM, -signal.SIGINT):
+            return self._failure(ExitCode.INTERRUPTED, "Ended by SIGTERM before there was anything to save.", Reason.PREEMPTED)
+        how = f"signal {-code}" if code < 0 else f"exit code {code}"
+        return self._failure(ExitCode.BUG, f"The worker ended with {how} and left no result; its log has the cause.")
+
+    def _tell(self, config: RunConfig | None, result: StageResult) -> int:
+        if config is not None:
+            write_result(Path(config.paths.work) / f"{self._stage.value}-result.json", result)
+        try:
+            write_termination(self._at.termination, result)
+        except OSError as error:
+            log.error("the termination message cannot be written: %s", error)
+        log.info("stage=%s exit_code=%d reason=%s %s", self._stage.value, result.exit_code, result.reason, result.message)
+        return result.exit_code
+
+    def _failure(self, code: ExitCode, message: str, reason: Reason = Reason.INTERNAL_ERROR) -> StageResult:
+        return StageResult(stage=self._stage, exit_code=code, reason=reason, message=sentence(message))
+
+    def _progress(self) -> Progress:
+        progress = read_progress(self._progress_file)
+        return progress or Progress(pod_uid=self._at.pod_uid, stage=self._stage, phase="Starting")
+
+    def _forward(self, number: int, frame: object) -> None:
+        self._terminated = True
+        if self._worker is not None:
+            os.kill(self._worker.pid, signal.SIGTERM)
+
+
+def worker_environment(inherited: Mapping[str, str], scratch: Path, config: RunConfig) -> dict[str, str]:
+    """The worker's environment: every cache in scratch (the root is read-only and the user may have no home), threads as the
+    quota says, and no network for stages that need none."""
+    threads = str(hardware.cpu_threads(config.threads))
+    caches = {name: str(scratch / name.lower()) for name in CACHES}
+    own = {
+        "HOME": str(scratch),
+        "USER": "tuneloop",
+        "LOGNAME": "tuneloop",
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
+    return dict(inherited) | caches | own

@@ -1,0 +1,35 @@
+"""The names of every metric of a training pod, and how they follow from a `Progress`."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Gauge, generate_latest
+
+from tuneloop_trainer.contract import Progress
+
+# metric -> (field of Progress, help)
+GAUGES = {
+    "tuneloop_trainer_step": ("step", "Optimizer steps done"),
+    "tuneloop_trainer_max_steps": ("max_steps", "Optimizer steps of the whole run"),
+    "tuneloop_trainer_progress_ratio": ("percent", "Share of the stage that is done, 0 to 1"),
+    "tuneloop_trainer_samples": ("samples", "Rows trained on, or items scored"),
+    "tuneloop_trainer_loss": ("loss", "Training loss of the last step, nats per token"),
+    "tuneloop_trainer_learning_rate": ("learning_rate", "Learning rate of the last step"),
+    "tuneloop_trainer_gradient_norm": ("gradient_norm", "Gradient norm of the last step, before clipping"),
+    "tuneloop_trainer_tokens_per_second": ("tokens_per_second", "Tokens trained on a second, padding left out"),
+    "tuneloop_trainer_remaining_seconds": ("remaining_seconds", "Seconds that the stage will still take"),
+    "tuneloop_trainer_checkpoint_step": ("checkpoint_step", "Step of the newest complete checkpoint"),
+    "tuneloop_trainer_peak_memory_bytes": ("peak_memory_bytes", "Peak memory of the worker: the device's, or resident on a CPU"),
+}
+INFO = "tuneloop_trainer_stage_info"
+
+
+def render(progress: Progress) -> bytes:
+    """The exposition text. A value that is not known yet has no sample, rather than a zero."""
+    registry = CollectorRegistry()
+    info = Gauge(INFO, "The stage and phase that run now", ["stage", "phase"], registry=registry)
+    info.labels(stage=progress.stage.value, phase=progress.phase).set(1)
+    for name, (field, text) in GAUGES.items():
+        value = getattr(progress, field)
+        if value is not None:
+            Gauge(name, text, registry=registry).set(value / 100 if field == "percent" else value)
+    return generate_latest(registry)

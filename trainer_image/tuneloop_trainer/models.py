@@ -1,0 +1,51 @@
+"""Loads models and tokenisers from local, verified folders; nothing here reaches the network or runs a model's own code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from tuneloop_trainer.contract import Reason
+from tuneloop_trainer.errors import Invalid
+from tuneloop_trainer.hardware import device
+
+Model = Any  # transformers and torch are followed by no type checker here
+Tokenizer = Any
+
+
+def load_tokenizer(folder: Path, uri: str) -> Tokenizer:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever is wrong with a model's files, it is the model that has to change
+        raise Invalid(f"The tokenizer of {uri} does not load: {error}", Reason.MODEL_NOT_FOUND) from error
+
+
+def load_model(folder: Path, uri: str, dtype: Literal["bfloat16", "float32"]) -> Model:
+    """The causal language model on the device, in evaluation mode."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=getattr(torch, dtype),
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            attn_implementation="sdpa",
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise Invalid(f"Model {uri} does not load as a causal language model: {error}", Reason.MODEL_NOT_FOUND) from error
+    return model.to(device()).eval()
+
+
+def load_adapter(model: Model, folder: Path) -> Model:
+    """The model with a LoRA adapter in the model's own precision: as the engine applies it."""
+    from peft import PeftModel
+
+    dtype = next(model.parameters()).dtype
+    return PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=False).to(dtype).eval()

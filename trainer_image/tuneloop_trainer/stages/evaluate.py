@@ -1,0 +1,226 @@
+"""evaluate: the packaged artifact against the pinned baseline, on the suites that prepare snapshotted."""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+from pathlib import Path
+from typing import Final
+
+from tuneloop_trainer import bases, hardware, models
+from tuneloop_trainer.chat import Formatter, stop_ids
+from tuneloop_trainer.contract import (
+    Artifact,
+    EvaluateSummary,
+    ExitCode,
+    Gate,
+    GateResult,
+    Probe,
+    RunConfig,
+    Stage,
+    StageResult,
+    SuiteScore,
+)
+from tuneloop_trainer.data.suites import suites_of
+from tuneloop_trainer.errors import StageError
+from tuneloop_trainer.evaluation import gates, scoring
+from tuneloop_trainer.evaluation.baselines import SuiteScores, read_scores, write_scores
+from tuneloop_trainer.evaluation.suites import PreparedSuite, prepare_suite
+from tuneloop_trainer.manifests import publish, sha256_file, staging
+from tuneloop_trainer.models import Model
+from tuneloop_trainer.progress import ProgressWriter
+from tuneloop_trainer.results import RESULT_FILE, sentence, write_result
+from tuneloop_trainer.stages.outputs import require_stage, run_key, stage_folder, told_again
+from tuneloop_trainer.stages.package import published
+from tuneloop_trainer.stages.prepare import SUITES
+
+log = logging.getLogger("tuneloop.evaluate")
+DTYPE: Final = "bfloat16"
+"""Precision of candidate and baseline alike: the one that is served."""
+RESULTS, PROBES = "results.json", "probes.json"
+MAX_PROBES = 50
+SAMPLE = 50
+"""Items of a suite that are answered freely, for the share of answers that are a label."""
+MAX_ANSWER_TOKENS = 16
+
+Scores = dict[str, SuiteScores]
+
+
+def evaluate(config: RunConfig, progress: ProgressWriter) -> StageResult:
+    candidate = packaged(config)
+    if (result := told_again(config, Stage.EVALUATE)) is not None and _judged(result) == candidate.manifest_digest:
+        return result
+    progress.phase("LoadingModel")
+    manifest, prepared = require_stage(config, Stage.PREPARE)
+    base = bases.require_base(config.base, config.paths, str(manifest.metadata["base_digest"]))
+    tokenizer = models.load_tokenizer(base, config.base.uri)
+    formatter = Formatter(tokenizer, stop_ids(base, tokenizer), config.prompt_format)
+    digests = prepared.prepare.suite_digests if prepared.prepare else {}
+    folder = stage_folder(config, Stage.PREPARE) / SUITES
+    suites = {suite.name: prepare_suite(config, suite, digests[suite.name], folder, formatter) for suite in suites_of(config)}
+
+    scores, answers = score_candidate(config, base, candidate, suites, formatter, stop_ids(base, tokenizer), progress)
+    baseline = score_baseline(config, base, str(manifest.metadata["base_digest"]), suites, progress)
+    return conclude(config, candidate, suites, scores, baseline, answers)
+
+
+def score_candidate(
+    config: RunConfig,
+    base: Path,
+    candidate: Artifact,
+    suites: dict[str, PreparedSuite],
+    formatter: Formatter,
+    stops: frozenset[int],
+    progress: ProgressWriter,
+) -> tuple[Scores, dict[str, list[str]]]:
+    """Scores on every suite, and free answers to a sample of each suite that has labels."""
+    model = load_artifact(candidate, base, config.base.uri)
+    scores = {name: suite.score(model, progress, "candidate") for name, suite in suites.items()}
+    answers = {}
+    for name, suite in suites.items():
+        if suite.labels:
+            done = progress.counter("Answering", min(SAMPLE, len(suite.items)))
+            prompts = [item.prompt for item in suite.encoded[:SAMPLE]]
+            tokens = scoring.greedy_answers(model, prompts, answer_tokens(suite), stops, done)
+            answers[name] = [formatter.decode(row) for row in tokens]
+    return scores, answers
+
+
+def score_baseline(config: RunConfig, base: Path, base_digest: str, suites: dict[str, PreparedSuite], progress: ProgressWriter) -> Scores:
+    """The pinned baseline's scores, from the cache where another run has made them."""
+    pinned = config.evaluation.baseline.artifact
+    identity = base_digest if pinned is None else f"{pinned.manifest_digest}+{base_digest}"
+    cache = Path(config.paths.cache)
+    scores = {name: read_scores(cache, suite.key(identity, DTYPE)) for name, suite in suites.items()}
+    found = {name: score for name, score in scores.items() if score is not None}
+    if len(found) < len(suites):
+        progress.phase("LoadingBaseline")
+        model = _baseline_model(config, pinned, base)
+        for name, suite in suites.items():
+            if name not in found:
+                found[name] = suite.score(model, progress, "baseline")
+                write_scores(cache, suite.key(identity, DTYPE), found[name])
+    return found
+
+
+def _baseline_model(config: RunConfig, pinned: Artifact | None, base: Path) -> Model:
+    gc.collect()
+    if pinned is None:
+        return models.load_model(base, config.base.uri, DTYPE)
+    below = bases.base_folder(pinned.base, config.paths) if pinned.base is not None else base
+    return load_artifact(pinned, below, (pinned.base or config.base).uri)
+
+
+def load_artifact(artifact: Artifact, base: Path, base_uri: str) -> Model:
+    """A packaged model, verified by its digest, as it is served."""
+    import torch
+
+    torch.set_num_threads(hardware.cpu_threads())
+    folder = bases.require_artifact(artifact)
+    if artifact.format == "Merged":
+        return models.load_model(folder, artifact.path, DTYPE)
+    return models.load_adapter(models.load_model(base, base_uri, DTYPE), folder)
+
+
+def conclude(
+    config: RunConfig,
+    candidate: Artifact,
+    suites: dict[str, PreparedSuite],
+    scores: Scores,
+    baseline: Scores,
+    answers: dict[str, list[str]],
+) -> StageResult:
+    """Gates, summary, probes and the full results, published."""
+    chosen = gates_of(config)
+    decided = [_decide(config, gate, suites[gate.suite], scores[gate.suite], baseline[gate.suite]) for gate in chosen]
+    summaries = {name: _summary(suite, scores[name], baseline[name], answers.get(name)) for name, suite in suites.items()}
+    target = stage_folder(config, Stage.EVALUATE)
+    probes = probes_of(chosen, suites, answers)
+    summary = EvaluateSummary(
+        verdict=gates.overall([result.verdict for result, _ in decided]),
+        artifact_digest=candidate.manifest_digest,
+        gates=tuple(result for result, _ in decided),
+        scores=summaries,
+        probes=str(target / PROBES) if probes else None,
+        message=sentence(" ".join(advice for _, advice in decided if advice), 300),
+    )
+    with staging(target) as folder:
+        (folder / RESULTS).write_text(json.dumps(_full(summary, suites, scores, baseline, answers), ensure_ascii=False))
+        if probes:
+            (folder / PROBES).write_text(json.dumps([probe.model_dump(mode="json", by_alias=True) for probe in probes], ensure_ascii=False))
+        result = StageResult(
+            stage=Stage.EVALUATE, exit_code=ExitCode.DONE, uri=str(target / RESULTS), sha256=sha256_file(folder / RESULTS), evaluate=summary
+        )
+        write_result(folder / RESULT_FILE, result)
+        publish(folder, target, "dataset", {"run_key": run_key(config), "artifact_digest": candidate.manifest_digest})
+    return result
+
+
+def gates_of(config: RunConfig) -> tuple[Gate, ...]:
+    """The configured gates; a validation split without any gate is tested for a lower held-out loss."""
+    if config.evaluation.gates or config.validation_fraction <= 0:
+        return config.evaluation.gates
+    validation = next(suite for suite in suites_of(config) if suite.type == "Validation")
+    return (Gate(suite=validation.name, metric="Loss", rule="Superior"),) if "Loss" in validation.metrics else ()
+
+
+def answer_tokens(suite: PreparedSuite) -> int:
+    """Tokens for a free answer: the longest label's, its end included."""
+    return min(MAX_ANSWER_TOKENS, suite.longest_label)
+
+
+def probes_of(chosen: tuple[Gate, ...], suites: dict[str, PreparedSuite], answers: dict[str, list[str]]) -> list[Probe]:
+    """What the served model is asked before it takes traffic: items of the first gate's suite that has free answers.
+
+    Items with a system turn of their own are left out, as a probe is a user turn only.
+    """
+    name = next((gate.suite for gate in chosen if gate.suite in answers), next(iter(answers), None))
+    if name is None:
+        return []
+    suite = suites[name]
+    asked = [(item, answer) for item, answer in zip(suite.items, answers[name], strict=False) if item.system is None]
+    return [Probe(prompt=item.prompt, answer=answer, max_tokens=answer_tokens(suite)) for item, answer in asked[:MAX_PROBES]]
+
+
+def _decide(config: RunConfig, gate: Gate, suite: PreparedSuite, candidate: SuiteScores, baseline: SuiteScores) -> tuple[GateResult, str]:
+    paired = suite.paired(gate.metric, candidate, baseline)
+    return gates.decide(gate, paired, config.evaluation.promotions_per_suite, config.training.seed)
+
+
+def _summary(suite: PreparedSuite, candidate: SuiteScores, baseline: SuiteScores, answers: list[str] | None) -> SuiteScore:
+    rate = round(sum(answer in suite.labels for answer in answers) / len(answers), 5) if answers else None
+    return suite.summary(candidate, baseline, rate)
+
+
+def _full(
+    summary: EvaluateSummary, suites: dict[str, PreparedSuite], scores: Scores, baseline: Scores, answers: dict[str, list[str]]
+) -> dict[str, object]:
+    """Every item's scores, so that any figure can be made again. Items are named by their place in the snapshot."""
+    return {
+        "summary": summary.model_dump(mode="json", by_alias=True),
+        "suites": {
+            name: {
+                "digest": suite.digest,
+                "labels": suite.labels,
+                "documents": [item.document for item in suite.items],
+                "expected": suite.expected if suite.labels else [],
+                "candidate": scores[name].model_dump(mode="json"),
+                "baseline": baseline[name].model_dump(mode="json"),
+                "answers": answers.get(name, []),
+            }
+            for name, suite in suites.items()
+        },
+    }
+
+
+def packaged(config: RunConfig) -> Artifact:
+    """The artifact that package published for this configuration, every file verified. Raises StageError."""
+    manifest = published(config)
+    if manifest is None:
+        raise StageError("There is no packaged model of this run that verifies; nothing is evaluated.")
+    return Artifact(path=config.paths.artifact, manifest_digest=manifest.digest(), format=config.output_format, base=config.base)
+
+
+def _judged(result: StageResult) -> str | None:
+    return result.evaluate.artifact_digest if result.evaluate else None

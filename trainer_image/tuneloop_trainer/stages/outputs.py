@@ -1,0 +1,44 @@
+"""Where each stage's output lies, and how a stage that is already done tells its result again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from tuneloop_trainer.contract import Manifest, RunConfig, Stage, StageResult
+from tuneloop_trainer.errors import Mismatch, StageError
+from tuneloop_trainer.manifests import verify
+from tuneloop_trainer.results import RESULT_FILE, read_result
+
+
+def stage_folder(config: RunConfig, stage: Stage) -> Path:
+    return Path(config.paths.work) / stage.value
+
+
+def run_key(config: RunConfig) -> str:
+    """Hash of what the run's outputs depend on; an output of another key is made anew."""
+    content = config.model_dump(mode="json", exclude={"threads", "stall_seconds", "checkpoint", "image"})
+    content["training"].pop("micro_batch_size")
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def told_again(config: RunConfig, stage: Stage, folder: Path | None = None) -> StageResult | None:
+    """The result of a stage whose published folder verifies; None where it has to run."""
+    folder = folder or stage_folder(config, stage)
+    try:
+        manifest = verify(folder)
+    except Mismatch:
+        return None
+    result = read_result(folder / RESULT_FILE)
+    return result if manifest.metadata.get("run_key") == run_key(config) else None
+
+
+def require_stage(config: RunConfig, stage: Stage) -> tuple[Manifest, StageResult]:
+    """The output of an earlier stage, verified. Raises StageError where it is missing or of another configuration."""
+    folder = stage_folder(config, stage)
+    manifest = verify(folder)
+    result = read_result(folder / RESULT_FILE)
+    if result is None or manifest.metadata.get("run_key") != run_key(config):
+        raise StageError(f"The output of {stage.value} was made for another configuration of this run.")
+    return manifest, result

@@ -1,0 +1,216 @@
+"""train: SFT with LoRA or of all weights on what prepare wrote, resumable at any step."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tuneloop_trainer import bases, hardware, models
+from tuneloop_trainer.contract import ExitCode, Reason, RunConfig, Stage, StageResult, TrainSummary
+from tuneloop_trainer.data.shards import read_table, shard_files
+from tuneloop_trainer.errors import Invalid
+from tuneloop_trainer.interrupts import Interrupts
+from tuneloop_trainer.manifests import publish, staging
+from tuneloop_trainer.progress import ProgressWriter
+from tuneloop_trainer.results import RESULT_FILE, write_result
+from tuneloop_trainer.stages.outputs import require_stage, run_key, stage_folder, told_again
+from tuneloop_trainer.stages.prepare import CARD
+from tuneloop_trainer.training.arguments import parse_arguments
+from tuneloop_trainer.training.checkpoints import Checkpoint, Checkpoints
+from tuneloop_trainer.training.plan import Plan, make_plan
+
+log = logging.getLogger("tuneloop.train")
+EVALUATIONS = 10
+"""Times that the held-out loss is measured in a run that may stop early."""
+
+
+@dataclass
+class Attempt:
+    """One attempt's trainer and what it started from."""
+
+    trainer: Any  # Any: Trainer is imported only where torch is needed
+    report: Any
+    plan: Plan
+    checkpoints: Checkpoints
+    resumed: Checkpoint | None
+    steps_lost: int
+    best: Any
+
+
+def train(config: RunConfig, progress: ProgressWriter, interrupts: Interrupts) -> StageResult:
+    folder = stage_folder(config, Stage.TRAIN) / "final"
+    if (result := told_again(config, Stage.TRAIN, folder)) is not None:
+        return result
+    progress.phase("LoadingData")
+    manifest, prepared = require_stage(config, Stage.PREPARE)
+    base = bases.require_base(config.base, config.paths, str(manifest.metadata["base_digest"]))
+    progress.phase("LoadingModel")
+    attempt = assemble(config, prepared, base, progress, interrupts)
+    started = time.monotonic()
+    interrupts.defer()
+    attempt.trainer.train(resume_from_checkpoint=str(attempt.resumed.folder) if attempt.resumed else None)
+    summary = summarize(attempt, time.monotonic() - started)
+    if interrupts.requested and summary.step < summary.max_steps:
+        message = f"Saved at step {summary.step} of {summary.max_steps} after SIGTERM."
+        return StageResult(stage=Stage.TRAIN, exit_code=ExitCode.INTERRUPTED, reason=Reason.PREEMPTED, message=message, train=summary)
+    progress.phase("Saving")
+    return finish(config, attempt, summary, folder)
+
+
+def assemble(config: RunConfig, prepared: StageResult, base: Path, progress: ProgressWriter, interrupts: Interrupts) -> Attempt:
+    """Model, data, callbacks and trainer; and the checkpoint to resume from."""
+    import torch
+
+    from tuneloop_trainer.training.callbacks import DecideCheckpoints, ReportProgress
+    from tuneloop_trainer.training.trainer import Trainer, trainable_share
+
+    torch.set_num_threads(hardware.cpu_threads(config.threads))
+    data = stage_folder(config, Stage.PREPARE)
+    sources = json.loads((data / CARD).read_text())["sources"]
+    lengths = np.asarray(read_table(data, "train")["length"], dtype=np.int64)
+    plan = make_plan(config, prepared, [source["rows"] for source in sources], lengths, hardware.device())
+    checkpoints = Checkpoints(stage_folder(config, Stage.TRAIN) / "checkpoints", plan.key, config.checkpoint.keep)
+    resumed = checkpoints.newest()
+    writing = stage_folder(config, Stage.TRAIN) / "writing"
+    shutil.rmtree(writing, ignore_errors=True)
+    stop_early = _stop_early(config, resumed)
+    arguments = training_arguments(config, plan, writing, stop_early is not None)
+    log.info("settings: %s", {name: getattr(arguments, name) for name in SHOWN})
+    trainer = Trainer(
+        model=load(config, base),
+        args=arguments,
+        processing_class=models.load_tokenizer(base, config.base.uri),
+        train_dataset=_dataset(data, "train"),
+        eval_dataset=_dataset(data, "validation") if stop_early is not None else None,
+        order=plan.order,
+        consumed=resumed.samples if resumed else 0,
+        checkpoints=checkpoints,
+    )
+    log.info("trainable share of the weights: %.4f", trainable_share(trainer.model))
+    report = ReportProgress(progress, checkpoints, plan.global_batch, trainer.tokens_trained)
+    for callback in filter(None, (stop_early, report, DecideCheckpoints(config.checkpoint, interrupts))):
+        trainer.add_callback(callback)
+    if stop_early is not None:
+        trainer.best_step = stop_early.best_step
+        stop_early.keep = lambda step: setattr(trainer, "best_step", step)
+    progress.update(checkpoint_step=resumed.step if resumed else None)
+    lost = max(0, checkpoints.reached_step() - (resumed.step if resumed else 0))
+    return Attempt(trainer, report, plan, checkpoints, resumed, lost, stop_early)
+
+
+SHOWN = (
+    "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps",
+    "weight_decay", "max_grad_norm", "bf16", "gradient_checkpointing", "optim", "seed",
+)  # fmt: skip
+
+
+def training_arguments(config: RunConfig, plan: Plan, folder: Path, evaluates: bool) -> Any:
+    """The resolved arguments: the configuration, then our defaults, with the user's extra arguments over both."""
+    from trl import SFTConfig
+
+    training = config.training
+    on_cpu = hardware.device() == "cpu"
+    warmup = training.warmup_steps if training.warmup_steps is not None else -(-3 * plan.max_steps // 100)
+    arguments: dict[str, Any] = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": plan.micro_batch,
+        "per_device_eval_batch_size": plan.micro_batch,
+        "gradient_accumulation_steps": plan.accumulation,
+        "max_steps": plan.max_steps,
+        "learning_rate": training.learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": warmup,
+        "bf16": training.precision == "BF16",
+        "seed": training.seed,
+        "use_cpu": on_cpu,
+        "gradient_checkpointing": not on_cpu,
+        "dataloader_pin_memory": not on_cpu,
+        "padding_free": training.packing,
+        "max_length": None,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "ignore_data_skip": True,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "save_strategy": "no",
+        "eval_strategy": "steps" if evaluates else "no",
+        "eval_steps": max(1, plan.max_steps // EVALUATIONS),
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    return SFTConfig(**(arguments | parse_arguments(training.extra_arguments)))
+
+
+def load(config: RunConfig, base: Path) -> models.Model:
+    """LoRA: the base frozen in bf16 under fp32 adapters. Full: fp32 masters; bf16 is autocast's."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    # The adapter's random initialisation is drawn here.
+    torch.manual_seed(config.training.seed)
+    if config.method.type == "Full" or config.method.lora is None:
+        return models.load_model(base, config.base.uri, "float32").train()
+    lora = config.method.lora
+    model = models.load_model(base, config.base.uri, "bfloat16" if config.training.precision == "BF16" else "float32")
+    targets = "all-linear" if lora.target_modules == "AllLinear" else ["q_proj", "k_proj", "v_proj", "o_proj"]
+    adapter = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type="CAUSAL_LM")
+    try:
+        return get_peft_model(model, adapter, autocast_adapter_dtype=True)
+    except ValueError as error:
+        raise Invalid(f"LoRA does not fit {config.base.uri}: {error}", Reason.MODEL_NOT_FOUND) from error
+
+
+def summarize(attempt: Attempt, seconds: float) -> TrainSummary:
+    state, report = attempt.trainer.state, attempt.report
+    return TrainSummary(
+        step=state.global_step,
+        max_steps=attempt.plan.max_steps,
+        samples=state.global_step * attempt.plan.global_batch,
+        loss=report.losses[-1] if report.losses else None,
+        validation_loss=next((entry["eval_loss"] for entry in reversed(state.log_history) if "eval_loss" in entry), None),
+        tokens_per_second=report.tokens_per_second(),
+        seconds=round(seconds, 1),
+        resumed_from_step=attempt.resumed.step if attempt.resumed else None,
+        steps_lost=attempt.steps_lost,
+        peak_memory_bytes=hardware.peak_memory_bytes(),
+        micro_batch_size=attempt.plan.micro_batch,
+    )
+
+
+def finish(config: RunConfig, attempt: Attempt, summary: TrainSummary, folder: Path) -> StageResult:
+    """Publish the weights of the last, or best, checkpoint with the run's log; the checkpoints are no longer needed."""
+    state = attempt.trainer.state
+    step = attempt.best.best_step if attempt.best is not None and attempt.best.best_step else state.global_step
+    with staging(folder) as temporary:
+        attempt.checkpoints.link_weights(attempt.checkpoints.get(step), temporary)
+        (temporary / "log.json").write_text(json.dumps(state.log_history, indent=1))
+        result = StageResult(stage=Stage.TRAIN, exit_code=ExitCode.DONE, uri=str(folder / "log.json"), train=summary)
+        write_result(temporary / RESULT_FILE, result)
+        publish(temporary, folder, "checkpoint", {"run_key": run_key(config), "step": step, "method": config.method.type})
+    attempt.checkpoints.clear()
+    shutil.rmtree(stage_folder(config, Stage.TRAIN) / "writing", ignore_errors=True)
+    return result
+
+
+def _stop_early(config: RunConfig, resumed: Checkpoint | None) -> Any:
+    from tuneloop_trainer.training.callbacks import StopEarly
+
+    patience = config.training.early_stopping_patience
+    if patience is None or config.validation_fraction <= 0:
+        return None
+    if resumed is None:
+        return StopEarly(patience)
+    saved = json.loads((resumed.folder / "trainer_state.json").read_text())["stateful_callbacks"].get("StopEarly")
+    return StopEarly.from_state(saved) if saved else StopEarly(patience)
+
+
+def _dataset(folder: Path, name: str) -> Any:
+    from datasets import Dataset, concatenate_datasets
+
+    return concatenate_datasets([Dataset.from_file(path) for path in shard_files(folder, name)])

@@ -1,0 +1,1 @@
+"""What `stages.train` is put together from."""

@@ -1,0 +1,131 @@
+"""What happens after each step: progress, checkpoints by time, the end on SIGTERM or on a loss that is no number."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_callback import ExportableState
+
+from tuneloop_trainer.contract import Checkpoint
+from tuneloop_trainer.errors import NonFinite
+from tuneloop_trainer.hardware import peak_memory_bytes
+from tuneloop_trainer.interrupts import Interrupts
+from tuneloop_trainer.progress import ProgressWriter
+from tuneloop_trainer.training.checkpoints import Checkpoints
+from tuneloop_trainer.watchdog import TRAINING
+
+RECENT_STEPS = 20
+
+
+class ReportProgress(TrainerCallback):
+    """Writes step, loss, speed and remaining time after each step."""
+
+    def __init__(self, progress: ProgressWriter, checkpoints: Checkpoints, global_batch: int, tokens: Callable[[], int]) -> None:
+        self._progress = progress
+        self._checkpoints = checkpoints
+        self._global_batch = global_batch
+        self._tokens = tokens
+        self._marks: deque[tuple[float, int, int]] = deque(maxlen=RECENT_STEPS + 1)  # (time, step, tokens)
+        self.losses: list[float] = []
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._marks.append((time.monotonic(), state.global_step, self._tokens()))
+        self._progress.phase(TRAINING, step=state.global_step, max_steps=state.max_steps)
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        logs = logs or {}
+        if "loss" not in logs:
+            return
+        loss, norm = float(logs["loss"]), float(logs.get("grad_norm", 0.0))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise NonFinite(
+                f"Step {state.global_step}: loss {loss}, gradient norm {norm}. Lower training.learningRate, or look at the data."
+            )
+        self.losses.append(loss)
+        self._marks.append((time.monotonic(), state.global_step, self._tokens()))
+        self._progress.update(
+            phase=TRAINING,
+            step=state.global_step,
+            percent=round(100 * state.global_step / state.max_steps, 1),
+            samples=state.global_step * self._global_batch,
+            loss=loss,
+            learning_rate=logs.get("learning_rate"),
+            gradient_norm=norm,
+            tokens_per_second=self.tokens_per_second(),
+            remaining_seconds=self._seconds_per_step() * (state.max_steps - state.global_step),
+            peak_memory_bytes=peak_memory_bytes(),
+        )
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._checkpoints.note_step(state.global_step)
+
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._progress.update(checkpoint_step=state.global_step)
+
+    def tokens_per_second(self) -> float | None:
+        (start, _, first), (end, _, last) = self._marks[0], self._marks[-1]
+        return (last - first) / (end - start) if end > start else None
+
+    def _seconds_per_step(self) -> float:
+        (start, first, _), (end, last, _) = self._marks[0], self._marks[-1]
+        return (end - start) / max(last - first, 1)
+
+
+class DecideCheckpoints(TrainerCallback):
+    """Saves by time or by steps, at the end, and on SIGTERM, after which training stops."""
+
+    def __init__(self, plan: Checkpoint, interrupts: Interrupts, clock: Callable[[], float] = time.monotonic) -> None:
+        self._plan = plan
+        self._interrupts = interrupts
+        self._clock = clock
+        self._saved = clock()
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
+        if self._interrupts.requested:
+            control.should_save = control.should_training_stop = True
+        if self._is_due(state.global_step) or state.global_step >= state.max_steps:
+            control.should_save = True
+        return control
+
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._saved = self._clock()
+
+    def _is_due(self, step: int) -> bool:
+        minutes, steps = self._plan.every_minutes, self._plan.every_steps
+        return (minutes is not None and self._clock() - self._saved >= 60 * minutes) or (steps is not None and step % steps == 0)
+
+
+class StopEarly(TrainerCallback, ExportableState):
+    """Ends training when the held-out loss has not fallen for `patience` evaluations, and keeps the best checkpoint.
+
+    Its state is part of each checkpoint, so a resumed run stops where an undisturbed one would.
+    """
+
+    def __init__(self, patience: int, best_loss: float = math.inf, best_step: int = 0, waited: int = 0) -> None:
+        self._patience = patience
+        self._best_loss = best_loss
+        self.best_step = best_step
+        self._waited = waited
+        self.keep: Callable[[int], None] = lambda step: None
+
+    def on_evaluate(
+        self, args: Any, state: TrainerState, control: TrainerControl, metrics: dict[str, float], **kwargs: Any
+    ) -> TrainerControl:
+        if metrics["eval_loss"] < self._best_loss:
+            self._best_loss, self.best_step, self._waited = metrics["eval_loss"], state.global_step, 0
+            self.keep(state.global_step)
+            control.should_save = True
+        else:
+            self._waited += 1
+            if self._waited >= self._patience:
+                control.should_save = control.should_training_stop = True
+        return control
+
+    def state(self) -> dict[str, Any]:
+        attributes = {"_best_loss": self._best_loss, "best_step": self.best_step, "_waited": self._waited}
+        return {"args": {"patience": self._patience}, "attributes": attributes}

@@ -1,0 +1,89 @@
+"""Checkpoints with a manifest each: only a complete one is ever resumed from."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from tuneloop_trainer.contract import Manifest
+from tuneloop_trainer.errors import Mismatch
+from tuneloop_trainer.manifests import publish, read_manifest, verify, write_atomically
+
+log = logging.getLogger("tuneloop.checkpoints")
+PREFIX = "step-"
+REACHED = "reached-step"
+ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
+WEIGHTS = (*ADAPTER, "model*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    folder: Path
+    step: int
+    samples: int
+
+
+class Checkpoints:
+    """The checkpoints of a run, newest last. `plan` is a hash of data order and configuration: others are not resumed from."""
+
+    def __init__(self, folder: Path, plan: str, keep: int) -> None:
+        self._folder = folder
+        self._plan = plan
+        self._keep = max(1, keep)
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def newest(self) -> Checkpoint | None:
+        """The newest one whose every file verifies; torn ones are passed over."""
+        for step in sorted(self._steps(), reverse=True):
+            folder = self._folder / f"{PREFIX}{step}"
+            try:
+                manifest = verify(folder)
+            except Mismatch as error:
+                log.warning("checkpoint of step %d is not complete: %s", step, error.message)
+                continue
+            if manifest.metadata.get("plan") == self._plan:
+                return _checkpoint(folder, manifest)
+        return None
+
+    def add(self, written: Path, step: int, samples: int, keep_step: int | None = None) -> Checkpoint:
+        """Publish a written checkpoint and drop all but the newest few; `keep_step` stays whatever its age."""
+        folder = self._folder / f"{PREFIX}{step}"
+        manifest = publish(written, folder, "checkpoint", {"plan": self._plan, "step": step, "samples": samples})
+        for old in sorted(self._steps())[: -self._keep]:
+            if old != keep_step:
+                shutil.rmtree(self._folder / f"{PREFIX}{old}", ignore_errors=True)
+        return _checkpoint(folder, manifest)
+
+    def get(self, step: int) -> Checkpoint:
+        folder = self._folder / f"{PREFIX}{step}"
+        return _checkpoint(folder, read_manifest(folder))
+
+    def link_weights(self, checkpoint: Checkpoint, target: Path) -> None:
+        """The checkpoint's weights in another folder, without copying them."""
+        for pattern in WEIGHTS:
+            for path in checkpoint.folder.glob(pattern):
+                os.link(path, target / path.name)
+
+    def clear(self) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def note_step(self, step: int) -> None:
+        """Remember the last step done, to tell after a kill how many were lost."""
+        write_atomically(self._folder / REACHED, str(step).encode(), durable=False)
+
+    def reached_step(self) -> int:
+        try:
+            return int((self._folder / REACHED).read_text())
+        except (OSError, ValueError):
+            return 0
+
+    def _steps(self) -> list[int]:
+        names = (path.name.removeprefix(PREFIX) for path in self._folder.glob(f"{PREFIX}*"))
+        return [int(name) for name in names if name.isdigit()]
+
+
+def _checkpoint(folder: Path, manifest: Manifest) -> Checkpoint:
+    return Checkpoint(folder, int(manifest.metadata["step"] or 0), int(manifest.metadata["samples"] or 0))

@@ -1,0 +1,48 @@
+"""The plan of a training run: data order, micro-batch, and the hash by which checkpoints belong to it."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from tuneloop_trainer.contract import RunConfig, StageResult
+from tuneloop_trainer.data.schedule import Order, by_length_within_batches, sample_order
+from tuneloop_trainer.errors import StageError
+from tuneloop_trainer.stages.outputs import run_key
+
+TOKENS_PER_MICRO_BATCH = {"cpu": 4096, "cuda": 16384}
+
+
+@dataclass(frozen=True)
+class Plan:
+    order: Order
+    max_steps: int
+    global_batch: int
+    micro_batch: int
+    key: str
+
+    @property
+    def accumulation(self) -> int:
+        return self.global_batch // self.micro_batch
+
+
+def make_plan(config: RunConfig, prepared: StageResult, rows_per_source: list[int], lengths: npt.NDArray[np.int64], device: str) -> Plan:
+    """The whole run's sequence of rows; the same for every attempt, whatever its micro-batch."""
+    if prepared.prepare is None:
+        raise StageError("The result of prepare has no summary.")
+    steps, batch = prepared.prepare.max_steps, config.training.global_batch_size
+    weights = [source.weight for source in config.train]
+    order = sample_order(rows_per_source, weights, steps * batch, config.training.seed)
+    order = by_length_within_batches(order, lengths, batch)
+    content = f"{run_key(config)} {prepared.prepare.shards_digest} {prepared.prepare.base_digest}".encode() + order.tobytes()
+    micro = micro_batch(batch, config.training.micro_batch_size, int(lengths[order].max()), device)
+    return Plan(order, steps, batch, micro, hashlib.sha256(content).hexdigest())
+
+
+def micro_batch(global_batch: int, configured: int | None, longest: int, device: str) -> int:
+    """The largest divisor of the global batch that is not above what is configured, or fits the device's tokens."""
+    limit = configured if configured is not None else max(1, TOKENS_PER_MICRO_BATCH[device] // max(longest, 1))
+    return max(size for size in range(1, global_batch + 1) if global_batch % size == 0 and (size <= limit or size == 1))

@@ -1,0 +1,91 @@
+"""The process that does a stage's work: `python -m tuneloop_trainer.worker <stage>`, started by the launcher."""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+from tuneloop_trainer.contract import ExitCode, Reason, RunConfig, Stage, StageResult
+from tuneloop_trainer.errors import Interrupted, OutOfMemory, StageError
+from tuneloop_trainer.interrupts import Interrupts
+from tuneloop_trainer.launcher import ENV_CONFIG, ENV_POD_UID, ENV_PROGRESS, ENV_RESULT
+from tuneloop_trainer.progress import ProgressWriter
+from tuneloop_trainer.results import sentence, write_result
+
+log = logging.getLogger("tuneloop.worker")
+HINTS = {
+    ExitCode.OUT_OF_MEMORY: "Lower training.maxSequenceLength, or give the pod more memory.",
+}
+
+
+def main() -> int:
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1)
+    os.umask(0o022)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    interrupts = Interrupts()
+    interrupts.install()
+    stage = Stage(sys.argv[1])
+    config = RunConfig.model_validate_json(Path(os.environ[ENV_CONFIG]).read_bytes())
+    progress = ProgressWriter(Path(os.environ[ENV_PROGRESS]), stage, os.environ.get(ENV_POD_UID, ""))
+    result = run(stage, config, progress, interrupts)
+    write_result(Path(os.environ[ENV_RESULT]), result)
+    return result.exit_code
+
+
+def run(stage: Stage, config: RunConfig, progress: ProgressWriter, interrupts: Interrupts) -> StageResult:
+    """Run a stage; whatever it raises becomes a result."""
+    try:
+        return _stage(stage, config, progress, interrupts)
+    except (StageError, Interrupted) as error:
+        return _failure(stage, error)
+    except Exception as error:  # the last place where an error can still be told
+        if _is_out_of_memory(error):
+            return _failure(stage, OutOfMemory(f"{type(error).__name__}: {error}"))
+        log.exception("stage %s failed", stage.value)
+        message = sentence(f"{type(error).__name__}: {error}")
+        return StageResult(stage=stage, exit_code=ExitCode.BUG, reason=Reason.INTERNAL_ERROR, message=message)
+
+
+def _stage(stage: Stage, config: RunConfig, progress: ProgressWriter, interrupts: Interrupts) -> StageResult:
+    # Imported here: each stage pulls in only the libraries that it needs.
+    match stage:
+        case Stage.PREPARE:
+            from tuneloop_trainer.stages.prepare import prepare
+
+            return prepare(config, progress)
+        case Stage.TRAIN:
+            from tuneloop_trainer.stages.train import train
+
+            return train(config, progress, interrupts)
+        case Stage.PACKAGE:
+            from tuneloop_trainer.stages.package import package
+
+            return package(config, progress)
+        case Stage.EVALUATE:
+            from tuneloop_trainer.stages.evaluate import evaluate
+
+            return evaluate(config, progress)
+
+
+def _failure(stage: Stage, error: StageError | Interrupted) -> StageResult:
+    message = sentence(" ".join(filter(None, (sentence(error.message, 480), HINTS.get(error.exit_code)))))
+    return StageResult(stage=stage, exit_code=error.exit_code, reason=error.reason, message=message)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, MemoryError):
+        return True
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
