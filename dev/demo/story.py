@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import os
 import sys
@@ -238,14 +239,18 @@ def _manifest(name: str) -> dict[str, Any]:
 
 def _upload(space: Namespace, folders: dict[Path, str]) -> None:
     """Copies folders to claims through a pod that mounts them, as `kubectl cp` does."""
-    image = run("kubectl", "-n", SYSTEM, "get", OPERATOR, "-o", "jsonpath={.spec.template.spec.containers[0].image}")
-    pod = (Path(__file__).parent / "loader.yaml").read_text().replace("$IMAGE", image)
+    pod = (Path(__file__).parent / "loader.yaml").read_text().replace("$IMAGE", operator_image())
     space.apply(pod)
     space.kubectl("wait", "--for=condition=Ready", "pod/loader", "--timeout=120s")
     for source, target in folders.items():
         space.kubectl("exec", "loader", "--", "mkdir", "-p", target)
         space.kubectl("cp", f"{source}/.", f"loader:{target}")
     space.kubectl("delete", "pod", "loader", "--wait=false")
+
+
+def operator_image() -> str:
+    """An image with python3 that the cluster has."""
+    return run("kubectl", "-n", SYSTEM, "get", OPERATOR, "-o", "jsonpath={.spec.template.spec.containers[0].image}")
 
 
 def _send(story: Story, rows: Sequence[data.Row], what: str) -> traffic.Outcome:
@@ -333,6 +338,11 @@ def _tell_gates(job: dict[str, Any]) -> None:
             f"  {score['suite']}: accuracy {score.get('accuracy')} (baseline {score.get('baselineAccuracy')}), "
             f"macro-F1 {score.get('macroF1')}, majority rate {score.get('majorityRate')}, n {score['n']}"
         )
+
+
+def decode(value: str) -> str:
+    """A value of a Secret, as text."""
+    return base64.b64decode(value).decode()
 
 
 def _expect(claim: bool, otherwise: str) -> None:

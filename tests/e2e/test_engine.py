@@ -1,0 +1,81 @@
+"""The engine behind the gateway: closed to everybody else, and rendering prompts as the trainer did."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import aiohttp
+from dev.demo import story as tale
+from dev.demo.base_model import NAME
+from dev.demo.packages import cache_folder
+from dev.demo.story import DEPLOYMENT, MODEL, Story
+
+from tuneloop_gateway.contract import Revision
+from tuneloop_gateway.inbound import parse_inbound
+from tuneloop_gateway.prompts import compile_prompt
+from tuneloop_trainer.chat import Formatter
+
+OPEN = {"/health", "/metrics"}
+ENGINES = f"app.kubernetes.io/component=engine,app.kubernetes.io/instance={DEPLOYMENT}"
+
+LIST_ROUTES = """
+import json
+from argparse import Namespace
+from fastapi import FastAPI
+from vllm.entrypoints.launchers.api_server.routers import register_api_routers
+app = FastAPI()
+register_api_routers(Namespace(), app, ("generate",))
+print("ROUTES" + json.dumps(sorted({(m, r.path) for r in app.routes for m in (getattr(r, "methods", None) or {"GET"})})))
+"""
+
+ASK_ALL = """
+import json, sys, urllib.request, urllib.error
+for method, path in json.load(sys.stdin):
+    request = urllib.request.Request(sys.argv[1] + path, method=method, data=None if method in ("GET", "HEAD") else b"{}")
+    try:
+        code = urllib.request.urlopen(request, timeout=20).status
+    except urllib.error.HTTPError as error:
+        code = error.code
+    print(json.dumps([method, path, code]))
+"""
+
+
+def _engine_pod(story: Story) -> dict[str, object]:
+    pods = [pod for pod in story.space.list("pods", ENGINES) if pod["status"]["phase"] == "Running"]
+    assert pods, f"no engine pod: {ENGINES}"
+    return dict(pods[0])
+
+
+def test_a_pod_without_any_policy_gets_401_on_every_route_of_the_engine_but_health_and_metrics(serving: Story) -> None:
+    pod = _engine_pod(serving)
+    name, address = pod["metadata"]["name"], pod["status"]["podIP"]  # type: ignore[index]
+    printed = serving.space.kubectl("exec", name, "-c", "engine", "--", "python3", "-c", LIST_ROUTES)
+    routes = json.loads(printed.split("ROUTES", 1)[1])
+    assert len(routes) > 20
+    serving.space.apply((Path(tale.__file__).parent / "loader.yaml").read_text().replace("$IMAGE", tale.operator_image()))
+    serving.space.kubectl("wait", "--for=condition=Ready", "pod/loader", "--timeout=120s")
+    command = ("exec", "-i", "loader", "--", "python3", "-c", ASK_ALL, f"http://{address}:8000")
+    answers = [json.loads(line) for line in serving.space.kubectl(*command, stdin=json.dumps(routes)).splitlines()]
+    assert len(answers) == len(routes)
+    wrong = [(method, path, code) for method, path, code in answers if path not in OPEN and code != 401]
+    assert not wrong
+
+
+async def test_the_engine_reads_the_same_tokens_that_the_trainer_taught(serving: Story) -> None:
+    from transformers import AutoTokenizer
+
+    config = json.loads(serving.space.get("configmap", f"{DEPLOYMENT}-gateway")["data"]["config.json"])  # type: ignore[index]
+    revision = Revision.model_validate(config["revisions"][0])
+    formatter = Formatter(AutoTokenizer.from_pretrained(cache_folder() / NAME), frozenset(), "Chat")
+    secret = json.loads(serving.space.kubectl("get", "secret", f"{DEPLOYMENT}-keys", "-o", "json"))
+    headers = {"Authorization": f"Bearer {tale.decode(secret['data']['engine-key'])}"}
+    pod = _engine_pod(serving)["metadata"]["name"]  # type: ignore[index]
+    with serving.space.forward(f"pod/{pod}", 8000) as url:
+        async with aiohttp.ClientSession(headers=headers) as client:
+            for row in serving.files["tweets/clean.jsonl"][:20]:
+                raw = json.dumps({"messages": [{"role": "user", "content": row.text}]}).encode()
+                body = compile_prompt(revision).apply(parse_inbound(raw, "/v1/chat/completions", MODEL))
+                async with client.post(f"{url}/tokenize", json={"messages": body["messages"], "add_generation_prompt": True}) as response:
+                    served = (await response.json())["tokens"]
+                assert served == formatter.prompt_ids(f"Sentiment of: {row.text}")
