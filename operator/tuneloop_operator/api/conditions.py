@@ -96,6 +96,7 @@ class DeploymentReason(StrEnum):
     VERSION_NOT_FOUND = "VersionNotFound"
     NO_APPROVED_VERSION = "NoApprovedVersion"
     NOT_SERVABLE = "NotServable"
+    INVALID_OPTION = "InvalidOption"
     PROMPT_MISMATCH = "PromptMismatch"
     SERVING_MISMATCH = "ServingMismatch"
     ENGINE_FAILED = "EngineFailed"

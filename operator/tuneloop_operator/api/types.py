@@ -124,7 +124,7 @@ class StoreRef(Model):
         pattern=r"^pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?(/[A-Za-z0-9._-]+)*$",
         max_length=512,
         json_schema_extra=sentence("must be pvc://claim or pvc://claim/folder, without '..'.", "!self.contains('..')"),
-        description="pvc://claim or pvc://claim/folder. All stages and engines mount the claim: ReadWriteMany where there is more than one node.",
+        description="pvc://claim or pvc://claim/folder. All stages and engines mount it: ReadWriteMany on more than one node.",
     )
 
 

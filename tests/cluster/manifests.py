@@ -1,0 +1,213 @@
+"""Manifests with every field of a kind's spec set, for the tests of the schema; a test holds that none is missing."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+Manifest = dict[str, Any]
+
+POD: Manifest = {
+    "labels": {"team": "a"},
+    "annotations": {"note": "x"},
+    "nodeSelector": {"disk": "fast"},
+    "tolerations": [{"key": "gpu", "operator": "Equal", "value": "yes", "effect": "NoSchedule", "tolerationSeconds": 5}],
+    "priorityClassName": "high",
+    "runtimeClassName": "nvidia",
+    "schedulerName": "nobody",
+    "imagePullSecrets": [{"name": "pull"}],
+    "resources": {"requests": {"cpu": "500m"}, "limits": {"memory": "2Gi"}},
+    "env": [{"name": "HF_HOME", "value": "/tmp"}],
+}
+SOURCE: Manifest = {"uri": "hf://org/name", "revision": "abc", "secretRef": {"name": "hf-token"}}
+COLUMNS: Manifest = {"prompt": "p", "completion": "c", "text": "t", "label": "l", "document": "d"}
+TEMPLATE: Manifest = {"prompt": "Sentiment of: {{ text }}", "completion": "{{ label }}"}
+DIGEST = "sha256:" + "0" * 64
+
+FINE_TUNE_JOB: Manifest = {
+    "apiVersion": "tuneloop.dev/v1alpha1",
+    "kind": "FineTuneJob",
+    "metadata": {"name": "full"},
+    "spec": {
+        "baseModel": SOURCE,
+        "objective": {"type": "SFT", "sft": {"loss": "CompletionOnly"}},
+        "promptFormat": "Chat",
+        "method": {"type": "LoRA", "lora": {"rank": 8, "alpha": 16, "dropout": "0.1", "targetModules": "AllLinear"}},
+        "data": {
+            "train": [
+                {"source": SOURCE, "columns": COLUMNS, "template": TEMPLATE, "weight": "0.5"},
+                {"feedback": {"deployment": "sentiment"}},
+            ],
+            "validation": {"fraction": "0.1"},
+            "curation": {"deduplicate": "Exact", "decontaminate": True},
+        },
+        "training": {
+            "epochs": "3",
+            "maxSteps": 100,
+            "globalBatchSize": 16,
+            "learningRate": "2e-4",
+            "warmupSteps": 5,
+            "maxSequenceLength": 512,
+            "packing": False,
+            "precision": "BF16",
+            "seed": 42,
+            "earlyStopping": {"patience": 3},
+            "extraArguments": {"weight_decay": "0.01"},
+        },
+        "compute": {"acceleratorsPerNode": 0, "acceleratorResource": "nvidia.com/gpu", "pod": POD},
+        "checkpoint": {"everyMinutes": "10", "everySteps": 50, "keep": 2},
+        "evaluation": {
+            "suites": [
+                {
+                    "name": "held-out",
+                    "type": "Dataset",
+                    "dataset": {"source": SOURCE, "columns": COLUMNS, "template": TEMPLATE, "labels": ["good", "bad"]},
+                    "metrics": ["Accuracy", "MacroF1"],
+                },
+                {"name": "new", "type": "Dataset", "dataset": {"feedback": {"deployment": "sentiment"}}},
+                {"name": "split", "type": "Validation", "metrics": ["Loss"]},
+            ],
+            "gates": [{"suite": "held-out", "metric": "Accuracy", "rule": "Superior", "margin": "0.03", "alpha": "0.05", "minItems": 400}],
+            "baseline": {"type": "ModelVersion", "name": "sentiment-v1"},
+        },
+        "output": {"model": "sentiment", "store": {"uri": "pvc://models/store"}, "format": "Adapter"},
+        "approval": "Automatic",
+        "runPolicy": {"suspend": True, "maxRestarts": 3, "activeDeadlineSeconds": 3600, "ttlSecondsAfterFinished": 60},
+    },
+}
+
+MODEL_VERSION: Manifest = {
+    "apiVersion": "tuneloop.dev/v1alpha1",
+    "kind": "ModelVersion",
+    "metadata": {"name": "sentiment-v3"},
+    "spec": {
+        "model": "sentiment",
+        "version": 3,
+        "artifact": {"uri": "pvc://models/sentiment/v3", "manifestDigest": DIGEST, "format": "Adapter", "sizeBytes": 100},
+        "base": {"source": SOURCE, "digest": DIGEST},
+        "lineage": {
+            "fineTuneJob": "full",
+            "fineTuneJobUid": "0-0",
+            "spec": {"baseModel": SOURCE, "training": {"epochs": "3"}},
+            "configDigest": DIGEST,
+            "datasetDigests": {"hf://org/name": DIGEST},
+            "image": "trainer:1",
+            "parent": "sentiment-v2",
+        },
+        "evaluation": {
+            "verdict": "Pass",
+            "artifactDigest": DIGEST,
+            "gates": [
+                {
+                    "suite": "held-out",
+                    "metric": "Accuracy",
+                    "rule": "Superior",
+                    "verdict": "Pass",
+                    "candidate": "0.9",
+                    "baseline": "0.6",
+                    "difference": "0.3",
+                    "interval": "[0.2, 0.4]",
+                    "n": 600,
+                    "p": "1e-9",
+                    "detectable": "0.05",
+                }
+            ],
+            "scores": [
+                {
+                    "suite": "held-out",
+                    "n": 600,
+                    "accuracy": "0.9",
+                    "baselineAccuracy": "0.6",
+                    "macroF1": "0.9",
+                    "majorityRate": "0.5",
+                    "parseRate": "1",
+                    "loss": "0.3",
+                }
+            ],
+            "reportUri": "pvc://models/report",
+        },
+        "probesUri": "pvc://models/probes",
+        "prompt": {"format": "Chat", "template": "Sentiment of: {{ text }}", "probeSha256": "0" * 64},
+        "approval": "Pending",
+    },
+}
+
+MODEL_DEPLOYMENT: Manifest = {
+    "apiVersion": "tuneloop.dev/v1alpha1",
+    "kind": "ModelDeployment",
+    "metadata": {"name": "sentiment"},
+    "spec": {
+        "model": {"name": "sentiment", "version": 3},
+        "task": "Chat",
+        "prompt": {
+            "system": "Answer in one word.",
+            "template": "Sentiment of: {{ text }}",
+            "fewShot": [{"input": "a", "output": "b"}],
+            "parameters": {"temperature": "0", "maxTokens": 8},
+        },
+        "engine": {
+            "image": "vllm/vllm-openai:v0.32.0",
+            "replicas": 1,
+            "acceleratorsPerReplica": 0,
+            "acceleratorResource": "nvidia.com/gpu",
+            "maxModelLength": 1024,
+            "options": {"dtype": "bfloat16"},
+            "startupTimeoutSeconds": 600,
+            "pod": POD,
+        },
+        "rollout": {"strategy": "BlueGreen", "keepPreviousSeconds": 60},
+        "gateway": {
+            "replicas": 1,
+            "auth": {"apiKeys": {"secretRef": {"name": "keys"}, "requestsPerMinute": 600}},
+            "capture": {
+                "sampleRate": "1",
+                "personalData": "Redact",
+                "retentionDays": 30,
+                "database": {"volume": {"size": "10Gi", "storageClassName": "standard", "retentionPolicy": "Retain"}},
+            },
+            "feedback": {"maxShareOfOneSubject": "0.02"},
+            "pod": POD,
+        },
+        "monitoring": {
+            "source": "Direct",
+            "drift": {
+                "reference": "Live",
+                "size": 2000,
+                "falseAlarmEveryRequests": 100000,
+                "minimumEffect": "0.1",
+                "horizonDays": "30",
+                "mixOverSeconds": 86400,
+            },
+        },
+        "retraining": {
+            "triggers": [{"type": "Drift"}],
+            "minNewExamples": 200,
+            "approval": "Automatic",
+            "cooldownSeconds": 86400,
+            "maxRunsPerMonth": 8,
+            "template": {"spec": {"training": {"maxSteps": 40}, "evaluation": {"gates": [{"suite": "new", "rule": "Superior"}]}}},
+        },
+    },
+}
+# The other place of the database: secretRef and volume exclude each other.
+WITH_DATABASE_SECRET = copy.deepcopy(MODEL_DEPLOYMENT)
+WITH_DATABASE_SECRET["spec"]["gateway"]["capture"]["database"] = {"secretRef": {"name": "db", "key": "url"}}
+
+FULL = (FINE_TUNE_JOB, MODEL_VERSION, MODEL_DEPLOYMENT, WITH_DATABASE_SECRET)
+PLURALS = {"FineTuneJob": "finetunejobs", "ModelVersion": "modelversions", "ModelDeployment": "modeldeployments"}
+
+
+def changed(manifest: Manifest, path: str, value: object) -> Manifest:
+    """A copy with one field set; `path` like `spec.data.train.0.weight`; the value `...` removes the field."""
+    result: Manifest = json.loads(json.dumps(manifest))  # unlike a deep copy, this parts what the samples share
+    *parents, last = path.split(".")
+    node: Any = result
+    for part in parents:
+        node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
+    key: Any = int(last) if isinstance(node, list) else last
+    if value is ...:
+        del node[key]
+    else:
+        node[key] = value
+    return result

@@ -1,0 +1,440 @@
+"""What a wrong manifest is told, by a real API server: every bound and every rule of the CRDs."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import subprocess
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import kubernetes.config
+import pytest
+import yaml
+from tuneloop_operator.api.crds import DEFINITIONS, render_crd
+
+from tests.cluster.manifests import FINE_TUNE_JOB, FULL, MODEL_DEPLOYMENT, MODEL_VERSION, PLURALS, Manifest, changed
+from tests.cluster.violations import shown, unset_fields, violations
+
+pytestmark = pytest.mark.cluster
+
+ROOT = Path(__file__).parents[2]
+SCHEMAS = {d.kind: render_crd(d)["spec"]["versions"][0]["schema"]["openAPIV3Schema"] for d in DEFINITIONS}
+MERGE = "application/merge-patch+json"
+
+
+class Server:
+    """Bare requests to the API server."""
+
+    def __init__(self, kubeconfig: str) -> None:
+        self.client = kubernetes.config.new_client_from_config(kubeconfig)
+
+    def call(self, method: str, path: str, body: object = None, content_type: str = "application/json") -> tuple[int, Manifest]:
+        answer = self.client.rest_client.pool_manager.request(
+            method,
+            self.client.configuration.host + path,
+            body=None if body is None else json.dumps(body),
+            headers={"Content-Type": content_type},
+        )
+        return answer.status, json.loads(answer.data)
+
+
+@pytest.fixture(scope="module")
+def kubeconfig() -> str:
+    return os.environ["KUBECONFIG"]
+
+
+@pytest.fixture(scope="module")
+def server(kubeconfig: str) -> Server:
+    for crd in sorted((ROOT / "crds").glob("*.yaml")):
+        subprocess.run(["kubectl", "apply", "--server-side", "--force-conflicts", "-f", crd], check=True, capture_output=True)
+    names = [f"crd/{plural}.tuneloop.dev" for plural in PLURALS.values()]
+    subprocess.run(["kubectl", "wait", "--for=condition=Established", *names, "--timeout=30s"], check=True, capture_output=True)
+    return Server(kubeconfig)
+
+
+@pytest.fixture(scope="module")
+def place(server: Server) -> Iterator[str]:
+    """A namespace of this module's own."""
+    name = f"crds-{uuid.uuid4().hex[:8]}"
+    assert server.call("POST", "/api/v1/namespaces", {"metadata": {"name": name}})[0] == 201
+    yield name
+    server.call("DELETE", f"/api/v1/namespaces/{name}")
+
+
+def objects(place: str, manifest: Manifest) -> str:
+    return f"/apis/tuneloop.dev/v1alpha1/namespaces/{place}/{PLURALS[manifest['kind']]}"
+
+
+def create(server: Server, place: str, manifest: Manifest, dry: bool = True) -> tuple[int, Manifest]:
+    return server.call("POST", objects(place, manifest) + "?fieldValidation=Strict" + ("&dryRun=All" if dry else ""), manifest)
+
+
+def all_violations() -> list[Any]:
+    cases: dict[tuple[str, str, str], Any] = {}
+    for manifest in FULL:
+        kind = manifest["kind"]
+        for violation in violations(SCHEMAS[kind]["properties"]["spec"], manifest["spec"], "spec"):
+            key = (kind, re.sub(r"\.\d+", "[]", violation.path), violation.sentence + repr(violation.value)[:20])
+            cases.setdefault(key, (manifest, violation))
+    return list(cases.values())
+
+
+def refusal(server: Server, place: str, manifest: Manifest) -> str:
+    code, answer = create(server, place, manifest)
+    return f"{code}: {answer.get('message', 'accepted')}"
+
+
+@pytest.mark.parametrize("manifest", FULL, ids=lambda manifest: manifest["kind"])
+def test_a_manifest_with_every_field_is_accepted_as_it_is(server: Server, place: str, manifest: Manifest) -> None:
+    code, answer = create(server, place, manifest)
+    assert code == 201, answer["message"]
+    for field, value in manifest["spec"].items():
+        if field not in ("data", "evaluation"):  # lists whose items get defaults
+            assert answer["spec"][field] == value
+
+
+def test_the_full_manifests_leave_no_field_out() -> None:
+    for kind, schema in SCHEMAS.items():
+        samples = [manifest for manifest in FULL if manifest["kind"] == kind]
+        missing = [set(unset_fields(schema["properties"]["spec"], sample["spec"], "spec")) for sample in samples]
+        assert not set.intersection(*missing)
+
+
+def test_every_single_value_violation_is_refused_with_its_sentence(server: Server, place: str) -> None:
+    cases = all_violations()
+    assert len(cases) > 500
+    wrong = []
+    for manifest, violation in cases:
+        said = refusal(server, place, changed(manifest, violation.path, violation.value))
+        in_map = re.sub(r"\.([^.]+)$", r"[\1]", shown(violation.path))
+        if not said.startswith(("422", "400")) or violation.sentence not in said or not (shown(violation.path) in said or in_map in said):
+            wrong.append(f"{manifest['kind']} {violation}\n    said: {said[:400]}")
+    assert not wrong, "\n".join(wrong)
+
+
+WITHOUT_VALIDATION = changed(changed(FINE_TUNE_JOB, "spec.data.validation", ...), "spec.evaluation.suites.2", ...)
+TOO_LONG = "a" * 53
+
+# message -> manifests that it must refuse. A test below holds that no rule is missing.
+REFUSED: dict[str, list[Manifest]] = {
+    "metadata.name must be at most 52 characters, start with a letter, and have only a-z, 0-9 and '-'": [
+        changed(manifest, "metadata.name", name)
+        for manifest in (FINE_TUNE_JOB, MODEL_DEPLOYMENT)
+        for name in (TOO_LONG, "with.dots", "1-digit-first")
+    ],
+    "metadata.name must be <spec.model>-v<spec.version>.": [
+        changed(MODEL_VERSION, "metadata.name", "sentiment-v4"),
+        changed(MODEL_VERSION, "metadata.name", "other-v3"),
+        changed(MODEL_VERSION, "spec.version", 30),
+    ],
+    "uri must start with pvc:// (pvc://claim/path) or hf:// (hf://organisation/name).": [
+        changed(FINE_TUNE_JOB, "spec.baseModel.uri", "https://example.com/model"),
+        changed(FINE_TUNE_JOB, "spec.data.train.0.source.uri", "s3://bucket/key"),
+        changed(FINE_TUNE_JOB, "spec.evaluation.suites.0.dataset.source.uri", "/etc/passwd"),
+        changed(MODEL_VERSION, "spec.base.source.uri", "file:///base"),
+    ],
+    "uri must not contain '..'.": [
+        changed(FINE_TUNE_JOB, "spec.data.train.0.source.uri", "pvc://claim/../other"),
+        changed(FINE_TUNE_JOB, "spec.baseModel.uri", "pvc://claim/../other"),
+        changed(FINE_TUNE_JOB, "spec.evaluation.suites.0.dataset.source.uri", "pvc://claim/a/../b"),
+        changed(MODEL_VERSION, "spec.base.source.uri", "pvc://claim/../other"),
+    ],
+    "lora may be set only with type: LoRA.": [
+        changed(changed(FINE_TUNE_JOB, "spec.method.type", "Full"), "spec.output.format", "Merged"),
+    ],
+    "exactly one of source and feedback must be set.": [
+        changed(FINE_TUNE_JOB, "spec.data.train.1", {"weight": "1"}),
+        changed(FINE_TUNE_JOB, "spec.data.train.0.feedback", {"deployment": "sentiment"}),
+        changed(FINE_TUNE_JOB, "spec.evaluation.suites.0.dataset.source", ...),
+        changed(FINE_TUNE_JOB, "spec.evaluation.suites.0.dataset.feedback", {"deployment": "sentiment"}),
+    ],
+    "dataset must be set with type: Dataset, and only then.": [
+        changed(FINE_TUNE_JOB, "spec.evaluation.suites.0.dataset", ...),
+        changed(FINE_TUNE_JOB, "spec.evaluation.suites.0.type", "Validation"),
+    ],
+    "name must be set unless type is Base.": [
+        changed(FINE_TUNE_JOB, "spec.evaluation.baseline.type", "Base"),
+        changed(FINE_TUNE_JOB, "spec.evaluation.baseline", {"type": "Deployment"}),
+    ],
+    "every gate must name a suite of evaluation.suites.": [
+        changed(FINE_TUNE_JOB, "spec.evaluation.gates.0.suite", "unknown"),
+        changed(FINE_TUNE_JOB, "spec.evaluation.suites", ...),
+    ],
+    "method Full has no adapter: output.format must be Merged.": [
+        changed(FINE_TUNE_JOB, "spec.method", {"type": "Full"}),
+    ],
+    "training.earlyStopping needs data.validation.": [WITHOUT_VALIDATION],
+    "a suite of type Validation needs data.validation.": [changed(FINE_TUNE_JOB, "spec.data.validation", ...)],
+    "evaluation.artifactDigest must equal artifact.manifestDigest: what is evaluated is what is shipped.": [
+        changed(MODEL_VERSION, "spec.evaluation.artifactDigest", "sha256:" + "1" * 64),
+        changed(MODEL_VERSION, "spec.evaluation.artifactDigest", ...),
+    ],
+    "secretRef and volume exclude each other.": [
+        changed(MODEL_DEPLOYMENT, "spec.gateway.capture.database.secretRef", {"name": "db"}),
+    ],
+    "more than one gateway replica needs a database: set gateway.capture.database.secretRef.": [
+        changed(MODEL_DEPLOYMENT, "spec.gateway.replicas", 2),
+        changed(MODEL_DEPLOYMENT, "spec.gateway", {"replicas": 2}),
+    ],
+    "template.spec.evaluation must have gates: a retraining without a gate is refused.": [
+        changed(MODEL_DEPLOYMENT, "spec.retraining.template.spec.evaluation", {"suites": []}),
+        changed(MODEL_DEPLOYMENT, "spec.retraining.template.spec.evaluation.gates", []),
+    ],
+    "a Drift trigger needs monitoring.drift.": [changed(MODEL_DEPLOYMENT, "spec.monitoring", {"source": "Direct"})],
+}
+
+
+@pytest.mark.parametrize(
+    ("sentence", "manifest"), [(sentence, manifest) for sentence, cases in REFUSED.items() for manifest in cases], ids=lambda value: None
+)
+def test_a_rule_over_several_fields_refuses_with_its_sentence(server: Server, place: str, sentence: str, manifest: Manifest) -> None:
+    said = refusal(server, place, manifest)
+    assert said.startswith("422")
+    assert sentence in said
+
+
+# --- what may not change ---------------------------------------------------------------------------
+
+IMMUTABLE_JOB = "cannot change once training has started; only runPolicy and approval can. Make a new FineTuneJob instead."
+IMMUTABLE_VERSION = "cannot change: a ModelVersion is the record of one artifact. Only approval can."
+FINAL = "approval cannot change any more: Rejected and Withdrawn are final. Train a new version."
+
+JOB_EDITS: dict[str, Manifest] = {
+    "baseModel": {"baseModel": {"revision": "other"}},
+    "objective": {"objective": {"sft": {"loss": "FullSequence"}}},
+    "promptFormat": {"promptFormat": "Text"},
+    "method": {"method": {"lora": {"rank": 64}}},
+    "data": {"data": {"curation": {"decontaminate": False}}},
+    "training": {"training": {"extraArguments": {"weight_decay": "0.02"}}},
+    "compute": {"compute": {"pod": {"labels": {"team": "b"}}}},
+    "checkpoint": {"checkpoint": {"keep": 3}},
+    "evaluation": {"evaluation": {"gates": None}},
+    "output": {"output": {"model": "other"}},
+}
+VERSION_EDITS: dict[str, Manifest] = {
+    "model": {"model": "other"},
+    "version": {"version": 4},
+    "artifact": {"artifact": {"uri": "pvc://models/other"}},
+    "base": {"base": None},
+    "lineage": {"lineage": {"spec": {"training": {"epochs": "4"}}}},
+    "evaluation": {"evaluation": {"verdict": "Fail"}},
+    "probesUri": {"probesUri": None},
+    "prompt": {"prompt": {"format": "Text"}},
+}
+
+
+def edit(server: Server, place: str, manifest: Manifest, spec: Manifest, dry: bool = True) -> tuple[int, Manifest]:
+    path = f"{objects(place, manifest)}/{manifest['metadata']['name']}" + ("?dryRun=All" if dry else "")
+    return server.call("PATCH", path, {"spec": spec}, MERGE)
+
+
+def set_status(server: Server, place: str, manifest: Manifest, status: Manifest) -> tuple[int, Manifest]:
+    return server.call("PATCH", f"{objects(place, manifest)}/{manifest['metadata']['name']}/status", {"status": status}, MERGE)
+
+
+@pytest.fixture(scope="module")
+def waiting_job(server: Server, place: str) -> Manifest:
+    manifest = changed(FINE_TUNE_JOB, "metadata.name", "waiting")
+    assert create(server, place, manifest, dry=False)[0] == 201
+    assert set_status(server, place, manifest, {"observedGeneration": 1})[0] == 200
+    return manifest
+
+
+@pytest.fixture(scope="module")
+def started_job(server: Server, place: str) -> Manifest:
+    manifest = changed(FINE_TUNE_JOB, "metadata.name", "started")
+    assert create(server, place, manifest, dry=False)[0] == 201
+    assert set_status(server, place, manifest, {"startedAt": "2026-01-01T00:00:00Z"})[0] == 200
+    return manifest
+
+
+@pytest.mark.parametrize("field", JOB_EDITS)
+def test_a_job_that_has_not_started_may_change(server: Server, place: str, waiting_job: Manifest, field: str) -> None:
+    assert edit(server, place, waiting_job, JOB_EDITS[field])[0] == 200
+
+
+@pytest.mark.parametrize("field", JOB_EDITS)
+def test_a_started_job_may_not_change(server: Server, place: str, started_job: Manifest, field: str) -> None:
+    code, answer = edit(server, place, started_job, JOB_EDITS[field])
+    assert code == 422
+    assert f"{field} {IMMUTABLE_JOB}" in answer["message"]
+    assert f"spec.{field}" in [cause["field"] for cause in answer["details"]["causes"]]
+
+
+@pytest.mark.parametrize("spec", [{"runPolicy": {"suspend": False}}, {"runPolicy": None}, {"approval": "Manual"}])
+def test_run_policy_and_approval_of_a_started_job_may_change(server: Server, place: str, started_job: Manifest, spec: Manifest) -> None:
+    code, answer = edit(server, place, started_job, spec)
+    assert code == 200, answer["message"]
+
+
+@pytest.fixture(scope="module")
+def version(server: Server, place: str) -> Manifest:
+    assert create(server, place, MODEL_VERSION, dry=False)[0] == 201
+    return MODEL_VERSION
+
+
+@pytest.mark.parametrize("field", VERSION_EDITS)
+def test_a_version_may_not_change(server: Server, place: str, version: Manifest, field: str) -> None:
+    code, answer = edit(server, place, version, VERSION_EDITS[field])
+    assert code == 422
+    assert f"{field} {IMMUTABLE_VERSION}" in answer["message"]
+
+
+@pytest.mark.parametrize("approval", ["Approved", "Rejected", "Withdrawn"])
+def test_the_approval_of_a_pending_version_may_change(server: Server, place: str, version: Manifest, approval: str) -> None:
+    assert edit(server, place, version, {"approval": approval})[0] == 200
+
+
+@pytest.mark.parametrize("approval", ["Rejected", "Withdrawn"])
+def test_rejected_and_withdrawn_are_final(server: Server, place: str, approval: str) -> None:
+    manifest = changed(changed(MODEL_VERSION, "spec.model", approval.lower()), "metadata.name", f"{approval.lower()}-v3")
+    assert create(server, place, manifest, dry=False)[0] == 201
+    assert edit(server, place, manifest, {"approval": approval}, dry=False)[0] == 200
+    code, answer = edit(server, place, manifest, {"approval": "Approved"})
+    assert code == 422
+    assert FINAL in answer["message"]
+
+
+def test_every_rule_of_the_schemas_is_tested_here() -> None:
+    found = {rule["message"] for schema in SCHEMAS.values() for rule in _rules_below(schema)}
+    by_value = {violation.sentence for _, violation in all_violations()}
+    immutable = {f"{field} {IMMUTABLE_JOB}" for field in JOB_EDITS} | {f"{field} {IMMUTABLE_VERSION}" for field in VERSION_EDITS}
+    tested = by_value | immutable | {FINAL}
+    assert [message for message in found - tested if not any(message.startswith(sentence) for sentence in REFUSED)] == []
+
+
+def _rules_below(schema: Manifest) -> Iterator[Manifest]:
+    yield from schema.get("x-kubernetes-validations", ())
+    parts = [*schema.get("properties", {}).values(), schema.get("items"), schema.get("additionalProperties")]
+    for part in parts:
+        if part is not None:
+            yield from _rules_below(part)
+
+
+# --- old objects -------------------------------------------------------------------------------------
+
+
+def test_an_object_from_before_a_rule_can_still_be_reported_on_edited_and_deleted(server: Server, place: str) -> None:
+    group = f"{place}.tuneloop.dev"
+    crd = render_crd(DEFINITIONS[0])
+    crd["spec"]["group"], crd["metadata"]["name"] = group, f"finetunejobs.{group}"
+    crd["spec"]["names"] = {"kind": "FineTuneJob", "plural": "finetunejobs"}
+    old = copy.deepcopy(crd)
+    _without_rules(old["spec"]["versions"][0]["schema"]["openAPIV3Schema"])
+    name = crd["metadata"]["name"]
+    crds = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
+    assert server.call("POST", crds, old)[0] == 201
+    try:
+        subprocess.run(["kubectl", "wait", "--for=condition=Established", f"crd/{name}", "--timeout=30s"], check=True, capture_output=True)
+        path = f"/apis/{group}/v1alpha1/namespaces/{place}/finetunejobs"
+        bad = changed(changed(FINE_TUNE_JOB, "apiVersion", f"{group}/v1alpha1"), "spec.training.learningRate", "fast")
+        _until(lambda: server.call("POST", path, bad)[0] == 201)
+        assert server.call("PATCH", f"{crds}/{name}", {"spec": crd["spec"]}, MERGE)[0] == 200
+        _until(lambda: server.call("POST", path + "?dryRun=All", changed(bad, "metadata.name", "fresh"))[0] == 422)
+        assert server.call("PATCH", f"{path}/full/status", {"status": {"phase": "Pending"}}, MERGE)[0] == 200
+        assert server.call("PATCH", f"{path}/full", {"spec": {"training": {"seed": 7}}}, MERGE)[0] == 200
+        assert server.call("PATCH", f"{path}/full", {"spec": {"training": {"learningRate": "slow"}}}, MERGE)[0] == 422
+        assert server.call("DELETE", f"{path}/full")[0] == 200
+    finally:
+        server.call("DELETE", f"{crds}/{name}")
+
+
+def _without_rules(schema: Manifest) -> None:
+    schema.pop("x-kubernetes-validations", None)
+    for part in [*schema.get("properties", {}).values(), schema.get("items"), schema.get("additionalProperties")]:
+        if part is not None:
+            _without_rules(part)
+
+
+def _until(is_so: Any, seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+# --- what kubectl shows ------------------------------------------------------------------------------
+
+
+def kubectl(*arguments: str) -> str:
+    return subprocess.run(["kubectl", *arguments], check=True, capture_output=True, text=True).stdout
+
+
+@pytest.mark.parametrize("kind", PLURALS)
+def test_kubectl_explain_describes_every_field(server: Server, kind: str) -> None:
+    text = kubectl("explain", f"{PLURALS[kind]}.tuneloop.dev", "--recursive")
+    fields = list(_fields(SCHEMAS[kind]))
+    assert len(fields) > 50
+    for path, field in fields:
+        assert field.get("description"), path
+        assert f"{path.rpartition('.')[2]}\t<" in text, path
+    path, field = fields[-1]
+    shown = " ".join(kubectl("explain", f"{PLURALS[kind]}.tuneloop.dev.{path}").split())
+    assert field["description"] in shown
+
+
+def _fields(schema: Manifest, path: str = "") -> Iterator[tuple[str, Manifest]]:
+    for name, field in schema.get("properties", {}).items():
+        if path or name in ("spec", "status"):
+            here = f"{path}.{name}".lstrip(".")
+            yield here, field
+            yield from _fields(field, here)
+            yield from _fields(field.get("items", {}), here)
+
+
+@pytest.mark.usefixtures("waiting_job", "version")
+def test_short_names_columns_and_the_category_work(server: Server, place: str) -> None:
+    assert create(server, place, MODEL_DEPLOYMENT, dry=False)[0] == 201
+    assert kubectl("get", "ftj", "-n", place).split("\n")[0].split() == ["NAME", "PHASE", "STEP", "LOSS", "DONE", "VERSION", "AGE"]
+    assert "sentiment-v3   sentiment   3         Pending    Pass" in kubectl("get", "mv", "sentiment-v3", "-n", place)
+    header = "NAME AVAILABLE READY VERSION CANARY REPLICAS DRIFT URL AGE"
+    assert kubectl("get", "mdep", "-n", place).split("\n")[0].split() == header.split()
+    assert {line.split("/")[0] for line in kubectl("get", "tuneloop", "-n", place, "-o", "name").split()} == {
+        f"{plural[:-1]}.tuneloop.dev" for plural in PLURALS.values()
+    }
+    assert "tuneloop.dev" not in kubectl("get", "all", "-n", place, "-o", "name")
+
+
+def test_scale_reads_and_writes_the_engine_replicas(server: Server, place: str) -> None:
+    manifest = changed(MODEL_DEPLOYMENT, "metadata.name", "scaled")
+    assert create(server, place, manifest, dry=False)[0] == 201
+    set_status(server, place, manifest, {"replicas": 1, "selector": "a=b"})
+    kubectl("scale", "mdep/scaled", "--replicas=3", "-n", place)
+    scale = json.loads(kubectl("get", "--raw", f"{objects(place, manifest)}/scaled/scale"))
+    assert scale["spec"]["replicas"] == 3
+    assert scale["status"] == {"replicas": 1, "selector": "a=b"}
+
+
+def test_the_smallest_manifests_are_accepted_with_their_defaults(server: Server, place: str) -> None:
+    minimal = {
+        **{key: FINE_TUNE_JOB[key] for key in ("apiVersion", "kind")},
+        "metadata": {"name": "minimal"},
+        "spec": {
+            "baseModel": {"uri": "hf://org/name"},
+            "data": {"train": [{"source": {"uri": "pvc://data/train.jsonl"}}]},
+            "output": {"model": "sentiment", "store": {"uri": "pvc://models"}},
+        },
+    }
+    code, answer = create(server, place, minimal)
+    assert code == 201, answer["message"]
+    assert answer["spec"]["method"] == {"type": "LoRA"}
+    assert answer["spec"]["training"]["globalBatchSize"] == 16
+    assert "status" not in answer
+    assert "image" not in answer["spec"]["compute"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").rglob("*.yaml")), ids=lambda path: path.name)
+def test_every_example_is_accepted(server: Server, place: str, path: Path) -> None:
+    for manifest in yaml.safe_load_all(path.read_text()):
+        if manifest and manifest.get("kind") in PLURALS:
+            renamed = manifest["metadata"]["name"] + ("" if manifest["kind"] == "ModelVersion" else "-example")
+            code, answer = create(server, place, {**manifest, "metadata": {"name": renamed}})
+            assert code == 201, answer["message"]
+
+
