@@ -26,7 +26,7 @@ help: ## this list
 demo: venv $(call IF_LOCAL,cluster-up images) $(if $(call IF_LOCAL,x),,tools) ## the whole loop, live: train, serve, drift, retrain, roll out
 	@$(call IF_LOCAL,$(WITH_CLUSTER))
 	export PATH="$$PATH:$$($(KUBE) bin)"
-	$(PY) dev/demo/run.py
+	$(PY) -m dev.demo
 
 .PHONY: test
 test: venv control-plane-up cluster-up images ## test-unit, test-cluster and test-e2e in one run
@@ -92,11 +92,11 @@ bench: bench-operator bench-gateway ## all benchmarks
 .PHONY: bench-operator
 bench-operator: venv control-plane-up ## objects a second, memory, writes when idle and after a restart
 	@export PATH="$$($(KUBE) bin):$$PATH"
-	$(PY) bench/bench_operator.py
+	$(PY) -m bench.operator
 
 .PHONY: bench-gateway
 bench-gateway: venv ## what the gateway adds to a request
-	@$(PY) bench/bench_gateway.py
+	@$(PY) -m bench.gateway
 
 # --- steps of the targets above ---
 

@@ -24,7 +24,8 @@ Object = dict[str, Any]
 
 MONITORS = {kind: f"/apis/monitoring.coreos.com/v1/{kind}" for kind in ("podmonitors", "servicemonitors", "prometheusrules")}
 TARGETS = {"pods": "/api/v1/pods", "services": "/api/v1/services", "slices": "/apis/discovery.k8s.io/v1/endpointslices"}
-SECONDS = 2
+SECONDS = 2  # from one look to the next
+PATIENCE = 30  # of the first look: the API server answers 429 while it prepares for a new kind
 
 
 def log(text: str) -> None:
@@ -113,15 +114,17 @@ def main() -> None:
     parser.add_argument("--prometheus", type=Path, help="pid file of the process to reload; without it, one pass only")
     arguments = parser.parse_args()
     cluster, configuration = Cluster(arguments.server, arguments.pki), Configuration(arguments.out)
-    if arguments.prometheus is None:
-        update(cluster, configuration)
-        return
+    end = time.monotonic() + PATIENCE
     while True:
         try:
-            if update(cluster, configuration):
+            if update(cluster, configuration) and arguments.prometheus:
                 os.kill(int(arguments.prometheus.read_text().split()[0]), signal.SIGHUP)
                 log("Prometheus reads its configuration again")
+            if arguments.prometheus is None:
+                return
         except (OSError, http.client.HTTPException) as error:
+            if arguments.prometheus is None and time.monotonic() > end:
+                raise
             log(f"{type(error).__name__}: {error}")
         time.sleep(SECONDS)
 
