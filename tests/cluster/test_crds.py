@@ -16,10 +16,10 @@ from typing import Any
 import kubernetes.config
 import pytest
 import yaml
-from tuneloop_operator.api.crds import DEFINITIONS, render_crd
-
 from tests.cluster.manifests import FINE_TUNE_JOB, FULL, MODEL_DEPLOYMENT, MODEL_VERSION, PLURALS, Manifest, changed
 from tests.cluster.violations import shown, unset_fields, violations
+
+from tuneloop_operator.api.crds import DEFINITIONS, render_crd
 
 pytestmark = pytest.mark.cluster
 
@@ -436,5 +436,3 @@ def test_every_example_is_accepted(server: Server, place: str, path: Path) -> No
             renamed = manifest["metadata"]["name"] + ("" if manifest["kind"] == "ModelVersion" else "-example")
             code, answer = create(server, place, {**manifest, "metadata": {"name": renamed}})
             assert code == 201, answer["message"]
-
-

@@ -350,6 +350,7 @@ class Resolved(Model):
     base_digest: str | None = Field(default=None, max_length=80, description="sha256 over the base model's files.")
     dataset_digests: Annotated[dict[str, str], Field(max_length=16)] = Field(default={}, description="sha256 of each source.")
     baseline: PinnedBaseline | None = Field(default=None, description="What the candidate is compared with.")
+    prompt_probe: str | None = Field(default=None, max_length=80, description="sha256 of the probe prompt, as training renders it.")
 
 
 class DataStatus(Model):

@@ -321,7 +321,9 @@ class RetrainingStatus(Model):
     last_trigger: str | None = Field(default=None, max_length=32, description="Drift.")
     last_triggered_at: str | None = Field(default=None, max_length=32, description="When the last job was decided.")
     last_job: str | None = Field(default=None, max_length=63, description="Name of the last retraining job.")
-    last_job_uid: str | None = Field(default=None, max_length=64, description="Its UID, once it was seen: a job that is deleted is not made again.")
+    last_job_uid: str | None = Field(
+        default=None, max_length=64, description="Its UID, once it was seen: a job that is deleted is not made again."
+    )
     runs_this_month: int = Field(default=0, description="Jobs made in `month`.")
     month: str | None = Field(default=None, max_length=7, description="YYYY-MM, UTC.")
     blocked_by: str | None = Field(default=None, max_length=64, description="Why nothing trains.")

@@ -49,7 +49,9 @@ class Lineage(Model):
         description="The job's spec.", json_schema_extra={"type": "object", "x-kubernetes-preserve-unknown-fields": True}
     )
     config_digest: str = Field(max_length=80, description="sha256 over what was asked for.")
-    dataset_digests: Annotated[dict[str, str], Field(max_length=16)] = Field(default={}, description="sha256 of each source.")
+    dataset_digests: Annotated[dict[str, Annotated[str, Field(max_length=80)]], Field(max_length=16)] = Field(
+        default={}, description="sha256 of each source."
+    )
     image: str = Field(default="", max_length=512, description="The trainer image.")
     parent: str | None = Field(default=None, max_length=63, description="The version that it was compared with.")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.alias_generators import to_camel
@@ -141,10 +141,10 @@ class Toleration(Model):
     """As in a pod."""
 
     key: str | None = Field(default=None, max_length=316, description="Taint key.")
-    operator: str | None = Field(default=None, max_length=16, description="Exists or Equal.")
+    operator: Literal["Exists", "Equal"] | None = Field(default=None, description="Exists: any value. Equal: this value.")
     value: str | None = Field(default=None, max_length=63, description="Taint value.")
-    effect: str | None = Field(default=None, max_length=32, description="NoSchedule, PreferNoSchedule or NoExecute.")
-    toleration_seconds: int | None = Field(default=None, description="For NoExecute: how long the pod stays.")
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(default=None, description="Absent: all effects.")
+    toleration_seconds: int | None = Field(default=None, ge=0, description="For NoExecute: how long the pod stays.")
 
 
 Quantity = Annotated[
