@@ -1,0 +1,141 @@
+"""Puts the gateway together, starts it, and stops it without losing what runs."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import time
+from collections.abc import Coroutine
+from typing import Any
+
+from aiohttp import web
+
+from tuneloop_gateway.capture import Capture
+from tuneloop_gateway.cluster import ApiServer, ClusterWatch
+from tuneloop_gateway.configuration import Configuration
+from tuneloop_gateway.curation import Curation
+from tuneloop_gateway.database import Database, database_url
+from tuneloop_gateway.drift.monitor import Monitor
+from tuneloop_gateway.endpoints import Endpoints
+from tuneloop_gateway.feedback import Feedback
+from tuneloop_gateway.internal import Internal
+from tuneloop_gateway.keys import KeyRing, read_secrets
+from tuneloop_gateway.metrics import Metrics
+from tuneloop_gateway.probes import Prober
+from tuneloop_gateway.proxy import Exchange, Proxy
+from tuneloop_gateway.public import Public
+from tuneloop_gateway.routing import Router
+from tuneloop_gateway.settings import Settings
+from tuneloop_gateway.state import State
+
+logger = logging.getLogger(__name__)
+FILE_SECONDS = 1.0
+KEYS_SECONDS = 5.0
+FLUSH_SECONDS = 8.0
+RESTART_SECONDS = 1.0
+MAX_HEADER_BYTES = 16 << 10
+
+
+class Gateway:
+    """Everything of one process. `start`, then `stop`."""
+
+    def __init__(self, settings: Settings, configuration: Configuration) -> None:
+        self.settings, self.configuration = settings, configuration
+        config, secrets = configuration.current, read_secrets(settings.secrets_path)
+        self.metrics = Metrics(config.namespace, config.deployment)
+        self.keys = KeyRing(settings.keys_path, secrets.feedback_key)
+        self.keys.reload()
+        self.database = Database(database_url(settings.database_url_path, settings.data_path))
+        self.endpoints = Endpoints(config.namespace, settings.endpoints)
+        self.router = Router(configuration, self.endpoints, settings.wait_seconds)
+        self.monitor = Monitor(configuration, self.database, settings.pod_uid)
+        self.capture = Capture(configuration, self.database, self.metrics, self.monitor.take)
+        self.curation = Curation(self.database)
+        self.proxy = Proxy(configuration, self.router, self.metrics, secrets.engine_key, self._ended)
+        self.prober = Prober(configuration, self.endpoints, self.router, self.proxy.session, secrets.engine_key)
+        feedback = Feedback(configuration, self.curation, self.metrics, secrets.feedback_key)
+        self.public = Public(
+            configuration, self.keys, self.proxy, self.capture, feedback, self.monitor, self.metrics, secrets.feedback_key
+        )  # fmt: skip
+        state = State(configuration, self.endpoints, self.router, self.prober, self.capture, self.monitor, self.curation, settings.pod_uid)
+        self.internal = Internal(configuration, state, self.curation, self.monitor, self.metrics, secrets.internal_token)
+        self.api = ApiServer(settings.api_server, settings.token_path) if settings.api_server else None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._public_site: web.TCPSite | None = None
+        self._runners: list[web.AppRunner] = []
+
+    def _ended(self, exchange: Exchange) -> None:
+        self.capture.offer(exchange)
+
+    async def start(self) -> None:
+        """Opens both ports and starts what runs beside requests."""
+        for work in (self.capture.prepare, self.capture.write, self.capture.sweep, self.monitor.run, self.prober.run, self._follow_keys):
+            self._tasks.append(asyncio.create_task(_keep_running(work.__qualname__, work)))
+        if self.settings.endpoints is not None or self.api is None or self.settings.config_map is None:
+            seconds = FILE_SECONDS
+        else:
+            seconds = FILE_SECONDS * 5
+        self._tasks.append(asyncio.create_task(self.configuration.follow_file(seconds)))
+        if self.api is not None:
+            namespace = self.configuration.current.namespace
+            watch = ClusterWatch(self.api, namespace, self.settings.config_map, self.configuration, self.endpoints)
+            watch.note_services()
+            self._tasks.append(asyncio.create_task(_keep_running("ClusterWatch.run", watch.run)))
+        await self._listen(self.internal.application(), self.settings.internal_port)
+        self._public_site = await self._listen(self.public.application(), self.settings.public_port)
+        gc.collect()
+        gc.freeze()  # what lives for ever need not be looked through again: shorter pauses
+        gc.set_threshold(5000, 20, 50)
+
+    async def _listen(self, app: web.Application, port: int) -> web.TCPSite:
+        # A client that goes away cancels its handler, which closes the connection to the engine.
+        runner = web.AppRunner(
+            app, handler_cancellation=True, access_log=None, keepalive_timeout=75, max_field_size=MAX_HEADER_BYTES, auto_decompress=False
+        )
+        await runner.setup()
+        self._runners.append(runner)
+        site = web.TCPSite(runner, self.settings.host, port, backlog=1024, shutdown_timeout=1)
+        await site.start()
+        return site
+
+    async def _follow_keys(self) -> None:
+        while True:
+            await asyncio.sleep(KEYS_SECONDS)
+            await asyncio.to_thread(self.keys.reload)
+
+    async def stop(self) -> None:
+        """Fails readiness, serves on until endpoints are updated, lets running requests end, stores what is pending."""
+        self.public.stopping = True
+        await asyncio.sleep(self.settings.drain_delay_seconds)
+        if self._public_site is not None:
+            await self._public_site.stop()
+        deadline = time.monotonic() + self.settings.drain_seconds
+        while self.public.in_flight and time.monotonic() < deadline:  # noqa: ASYNC110 - an event would cost every request something
+            await asyncio.sleep(0.05)
+        if self.public.in_flight:
+            logger.error("%d requests were cut off at the end.", self.public.in_flight)
+        await self.capture.flush(FLUSH_SECONDS)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.monitor.stop()
+        for runner in self._runners:
+            await runner.cleanup()
+        await self.proxy.close()
+        if self.api is not None:
+            await self.api.close()
+        await self.database.close()
+
+
+async def _keep_running(name: str, work: Any) -> None:
+    """A bug in what runs beside requests is logged and that part starts again; requests go on."""
+    while True:
+        try:
+            coroutine: Coroutine[Any, Any, None] = work()
+            await coroutine
+        except asyncio.CancelledError:
+            raise
+        except Exception:
+            logger.exception("%s failed; it starts again.", name)
+        await asyncio.sleep(RESTART_SECONDS)

@@ -1,0 +1,163 @@
+"""The capture database: its tables, and one bounded way to use it that never takes the process down."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Boolean, Column, Double, Index, Integer, LargeBinary, MetaData, String, Table, Text, event
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+logger = logging.getLogger(__name__)
+SECONDS = 8.0
+"""No operation takes longer."""
+
+metadata = MetaData()
+
+captured = Table(
+    "captured",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("captured_at", Double, nullable=False, index=True),
+    Column("revision", String(253), nullable=False),
+    Column("version", Integer),
+    Column("text", Text, nullable=False),
+    Column("answer", Text, nullable=False),
+    Column("finish_reason", String(32), nullable=False),
+    Column("subject", String(64), nullable=False),
+)
+feedback = Table(
+    "feedback",
+    metadata,
+    Column("response_id", String(64), primary_key=True),
+    Column("subject", String(64), primary_key=True),
+    Column("kind", String(16), primary_key=True),
+    Column("value", Integer, nullable=False),
+    Column("text", Text),
+    Column("reviewer", Boolean, nullable=False),
+    Column("epoch", String(64), nullable=False),
+    Column("updated_at", Double, nullable=False, index=True),
+)
+"""value: 1 up, -1 down, 0 neither."""
+labels = Table(
+    "labels",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("document", String(256), nullable=False),
+    Column("text", Text, nullable=False),
+    Column("label", Text, nullable=False),
+    Column("split", String(8), nullable=False),
+    Column("epoch", String(64), nullable=False),
+    Column("updated_at", Double, nullable=False),
+)
+corrections = Table(
+    "corrections",
+    metadata,
+    Column("response_id", String(64), primary_key=True),
+    Column("subject", String(64), primary_key=True),
+    Column("document", String(256), nullable=False),
+    Column("text", Text, nullable=False),
+    Column("correction", Text, nullable=False),
+    Column("reviewer", Boolean, nullable=False),
+    Column("split", String(8), nullable=False),
+    Column("epoch", String(64), nullable=False),
+    Column("updated_at", Double, nullable=False),
+    Index("corrections_by_document", "document"),
+)
+drift_state = Table(
+    "drift_state",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("owner", String(64)),
+    Column("lease_until", Double, nullable=False),
+    Column("meta", Text),
+)
+"""One row: which replica of the gateway runs the detector, and what it found."""
+drift_parts = Table(
+    "drift_parts",
+    metadata,
+    Column("name", String(32), primary_key=True),
+    Column("data", LargeBinary, nullable=False),
+)
+
+
+class Unavailable(Exception):
+    """The database did not do it; the message names the error's class, never its parameters."""
+
+
+def database_url(url_file: Path, data_path: Path) -> URL:
+    """The configured URL with an async driver, or SQLite in the data folder."""
+    try:
+        url = make_url(url_file.read_text().strip())
+    except FileNotFoundError:
+        return URL.create("sqlite+aiosqlite", database=str(data_path / "tuneloop.db"))
+    drivers = {"postgres": "postgresql+asyncpg", "postgresql": "postgresql+asyncpg", "sqlite": "sqlite+aiosqlite"}
+    return url.set(drivername=drivers.get(url.drivername, url.drivername))
+
+
+class Database:
+    """Connections, opened when first needed and again after any failure. The schema is made by the first to come."""
+
+    def __init__(self, url: URL, *, seconds: float = SECONDS) -> None:
+        self._sqlite, self._seconds = url.get_backend_name() == "sqlite", seconds
+        arguments: dict[str, Any] = {"timeout": 2.0} if self._sqlite else {"timeout": 5.0, "command_timeout": seconds}
+        pool: dict[str, Any] = {} if self._sqlite else {"pool_size": 3, "max_overflow": 2, "pool_timeout": 3}
+        self.engine: AsyncEngine = create_async_engine(url, connect_args=arguments, pool_pre_ping=not self._sqlite, **pool)
+        if self._sqlite:
+            event.listen(self.engine.sync_engine, "connect", _set_pragmas)
+        self._ready = False
+        self._making = asyncio.Lock()
+
+    @asynccontextmanager
+    async def begin(self) -> AsyncIterator[AsyncConnection]:
+        """A transaction. Raises Unavailable for whatever goes wrong with the database."""
+        try:
+            async with asyncio.timeout(self._seconds):
+                if not self._ready:
+                    await self._make()
+                async with self.engine.begin() as connection:
+                    yield connection
+        except (SQLAlchemyError, OSError, TimeoutError) as error:
+            cause = getattr(error, "orig", None) or error
+            raise Unavailable(f"{type(cause).__name__}") from error
+
+    async def _make(self) -> None:
+        async with self._making:
+            if self._ready:
+                return
+            async with self.engine.begin() as connection:
+                await connection.run_sync(metadata.create_all)
+            self._ready = True
+            logger.info("The capture database is ready.")
+
+    async def close(self) -> None:
+        await self.engine.dispose()
+
+
+def _set_pragmas(connection: Any, _: Any) -> None:
+    """Readers do not wait for the writer, and a commit costs no disk flush (a power cut may cost the last seconds)."""
+    cursor = connection.cursor()
+    for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "busy_timeout=2000"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+def upsert(connection: AsyncConnection, table: Table) -> Any:
+    """An INSERT that replaces the row of the same primary key; both dialects spell it alike, in different modules."""
+    if connection.dialect.name == "sqlite":
+        from sqlalchemy.dialects.sqlite import insert as sqlite_insert
+
+        statement: Any = sqlite_insert(table)
+    else:
+        from sqlalchemy.dialects.postgresql import insert as postgresql_insert
+
+        statement = postgresql_insert(table)
+    keys = [c.name for c in table.primary_key]
+    new = {c.name: statement.excluded[c.name] for c in table.columns if c.name not in keys}
+    return statement.on_conflict_do_update(index_elements=keys, set_=new)

@@ -1,0 +1,180 @@
+"""Guards an engine: a key on every path but two, an allow-list of paths, the recorded probes; and verifies a model before it is loaded.
+
+One file that needs nothing but the standard library: it is mounted into the engine's image and used as
+`--middleware engine_guard.Guard` (vLLM's own key leaves inference paths open) and, before the engine starts, as
+`python3 engine_guard.py verify <model folder> <sha256:digest>`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import os
+import re
+import sys
+from collections.abc import Awaitable, Callable, MutableMapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+KEY_FILE_VARIABLE = "TUNELOOP_ENGINE_KEY_FILE"
+PROBES_FILE_VARIABLE = "TUNELOOP_PROBES_FILE"
+OPEN_PATHS = {("GET", "/health"), ("GET", "/metrics")}
+PROBES_PATH = "/tuneloop/probes"
+ALLOWED_PATHS = {"/v1/chat/completions", "/v1/completions", "/v1/models", "/tokenize", PROBES_PATH}
+MANIFEST = "manifest.json"
+MAX_MANIFEST_BYTES = 16 << 20
+MAX_PROBES_BYTES = 2 << 20
+
+Scope = MutableMapping[str, Any]  # the three shapes of ASGI
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+class Guard:
+    """Pure ASGI middleware: streams pass untouched. Without a readable key it refuses everything but the open paths."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+        self._key_file = os.environ.get(KEY_FILE_VARIABLE)
+        self._probes_file = os.environ.get(PROBES_FILE_VARIABLE)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        kind = scope["type"]
+        if kind == "lifespan":
+            await self._app(scope, receive, send)
+        elif kind != "http":
+            await _close(kind, send)
+        elif (scope["method"], scope["path"]) in OPEN_PATHS:
+            await self._app(scope, receive, send)
+        elif not self._has_key(scope):
+            await _answer(send, 401, b'{"error":"unauthorized"}')
+        elif scope["path"] == PROBES_PATH:
+            await self._answer_probes(scope, send)
+        elif scope["path"] in ALLOWED_PATHS:
+            await self._app(scope, receive, send)
+        else:
+            await _answer(send, 404, b'{"error":"not found"}')
+
+    def _has_key(self, scope: Scope) -> bool:
+        """In constant time. The file is read each time: a mounted secret changes under a running engine."""
+        key = _read(self._key_file, 4096)
+        key = key.strip() if key is not None else None
+        given = [value for name, value in scope["headers"] if name.lower() == b"authorization"]
+        if not key or len(given) != 1:
+            return False
+        return hmac.compare_digest(given[0], b"Bearer " + key)
+
+    async def _answer_probes(self, scope: Scope, send: Send) -> None:
+        body = _read(self._probes_file, MAX_PROBES_BYTES) if scope["method"] == "GET" else None
+        if body is None:
+            await _answer(send, 404, b'{"error":"no probes are recorded for this model"}')
+        else:
+            await _answer(send, 200, body)
+
+
+def _read(path: str | None, limit: int) -> bytes | None:
+    """None where the file is not there or is longer than it may be."""
+    if not path:
+        return None
+    try:
+        with open(path, "rb") as file:
+            content = file.read(limit + 1)
+    except OSError:
+        return None
+    return content if len(content) <= limit else None
+
+
+async def _answer(send: Send, status: int, body: bytes) -> None:
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    if status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def _close(kind: str, send: Send) -> None:
+    """A websocket that is closed before it is accepted is answered 403. Other protocols get nothing at all."""
+    if kind == "websocket":
+        await send({"type": "websocket.close", "code": 1008})
+
+
+# --- verification ----------------------------------------------------------------
+
+
+class Mismatch(Exception):
+    """The folder is not what was published; the message says where."""
+
+
+def verify(folder: Path, digest: str) -> int:
+    """Checks the manifest's digest, then every file's size and sha256, and that no file is unlisted. Returns the number of files."""
+    if not re.fullmatch(r"sha256:[0-9a-f]{64}", digest):
+        raise Mismatch(f"'{digest}' is no digest; it must be sha256: and 64 hexadecimal digits.")
+    files = _read_manifest(folder, digest)
+    for path, size, sha256 in files:
+        _verify_file(folder / path, path, size, sha256)
+    listed = {path for path, _, _ in files}
+    present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir() or p.is_symlink()}
+    unlisted = sorted(present - listed - {MANIFEST})
+    if unlisted:
+        raise Mismatch(f"{unlisted[0]} is not in the manifest.")
+    return len(files)
+
+
+def _read_manifest(folder: Path, digest: str) -> list[tuple[str, int, str]]:
+    raw = _read(str(folder / MANIFEST), MAX_MANIFEST_BYTES)
+    if raw is None:
+        raise Mismatch(f"{MANIFEST} is missing in {folder} or cannot be read.")
+    try:
+        manifest = json.loads(raw)
+        canonical = json.dumps(manifest, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+        found = "sha256:" + hashlib.sha256(canonical).hexdigest()
+        files = [(str(f["path"]), int(f["size"]), str(f["sha256"])) for f in manifest["files"]]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise Mismatch(f"{MANIFEST} is not a manifest.") from None
+    if not hmac.compare_digest(found, digest):
+        raise Mismatch(f"{MANIFEST} has the digest {found}, but {digest} is what was approved.")
+    if not files:
+        raise Mismatch(f"{MANIFEST} lists no file.")
+    for path, _, _ in files:
+        pure = PurePosixPath(path)
+        if pure.is_absolute() or ".." in pure.parts or not pure.parts:
+            raise Mismatch(f"{MANIFEST} lists {path}, which lies outside of the folder.")
+    return files
+
+
+def _verify_file(file: Path, path: str, size: int, sha256: str) -> None:
+    if file.is_symlink() or not file.is_file():
+        raise Mismatch(f"{path} is missing.")
+    if file.stat().st_size != size:
+        raise Mismatch(f"{path} has {file.stat().st_size} bytes instead of {size}.")
+    with file.open("rb") as opened:
+        found = hashlib.file_digest(opened, "sha256").hexdigest() if sys.version_info >= (3, 11) else _hash(opened)
+    if not hmac.compare_digest(found, sha256.removeprefix("sha256:")):
+        raise Mismatch(f"{path} is not what was published (its sha256 is {found[:12]}…).")
+
+
+def _hash(opened: Any) -> str:
+    """For an engine image with an older Python."""
+    state = hashlib.sha256()
+    while block := opened.read(1 << 20):
+        state.update(block)
+    return state.hexdigest()
+
+
+def main(arguments: list[str]) -> int:
+    if len(arguments) != 3 or arguments[0] != "verify":
+        print("usage: engine_guard.py verify <model folder> <sha256:digest>", file=sys.stderr)
+        return 2
+    try:
+        files = verify(Path(arguments[1]), arguments[2])
+    except (Mismatch, OSError) as error:
+        print(f"The model in {arguments[1]} is refused: {error}", file=sys.stderr)
+        return 1
+    print(f"Verified {files} files against {arguments[2]}.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

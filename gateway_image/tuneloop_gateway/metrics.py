@@ -1,0 +1,126 @@
+"""The gateway's metrics, all of them; their names are the contract's."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
+
+from tuneloop_gateway.contract import DriftReport, DriftStatus, GatewayConfig, GatewayState, Metric
+
+disable_created_metrics()  # type: ignore[no-untyped-call]
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+OWN = ("namespace", "deployment")
+
+
+class Metrics:
+    """One registry for one deployment. Never labelled with what users say or who they are."""
+
+    def __init__(self, namespace: str, deployment: str) -> None:
+        self.registry = CollectorRegistry()
+        self.own = {"namespace": namespace, "deployment": deployment}
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(name, text, (*OWN, *labels), registry=self.registry)
+
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(name, text, (*OWN, *labels), registry=self.registry)
+
+        def histogram(name: str, text: str) -> Histogram:
+            return Histogram(name, text, (*OWN, "revision"), registry=self.registry, buckets=SECONDS)
+
+        self._requests = counter(Metric.REQUESTS, "Requests answered.", "revision", "code", "finish_reason")
+        self._seconds = histogram(Metric.REQUEST_SECONDS, "Seconds from a request's arrival to the end of its answer.")
+        self._first_byte = histogram(Metric.FIRST_BYTE_SECONDS, "Seconds from a request's arrival to the answer's first byte.")
+        self._in_flight = gauge(Metric.IN_FLIGHT, "Requests being answered now.")
+        self._retries = counter(Metric.RETRIES, "Attempts that were repeated on another replica before the first byte.", "revision")
+        self._tokens = counter(Metric.TOKENS, "Tokens that engines reported.", "revision", "kind")
+        self._weight = gauge(Metric.REVISION_WEIGHT, "Share of the traffic a revision is given.", "revision", "version")
+        self._agreement = gauge(Metric.PROBE_AGREEMENT, "Share of the probes answered as the evaluator did.", "revision")
+        self._captured = counter(Metric.CAPTURED, "Requests stored.")
+        self._dropped = counter(Metric.CAPTURE_DROPPED, "Requests not stored.", "reason")
+        self._feedback = counter(Metric.FEEDBACK, "Feedback received.", "kind", "value")
+        self._labelled = gauge(Metric.LABELLED_ROWS, "Curated rows of the current epoch.", "split")
+        self._evidence = gauge(Metric.DRIFT_LOG_EVIDENCE, "Natural logarithm of the evidence that users' inputs changed.")
+        self._threshold = gauge(Metric.DRIFT_LOG_THRESHOLD, "The alarm is raised where the evidence reaches this.")
+        self._effect = gauge(Metric.DRIFT_EFFECT, "Prequential AUC over the last 500 pairs, minus 0.5.")
+        self._alarm = gauge(Metric.DRIFT_ALARM, "1 from the alarm on until the detector starts afresh.")
+        self._remaining = gauge(Metric.DRIFT_REFERENCE_REMAINING, "Reference rows not used yet.")
+        self._pairs = gauge(Metric.DRIFT_PAIRS, "Pairs tested since the detector started.")
+        self._generation = gauge(Metric.CONFIG_GENERATION, "Generation of the configuration that is applied.")
+        for reason in ("queue_full", "database"):
+            self._dropped.labels(**self.own, reason=reason)
+        self._captured.labels(**self.own)
+        self._feedback_series()
+        self._children: dict[tuple[str, ...], Counter] = {}
+        self._timers: dict[str, tuple[Histogram, Histogram]] = {}
+
+    def _feedback_series(self) -> None:
+        """A rate over a series that does not exist is no data, not zero."""
+        for kind, value in (("rating", "up"), ("rating", "down"), ("rating", "none"), ("preference", "none"), ("correction", "none")):
+            self._feedback.labels(**self.own, kind=kind, value=value)
+
+    def request(self, revision: str, code: str, finish_reason: str) -> None:
+        key = (revision, code, finish_reason)
+        child = self._children.get(key)
+        if child is None:
+            child = self._children[key] = self._requests.labels(**self.own, revision=revision, code=code, finish_reason=finish_reason)
+        child.inc()
+
+    def _timer(self, revision: str) -> tuple[Histogram, Histogram]:
+        timer = self._timers.get(revision)
+        if timer is None:
+            own = {**self.own, "revision": revision}
+            timer = self._timers[revision] = (self._seconds.labels(**own), self._first_byte.labels(**own))
+        return timer
+
+    def ended(self, revision: str, seconds: float) -> None:
+        self._timer(revision)[0].observe(seconds)
+
+    def first_byte(self, revision: str, seconds: float) -> None:
+        self._timer(revision)[1].observe(seconds)
+
+    def retried(self, revision: str) -> None:
+        self._retries.labels(**self.own, revision=revision).inc()
+
+    def tokens(self, revision: str, prompt: int, completion: int) -> None:
+        for kind, amount in (("prompt", prompt), ("completion", completion)):
+            key = (revision, "tokens", kind)
+            child = self._children.get(key)
+            if child is None:
+                child = self._children[key] = self._tokens.labels(**self.own, revision=revision, kind=kind)
+            child.inc(amount)
+
+    def captured(self, rows: int) -> None:
+        self._captured.labels(**self.own).inc(rows)
+
+    def dropped(self, reason: str, rows: int = 1) -> None:
+        self._dropped.labels(**self.own, reason=reason).inc(rows)
+
+    def feedback(self, kind: str, value: str) -> None:
+        self._feedback.labels(**self.own, kind=kind, value=value).inc()
+
+    def render(self, config: GatewayConfig, state: GatewayState) -> bytes:
+        """The exposition, with the gauges set from the state."""
+        self._in_flight.labels(**self.own).set(sum(r.in_flight for r in state.revisions))
+        self._generation.labels(**self.own).set(state.generation)
+        self._weight.clear()
+        for revision in config.revisions:
+            version = "" if revision.version is None else str(revision.version)
+            self._weight.labels(**self.own, revision=revision.name, version=version).set(revision.weight)
+        self._agreement.clear()
+        for report in state.revisions:
+            if report.probe.asked and report.probe.status in ("Done", "Running"):
+                self._agreement.labels(**self.own, revision=report.name).set(report.probe.agreed / report.probe.asked)
+        self._labelled.labels(**self.own, split="train").set(state.feedback.labelled_train)
+        self._labelled.labels(**self.own, split="gate").set(state.feedback.labelled_gate)
+        self._render_drift(state.drift)
+        return generate_latest(self.registry)
+
+    def _render_drift(self, drift: DriftReport) -> None:
+        gauges = (self._evidence, self._threshold, self._effect, self._alarm, self._remaining, self._pairs)
+        if drift.status is DriftStatus.OFF:
+            for gauge in gauges:
+                gauge.clear()
+            return
+        values = (drift.log_evidence, drift.log_threshold, drift.effect, float(drift.status is DriftStatus.ALARM))
+        for gauge, value in zip(gauges, (*values, drift.reference_remaining, drift.pairs), strict=True):
+            gauge.labels(**self.own).set(value)

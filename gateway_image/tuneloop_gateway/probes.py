@@ -1,0 +1,203 @@
+"""Before a revision takes traffic: a warm-up prompt, and the questions whose answers the evaluator recorded."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import random
+import time
+from dataclasses import dataclass
+
+import aiohttp
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from tuneloop_gateway.answers import ABORT, read_answer
+from tuneloop_gateway.canonical import normalise
+from tuneloop_gateway.configuration import Configuration
+from tuneloop_gateway.contract import ENGINE_PROBES_PATH, ProbeState, Revision, RevisionState
+from tuneloop_gateway.endpoints import Endpoint, Endpoints
+from tuneloop_gateway.errors import Refused
+from tuneloop_gateway.inbound import CHAT_PATH, COMPLETION_PATH, Inbound, Json
+from tuneloop_gateway.routing import Router
+
+logger = logging.getLogger(__name__)
+CONCURRENCY = 8
+MAX_PROBES = 200
+MAX_PROBES_BYTES = 2 << 20
+TRIES = 3
+AGAIN_SECONDS = 5.0
+LOOK_SECONDS = 1.0
+FAILURES = (aiohttp.ClientError, ConnectionError, TimeoutError, ValueError, LookupError, Refused)
+
+
+class ProbeItem(BaseModel):
+    """One item of the engine's list (the trainer's `Probe`)."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True)
+
+    prompt: str
+    answer: str
+    max_tokens: int = Field(alias="maxTokens")
+
+
+_ITEMS = TypeAdapter(list[ProbeItem])
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What a result is about: another model or prompt is probed anew."""
+
+    revision: Revision
+
+    @property
+    def key(self) -> str:
+        r = self.revision
+        return json.dumps([r.name, r.service, r.model_id, r.prompt.model_dump(mode="json"), r.probe])
+
+
+class Prober:
+    """One task for each revision that is not draining; results stay until the revision changes."""
+
+    def __init__(
+        self, configuration: Configuration, endpoints: Endpoints, router: Router, session: aiohttp.ClientSession, engine_key: str
+    ) -> None:
+        self._configuration, self._endpoints, self._router, self._session = configuration, endpoints, router, session
+        self._headers = {"Authorization": f"Bearer {engine_key}"}
+        self._tasks: dict[str, tuple[str, asyncio.Task[None]]] = {}
+        self._states: dict[str, ProbeState] = {}
+
+    def state(self, revision: str) -> ProbeState:
+        if error := self._configuration.prompt_errors.get(revision):
+            return ProbeState(status="Failed", message=error[:300])
+        return self._states.get(revision, ProbeState(status="Pending"))
+
+    async def run(self) -> None:
+        """Starts a task for each new revision and ends those of revisions that are gone. Runs for ever."""
+        try:
+            while True:
+                self._follow()
+                await asyncio.sleep(LOOK_SECONDS)
+        finally:
+            for _, task in self._tasks.values():
+                task.cancel()
+
+    def _follow(self) -> None:
+        config = self._configuration.current
+        wanted = {
+            r.name: _Subject(r) for r in config.revisions if r.state is not RevisionState.DRAINING and r.name in self._configuration.prompts
+        }
+        for name, (key, task) in list(self._tasks.items()):
+            if name not in wanted or wanted[name].key != key:
+                task.cancel()
+                del self._tasks[name]
+                self._states.pop(name, None)
+                self._router.count(name).warm = False
+        for name, subject in wanted.items():
+            if name not in self._tasks:
+                self._tasks[name] = (subject.key, asyncio.create_task(self._probe(subject.revision)))
+
+    async def _probe(self, revision: Revision) -> None:
+        """Warm-up, then the probes, again and again until the engine could be asked."""
+        while True:
+            try:
+                await self._warm_up(revision)
+                if not revision.probe:
+                    return
+                self._states[revision.name] = await self._ask_all(revision)
+                logger.info("Revision %s: %s.", revision.name, self._states[revision.name])
+                return
+            except FAILURES as error:
+                message = f"The engine could not be asked: {type(error).__name__} {error}"[:300]
+                if self._router.count(revision.name).warm:
+                    self._states[revision.name] = ProbeState(status="Failed", message=message)
+                logger.warning("Revision %s: %s", revision.name, message)
+                await asyncio.sleep(random.uniform(AGAIN_SECONDS / 2, AGAIN_SECONDS))
+
+    async def _endpoint(self, revision: Revision) -> Endpoint:
+        """The least busy replica, waited for as long as it takes."""
+        while True:
+            endpoint = self._endpoints.least_busy(revision.service, (), time.monotonic())
+            if endpoint is not None:
+                return endpoint
+            await self._endpoints.changed(30)
+
+    async def _warm_up(self, revision: Revision) -> None:
+        await self._ask(revision, "Hello", 1)
+        self._router.count(revision.name).warm = True
+
+    async def _ask_all(self, revision: Revision) -> ProbeState:
+        items = await self._fetch(revision)
+        if items is None:
+            return ProbeState(status="NoProbes")
+        agreed = asked = 0
+        self._states[revision.name] = ProbeState(status="Running")
+        slots = asyncio.Semaphore(CONCURRENCY)
+        disagreement = ""
+
+        async def ask(item: ProbeItem) -> None:
+            nonlocal agreed, asked, disagreement
+            async with slots:
+                answer = await self._ask_patiently(revision, item)
+            same = normalise(answer) == normalise(item.answer)
+            asked, agreed = asked + 1, agreed + same
+            if not same and not disagreement:
+                disagreement = f"For example the engine answered {answer.strip()[:60]!r} where the evaluator had {item.answer[:60]!r}."
+            self._states[revision.name] = ProbeState(status="Running", asked=asked, agreed=agreed)
+
+        tasks = [asyncio.create_task(ask(item)) for item in items]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+        return ProbeState(status="Done", asked=asked, agreed=agreed, message=disagreement[:300])
+
+    async def _fetch(self, revision: Revision) -> list[ProbeItem] | None:
+        """The recorded items; None where the engine has none. Raises one of FAILURES."""
+        endpoint = await self._endpoint(revision)
+        timeout = aiohttp.ClientTimeout(total=15)
+        async with self._session.get(f"http://{endpoint.address}{ENGINE_PROBES_PATH}", headers=self._headers, timeout=timeout) as response:
+            if response.status == 404:
+                return None
+            if response.status != 200:
+                raise ValueError(f"{ENGINE_PROBES_PATH} was answered {response.status}")
+            raw = b""
+            while chunk := await response.content.readany():
+                raw += chunk
+                if len(raw) > MAX_PROBES_BYTES:
+                    raise ValueError("the list of probes is too large")
+        try:
+            return _ITEMS.validate_json(raw)[:MAX_PROBES] or None
+        except ValidationError:
+            raise ValueError("the list of probes is not as expected") from None
+
+    async def _ask_patiently(self, revision: Revision, item: ProbeItem) -> str:
+        for attempt in range(TRIES):
+            try:
+                return await self._ask(revision, item.prompt, item.max_tokens)
+            except FAILURES:
+                if attempt == TRIES - 1:
+                    raise
+                await asyncio.sleep(random.uniform(0.2, 1.0))
+        raise AssertionError("unreachable")
+
+    async def _ask(self, revision: Revision, text: str, max_tokens: int) -> str:
+        """One greedy answer, through the same prompt as users'. Raises one of FAILURES."""
+        body: Json = {"temperature": 0, "max_tokens": max_tokens}
+        if self._configuration.current.task == "Chat":
+            inbound = Inbound(CHAT_PATH, {**body, "messages": [{"role": "user", "content": text}]}, text, stream=False)
+        else:
+            inbound = Inbound(COMPLETION_PATH, {**body, "prompt": text}, text, stream=False)
+        payload = self._configuration.prompts[revision.name].apply(inbound)
+        endpoint = await self._endpoint(revision)
+        timeout = aiohttp.ClientTimeout(total=self._configuration.current.limits.upstream_timeout_seconds)
+        url = f"http://{endpoint.address}{inbound.path}"
+        async with self._session.post(url, json=payload, headers=self._headers, timeout=timeout) as response:
+            raw = await response.read()
+            if response.status != 200:
+                raise ValueError(f"{inbound.path} was answered {response.status}")
+        answer = read_answer(raw, stream=False)
+        if answer.finish_reason == ABORT:
+            raise ConnectionError("the engine aborted")
+        return answer.text

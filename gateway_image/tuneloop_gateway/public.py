@@ -1,0 +1,136 @@
+"""The public port: OpenAI's paths, feedback, health."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import time
+
+from aiohttp import web
+
+from tuneloop_gateway.capture import Capture
+from tuneloop_gateway.configuration import Configuration
+from tuneloop_gateway.contract import FEEDBACK_HEADER
+from tuneloop_gateway.drift.monitor import Monitor
+from tuneloop_gateway.errors import Refused, render_error
+from tuneloop_gateway.feedback import Feedback
+from tuneloop_gateway.inbound import CHAT_PATH, COMPLETION_PATH, parse_inbound, read_body
+from tuneloop_gateway.keys import Caller, KeyRing, RateLimit
+from tuneloop_gateway.metrics import Metrics
+from tuneloop_gateway.proxy import Exchange, Proxy
+from tuneloop_gateway.tokens import FeedbackToken, sign
+
+_REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
+
+
+class Public:
+    """Handlers of the public port."""
+
+    def __init__(
+        self, configuration: Configuration, keys: KeyRing, proxy: Proxy, capture: Capture, feedback: Feedback, monitor: Monitor,
+        metrics: Metrics, feedback_key: bytes,
+    ) -> None:  # fmt: skip
+        self._configuration, self._keys, self._proxy, self._capture = configuration, keys, proxy, capture
+        self._feedback, self._monitor, self._metrics, self._feedback_key = feedback, monitor, metrics, feedback_key
+        self._rates = RateLimit()
+        self._started = int(time.time())
+        self.in_flight = 0
+        self.stopping = False
+
+    def application(self) -> web.Application:
+        # The configured limit may change while we run, so it is not aiohttp's but ours (`read_body`) that holds.
+        app = web.Application(client_max_size=1 << 30)
+        app.router.add_post(CHAT_PATH, self.complete)
+        app.router.add_post(COMPLETION_PATH, self.complete)
+        app.router.add_get("/v1/models", self.models)
+        app.router.add_get("/v1/models/{model}", self.model)
+        app.router.add_post("/v1/feedback", self.feedback)
+        app.router.add_get("/healthz", self.health)
+        app.router.add_get("/readyz", self.ready)
+        app.router.add_route("*", "/{path:.*}", self.unknown)
+        app.on_response_prepare.append(self._close_while_stopping)
+        return app
+
+    async def _close_while_stopping(self, _: web.Request, response: web.StreamResponse) -> None:
+        """Clients with open connections shall look for another replica."""
+        if self.stopping:
+            response.force_close()
+            response.headers["Connection"] = "close"
+
+    def _caller(self, request: web.BaseRequest) -> Caller:
+        """Raises Refused 401 and 429."""
+        config = self._configuration.current
+        caller = self._keys.find(request.headers.get("Authorization"))
+        if caller is None:
+            if config.require_key:
+                raise Refused(401, "Send a valid API key as 'Authorization: Bearer <key>'.", code="invalid_api_key")
+            caller = self._keys.anonymous
+        per_minute = config.limits.requests_per_minute
+        if per_minute is not None:
+            wait = self._rates.wait(caller.subject, per_minute, time.monotonic())
+            if wait > 0:
+                message = f"More than {per_minute} requests a minute."
+                raise Refused(429, message, code="rate_limit_exceeded", retry_after=int(wait) + 1)
+        return caller
+
+    async def complete(self, request: web.Request) -> web.StreamResponse:
+        """Chat and text completions."""
+        given = request.headers.get("x-request-id", "")
+        response_id = "r" + secrets.token_hex(12)
+        request_id = given if _REQUEST_ID.fullmatch(given) else response_id
+        started = time.perf_counter()
+        self.in_flight += 1
+        try:
+            limits = self._configuration.current.limits
+            if self.in_flight > limits.max_in_flight:
+                raise Refused(503, "The gateway is at its limit of running requests.", code="overloaded", retry_after=1)
+            caller = self._caller(request)
+            raw = await read_body(request, limits.max_body_bytes)
+            inbound = parse_inbound(raw, request.path, self._configuration.current.model)
+            token = FeedbackToken(response_id, caller.subject, int(time.time()))
+            headers = {"x-request-id": request_id, FEEDBACK_HEADER: sign(token, self._feedback_key)}
+            exchange = Exchange(inbound, response_id, caller.subject, headers, keep=self._capture.wants_answer(), started=started)
+            return await self._proxy.answer(request, exchange)
+        except Refused as refused:
+            if refused.code not in ("upstream_timeout", "upstream_refused", "upstream_unavailable"):  # counted with their revision
+                self._metrics.request("", f"{refused.status // 100}xx", "refused")
+            return render_error(refused, {"x-request-id": request_id})
+        finally:
+            self.in_flight -= 1
+
+    def _model(self) -> dict[str, str | int]:
+        return {"id": self._configuration.current.model, "object": "model", "created": self._started, "owned_by": "tuneloop"}
+
+    async def models(self, request: web.Request) -> web.StreamResponse:
+        try:
+            self._caller(request)
+        except Refused as refused:
+            return render_error(refused)
+        return web.json_response({"object": "list", "data": [self._model()]})
+
+    async def model(self, request: web.Request) -> web.StreamResponse:
+        try:
+            self._caller(request)
+            if request.match_info["model"] != self._configuration.current.model:
+                raise Refused(404, "There is no such model here.", code="model_not_found", param="model")
+        except Refused as refused:
+            return render_error(refused)
+        return web.json_response(self._model())
+
+    async def feedback(self, request: web.Request) -> web.StreamResponse:
+        try:
+            return await self._feedback.take(request, self._caller(request), self._monitor.epoch)
+        except Refused as refused:
+            return render_error(refused)
+
+    async def unknown(self, request: web.Request) -> web.StreamResponse:
+        status = 405 if request.path in (CHAT_PATH, COMPLETION_PATH, "/v1/feedback") else 404
+        return render_error(Refused(status, f"There is no {request.method} {request.path[:100]} here.", code="unknown_path"))
+
+    async def health(self, _: web.Request) -> web.StreamResponse:
+        """The process answers: no more. A model or database that is away is no reason to restart the gateway."""
+        return web.Response(text="ok")
+
+    async def ready(self, _: web.Request) -> web.StreamResponse:
+        """Ready without engines too: requests are held until one is there."""
+        return web.Response(status=503, text="stopping") if self.stopping else web.Response(text="ok")

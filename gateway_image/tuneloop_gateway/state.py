@@ -1,0 +1,63 @@
+"""`GET /internal/state`: what the operator decides on."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from tuneloop_gateway.capture import Capture
+from tuneloop_gateway.configuration import Configuration
+from tuneloop_gateway.contract import GatewayState, Revision, RevisionReport
+from tuneloop_gateway.curation import Curation
+from tuneloop_gateway.database import Unavailable
+from tuneloop_gateway.drift.monitor import Monitor
+from tuneloop_gateway.drift.process import rfc3339
+from tuneloop_gateway.endpoints import Endpoints
+from tuneloop_gateway.probes import Prober
+from tuneloop_gateway.routing import Router
+
+REFRESH_SECONDS = 1.0
+
+
+class State:
+    """Put together anew for each question; the counts from the database may be a few seconds old."""
+
+    def __init__(
+        self, configuration: Configuration, endpoints: Endpoints, router: Router, prober: Prober, capture: Capture, monitor: Monitor,
+        curation: Curation, pod_uid: str,
+    ) -> None:  # fmt: skip
+        self._configuration, self._endpoints, self._router, self._prober = configuration, endpoints, router, prober
+        self._capture, self._monitor, self._curation, self._pod_uid = capture, monitor, curation, pod_uid
+        self._started_at = rfc3339(time.time())
+
+    async def refresh(self) -> None:
+        """Counts feedback again; a database that is away leaves the last counts."""
+        try:
+            async with asyncio.timeout(REFRESH_SECONDS):
+                await self._curation.report(self._monitor.epoch, self._configuration.current.max_share_of_one_subject)
+        except (Unavailable, TimeoutError):
+            pass
+
+    def build(self) -> GatewayState:
+        self._router.forget_gone()
+        return GatewayState(
+            pod_uid=self._pod_uid,
+            started_at=self._started_at,
+            generation=self._configuration.current.generation,
+            revisions=tuple(self._revision(r) for r in self._configuration.current.revisions),
+            drift=self._monitor.report(),
+            feedback=self._curation.last_report,
+            capture=self._capture.report(),
+        )
+
+    def _revision(self, revision: Revision) -> RevisionReport:
+        count = self._router.count(revision.name)
+        return RevisionReport(
+            name=revision.name,
+            endpoints=len(self._endpoints.ready(revision.service)),
+            warm=count.warm,
+            probe=self._prober.state(revision.name),
+            requests=count.requests,
+            errors=count.errors,
+            in_flight=count.in_flight,
+        )
