@@ -59,13 +59,14 @@ lint: venv ## ruff, mypy, import-linter
 	.venv/bin/lint-imports --no-cache
 
 .PHONY: generate
-generate: venv ## CRDs and their chart templates, from the pydantic models
-	@$(PY) -m tuneloop_operator crds --out crds
-	$(PY) -m tuneloop_operator crds --chart --out charts/tuneloop/templates/crds
+generate: venv ## CRDs, their chart templates and the API's reference, from the pydantic models
+	@.venv/bin/tuneloop crds --out crds
+	.venv/bin/tuneloop crds --chart --out charts/tuneloop/templates/crds
+	.venv/bin/tuneloop crds --reference docs/reference/api.md
 
 .PHONY: verify
 verify: generate ## generate, then fail if that changed anything
-	@changed=$$(git status --porcelain -- crds charts)
+	@changed=$$(git status --porcelain -- crds charts docs/reference)
 	if [ -n "$$changed" ]; then echo "generated files differ; commit what make generate wrote:"; echo "$$changed"; exit 1; fi
 
 .PHONY: cluster-up
