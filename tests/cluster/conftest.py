@@ -1,38 +1,118 @@
-"""Tests of this folder see an API server that has no node, so that they play the kubelet's part undisturbed.
+"""Fixtures of the tests on a real API server.
 
-`make test` runs them beside tests on real pods: KUBECONFIG is another one for the time of each test here. With CLUSTER=current it
-stays what it is.
+They use the local control plane without a node (brought up if it is not), or with CLUSTER=current the current kubectl context.
+Each test gets a namespace of its own, and `operator` runs the operator on it alone.
 """
 
 from __future__ import annotations
 
-import functools
+import hashlib
 import os
 import subprocess
-from collections.abc import Generator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
+from tests.cluster.harness import ROOT, Api, OperatorProcess, Play, wait_for
 
-CLUSTER = Path(__file__).parents[2] / "dev" / "cluster" / "cluster"
-
-
-def cluster(*arguments: str) -> str:
-    return subprocess.run([CLUSTER, *arguments], check=True, capture_output=True, text=True).stdout.strip()
+Start = Callable[..., OperatorProcess]
 
 
-@functools.cache
-def environment() -> dict[str, str]:
-    """Starts the control plane where it is not running."""
-    cluster("up", "--control-plane-only")
-    return {"KUBECONFIG": cluster("kubeconfig", "--control-plane-only"), "PATH": f"{cluster('bin')}:{os.environ['PATH']}"}
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.cluster)
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol() -> Generator[None, object, object]:
-    """Around fixtures of every scope too."""
+@pytest.fixture(scope="session")
+def cluster_kubeconfig() -> str:
+    """Path of a kubeconfig; the API server behind it answers."""
+    if os.environ.get("CLUSTER") == "current":
+        return os.environ.get("KUBECONFIG") or str(Path.home() / ".kube" / "config")
+    command = str(ROOT / "dev" / "cluster" / "cluster")
+    subprocess.run([command, "up", "--control-plane-only"], check=True, stdout=subprocess.DEVNULL)
+    return subprocess.run([command, "kubeconfig", "--control-plane-only"], check=True, capture_output=True, text=True).stdout.strip()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment(cluster_kubeconfig: str) -> Iterator[None]:
+    """KUBECONFIG for what tests start themselves, put back for the suites after this one."""
     with pytest.MonkeyPatch.context() as patch:
-        if os.environ.get("CLUSTER") != "current":
-            for name, value in environment().items():
-                patch.setenv(name, value)
-        return (yield)
+        patch.setenv("KUBECONFIG", cluster_kubeconfig)
+        yield
+
+
+@pytest.fixture(scope="session")
+def api(cluster_kubeconfig: str) -> Api:
+    """The API server, with the CRDs installed."""
+    api = Api(cluster_kubeconfig)
+    for path in sorted((ROOT / "crds").glob("*.yaml")):
+        install(api, yaml.safe_load(path.read_text()))
+    return api
+
+
+def install(api: Api, crd: dict[str, Any]) -> None:
+    """Applies a CRD and waits until it is served."""
+    path = f"/apis/apiextensions.k8s.io/v1/customresourcedefinitions/{crd['metadata']['name']}"
+    api.call("PATCH", f"{path}?fieldManager=test-user&force=true", crd, "application/apply-patch+yaml")
+    spec = crd["spec"]
+    collection = f"/apis/{spec['group']}/{spec['versions'][0]['name']}/{spec['names']['plural']}"
+    wait_for(lambda: _is_served(api, path, collection), 30, f"{spec['names']['kind']} to be served")
+
+
+def _is_served(api: Api, path: str, collection: str) -> bool:
+    conditions = api.call("GET", path).get("status", {}).get("conditions", [])
+    if not any(c["type"] == "Established" and c["status"] == "True" for c in conditions):
+        return False
+    try:
+        api.call("GET", collection + "?limit=1")
+    except Exception as error:
+        raise AssertionError(str(error)) from error
+    return True
+
+
+@pytest.fixture
+def namespace(api: Api, request: pytest.FixtureRequest) -> Iterator[str]:
+    """A fresh namespace, deleted afterwards."""
+    digest = hashlib.sha256(f"{request.node.nodeid} {os.getpid()}".encode()).hexdigest()[:10]
+    name = f"test-{digest}"
+    api.call("POST", "/api/v1/namespaces", {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
+    yield name
+    api.call("DELETE", f"/api/v1/namespaces/{name}")
+
+
+@pytest.fixture
+def play(api: Api, namespace: str) -> Play:
+    """Plays scheduler and kubelet in the namespace."""
+    return Play(api, namespace)
+
+
+@pytest.fixture
+def start_operator(cluster_kubeconfig: str, namespace: str, tmp_path: Path) -> Iterator[Start]:
+    """Starts operators on the namespace: `start_operator(identity="operator-b", TUNELOOP_WORKERS="2")`. All are stopped at the end."""
+    started: list[OperatorProcess] = []
+
+    def start(identity: str = "operator-a", wait: bool = True, kubeconfig: str = cluster_kubeconfig, **more: str) -> OperatorProcess:
+        process = OperatorProcess(kubeconfig, namespace, tmp_path / f"{identity}.log", identity, **more)
+        started.append(process)
+        return process.start(wait)
+
+    yield start
+    for process in started:
+        process.stop()
+
+
+@pytest.fixture
+def operator(start_operator: Start) -> OperatorProcess:
+    """The operator, running on the namespace."""
+    return start_operator()
+
+
+@pytest.fixture(autouse=True)
+def log_on_failure(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[None]:
+    """What the operators of a failed test logged, in pytest's report."""
+    yield
+    for path in sorted(tmp_path.glob("*.log")):
+        print(f"--- {path.name}\n{path.read_text()[-6000:]}")

@@ -1,0 +1,226 @@
+"""kopf, as informer alone: it watches, reconnects and re-lists; its events fill the cache and wake keys. It writes nothing.
+
+It runs in a thread with a loop of its own. On its way out it cancels every task of its loop that is younger than itself, and it ends on
+watch errors other than 410; so it can be started again here without touching workers, Lease or probes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import aiohttp
+
+# kopf imports the `kubernetes` package, where it is installed, to log in with; we bring our own login, and it would cost 13 MiB.
+sys.modules.setdefault("kubernetes", None)  # type: ignore[arg-type]
+
+import kopf  # noqa: E402
+from kopf import DiffBaseStorage, ProgressStorage  # noqa: E402
+
+from tuneloop_operator.cluster.credentials import Credentials  # noqa: E402
+from tuneloop_operator.cluster.kinds import KINDS  # noqa: E402
+from tuneloop_operator.render.names import MANAGER  # noqa: E402
+from tuneloop_operator.settings import Settings  # noqa: E402
+
+log = logging.getLogger(__name__)
+
+SERVER_TIMEOUT = 120
+"""Seconds after which the API server ends a watch: each begins anew within them, and that is its sign of life."""
+STOP_SECONDS = 5.0
+
+Event = tuple[str, str, dict[str, Any]]
+"""Kind, ADDED | MODIFIED | DELETED, object. Lists count as ADDED."""
+
+
+class Backoffs:
+    """Endless, jittered, capped at 30 s. Without `__len__`: kopf gives up after the last of a sequence."""
+
+    def __iter__(self) -> Iterator[float]:
+        seconds = 0.5
+        while True:
+            yield seconds * (0.5 + random.random() / 2)
+            seconds = min(seconds * 2, 30.0)
+
+
+class NoDiffs(DiffBaseStorage):
+    """Nobody reacts to differences here, so none are computed: each would copy the object."""
+
+    def build(self, **_: Any) -> Any:
+        return {}
+
+    def fetch(self, **_: Any) -> Any:
+        return None
+
+    def store(self, **_: Any) -> None:
+        return None
+
+
+class NoProgress(ProgressStorage):
+    """There are no handlers whose progress could be stored."""
+
+    def fetch(self, **_: Any) -> Any:
+        return None
+
+    def store(self, **_: Any) -> None:
+        return None
+
+    def purge(self, **_: Any) -> None:
+        return None
+
+    def touch(self, **_: Any) -> None:
+        return None
+
+    def clear(self, *, essence: Any, **_: Any) -> Any:
+        return essence
+
+
+class Informer:
+    """Watches kinds in a thread, and hands events to the loop that made it, in order and in batches."""
+
+    def __init__(
+        self,
+        credentials: Credentials,
+        settings: Settings,
+        kinds: tuple[str, ...],
+        receive: Callable[[Event], None],
+        listed: Callable[[str], None] = lambda kind: None,
+        restarted: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.credentials = credentials
+        self.settings = settings
+        self.kinds = kinds
+        self.receive = receive
+        self.listed = listed
+        self.restarted = restarted
+        self.signs_of_life: dict[str, float] = {}
+        """Kind -> time.monotonic() of its watch's last begin or event."""
+        self._by_path = {KINDS[kind].path().rpartition("/")[2]: kind for kind in kinds}
+        self._loop = asyncio.get_running_loop()
+        self._events: deque[Event] = deque()
+        self._is_flushing = False
+        self._stop = threading.Event()
+        self._stop_kopf: Callable[[], None] = lambda: None
+        self._thread = threading.Thread(target=self._run, name="informer", daemon=True)
+
+    def start(self) -> None:
+        now = time.monotonic()
+        self.signs_of_life = dict.fromkeys(self.kinds, now)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._stop_kopf()
+
+    async def join(self) -> None:
+        await asyncio.to_thread(self._thread.join, STOP_SECONDS)
+
+    # --- in the thread ---
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            try:
+                asyncio.run(self._watch())
+            except Exception:
+                log.exception("the informer ended; it is started again")
+            if self._stop.wait(1.0 + random.random()):
+                return
+            self._tell(self.restarted)
+
+    async def _watch(self) -> None:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        self._stop_kopf = lambda: _call(loop, stop.set)
+        if self._stop.is_set():
+            return
+        namespaces = self.settings.watch_namespaces
+        await kopf.operator(
+            registry=self._registry(),
+            settings=_kopf_settings(self.kinds),
+            standalone=True,
+            clusterwide=not namespaces,
+            namespaces=list(namespaces),
+            stop_flag=stop,
+        )
+
+    def _registry(self) -> kopf.OperatorRegistry:
+        registry = kopf.OperatorRegistry()
+        kopf.on.login(registry=registry)(self._login)
+        for kind in self.kinds:
+            resource = KINDS[kind]
+            watch = kopf.on.event(group=resource.group, version=resource.version, plural=resource.plural, registry=registry, id=kind)
+            watch(self._handler(kind))
+        return registry
+
+    async def _login(self, **_: Any) -> kopf.AiohttpSession:
+        """Called again after each 401."""
+        headers = await self.credentials.headers(is_refused=True)
+        trace = aiohttp.TraceConfig()
+        trace.on_request_end.append(self._answered)
+        session = self.credentials.session(headers=headers, traces=(trace,))
+        return kopf.AiohttpSession(server=self.credentials.server, aiohttp_session=session)
+
+    async def _answered(self, _session: Any, _context: Any, ended: aiohttp.TraceRequestEndParams) -> None:
+        """A list or the begin of a watch."""
+        kind = self._by_path.get(ended.url.path.rpartition("/")[2])
+        if kind is None or ended.response.status != 200:
+            return
+        self.signs_of_life[kind] = time.monotonic()
+        if "watch" not in ended.url.query and not ended.url.query.get("continue"):
+            self._tell(lambda: self.listed(kind))
+
+    def _handler(self, kind: str) -> Callable[..., Any]:
+        async def handle(event: Any, **_: Any) -> None:
+            self.signs_of_life[kind] = time.monotonic()
+            self._events.append((kind, event["type"] or "ADDED", event["object"]))
+            if not self._is_flushing:
+                self._is_flushing = True
+                self._tell(self._flush)
+
+        return handle
+
+    def _tell(self, function: Callable[[], None]) -> None:
+        _call(self._loop, function)
+
+    # --- in the loop ---
+
+    def _flush(self) -> None:
+        self._is_flushing = False  # first: an event that comes from now on asks for another flush
+        while self._events:
+            self.receive(self._events.popleft())
+
+
+def _call(loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> None:
+    try:
+        loop.call_soon_threadsafe(function)
+    except RuntimeError:  # the loop is closed: the process ends
+        log.debug("an event came too late")
+
+
+def _kopf_settings(kinds: tuple[str, ...]) -> kopf.OperatorSettings:
+    settings = kopf.OperatorSettings()
+    settings.posting.enabled = False
+    settings.scanning.disabled = True
+    settings.networking.request_timeout = 30
+    settings.networking.connect_timeout = 5
+    settings.networking.error_backoffs = Backoffs()
+    settings.watching.chunk_size = 500
+    settings.watching.server_timeout = SERVER_TIMEOUT
+    settings.watching.inactivity_timeout = 70
+    settings.queueing.worker_limit = None
+    settings.queueing.idle_timeout = 0.5
+    settings.queueing.exit_timeout = 0.5
+    settings.persistence.diffbase_storage = NoDiffs()
+    settings.persistence.progress_storage = NoProgress()
+    settings.background.instant_exit_timeout = 0
+    for kind in kinds:
+        resource = KINDS[kind]
+        if not resource.is_ours:
+            settings.watching.label_selectors[resource.group, resource.version, resource.plural] = f"app.kubernetes.io/managed-by={MANAGER}"
+    return settings

@@ -1,0 +1,100 @@
+"""Fills the cache by paginated lists before anything is watched, and sweeps it by lists afterwards.
+
+kopf's own initial list delivers its events one by one and, at 5,000 objects, for half a minute; until then the cache would be half full and
+decisions would rest on children that seem to be missing. And a re-list tells what is there, never what went.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable
+
+from tuneloop_operator.cluster.cache import Object
+from tuneloop_operator.cluster.client import Cluster
+from tuneloop_operator.cluster.errors import ApiError, NotFound, Unreachable
+from tuneloop_operator.cluster.kinds import KINDS
+from tuneloop_operator.render.names import MANAGER
+
+log = logging.getLogger(__name__)
+
+MANAGED = {"app.kubernetes.io/managed-by": MANAGER}
+RETRY_SECONDS = 2.0
+SWEEP_DELAY = 3.0
+SWEEP_SECONDS = 600.0
+"""A sweep of everything, in case a re-list brought no object at all."""
+
+
+async def prime(cluster: Cluster, kinds: Iterable[str]) -> None:
+    """Lists every kind into the cache; waits as long as the API server, or a CRD, is missing."""
+    for kind in kinds:
+        while True:
+            try:
+                await _list_into(cluster, kind)
+                break
+            except NotFound:
+                log.warning("the API server does not serve %s: install the CRDs", kind)
+            except (ApiError, Unreachable) as error:
+                log.warning("cannot list %s: %s", kind, error)
+            await asyncio.sleep(RETRY_SECONDS)
+
+
+async def _list_into(cluster: Cluster, kind: str) -> None:
+    for namespace in cluster.settings.watch_namespaces or (None,):
+        async for page, _ in cluster.pages(kind, namespace, selector(kind)):
+            resource = KINDS[kind]
+            for obj in page:
+                # Items of a list come without what every one of them would repeat.
+                cluster.cache.put(kind, {"apiVersion": resource.api_version, "kind": kind, **obj})
+
+
+def selector(kind: str) -> dict[str, str] | None:
+    """Our own kinds are watched whole; of others, only what is ours."""
+    return None if KINDS[kind].is_ours else MANAGED
+
+
+class Sweeper:
+    """Removes from the cache what lists lack; `gone` is told of each object."""
+
+    def __init__(self, cluster: Cluster, kinds: tuple[str, ...], gone: Callable[[str, Object], None], delay: float = SWEEP_DELAY) -> None:
+        self.cluster = cluster
+        self.kinds = kinds
+        self.gone = gone
+        self.delay = delay
+        self._wanted: set[str] = set()
+        self._is_wanted = asyncio.Event()
+
+    def want(self, kind: str) -> None:
+        """A watch of this kind has just listed."""
+        self._wanted.add(kind)
+        self._is_wanted.set()
+
+    async def run(self) -> None:
+        while True:
+            try:
+                async with asyncio.timeout(SWEEP_SECONDS):
+                    await self._is_wanted.wait()
+            except TimeoutError:
+                self._wanted.update(self.kinds)
+            await asyncio.sleep(self.delay)
+            self._is_wanted.clear()
+            wanted, self._wanted = self._wanted, set()
+            for kind in sorted(wanted):
+                await self._try(kind)
+
+    async def _try(self, kind: str) -> None:
+        try:
+            await self.sweep(kind)
+        except (ApiError, Unreachable) as error:
+            log.info("cannot sweep %s: %s", kind, error)
+            self.want(kind)
+
+    async def sweep(self, kind: str) -> None:
+        for namespace in self.cluster.settings.watch_namespaces or (None,):
+            places: list[tuple[str, str]] = []
+            version = 0
+            async for page, listed_at in self.cluster.pages(kind, namespace, selector(kind), metadata_only=True):
+                version = version or listed_at
+                places += [(obj["metadata"].get("namespace", ""), obj["metadata"]["name"]) for obj in page]
+            for obj in self.cluster.cache.sweep(kind, places, version, (namespace,) if namespace else ()):
+                self.gone(kind, obj)

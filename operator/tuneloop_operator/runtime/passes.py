@@ -1,0 +1,154 @@
+"""One pass: observe, decide, carry out. And the workers that do them, and what becomes of errors."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from tuneloop_operator.cluster.apply import Applier, Outcome
+from tuneloop_operator.cluster.cache import Object
+from tuneloop_operator.cluster.client import Cluster
+from tuneloop_operator.cluster.errors import AlreadyExists, ApiError, Conflict, Forbidden, NameConflict, NotFound, NotLeader, Unreachable
+from tuneloop_operator.cluster.registration import Registration
+from tuneloop_operator.domain.decision import Decision, Key
+from tuneloop_operator.runtime.logs import about
+from tuneloop_operator.runtime.metrics import Metrics
+from tuneloop_operator.runtime.queue import FIRST_BACKOFF, WakeQueue
+
+log = logging.getLogger(__name__)
+
+LONGEST_PASS = 120.0
+CONFLICT_BACKOFF = 0.05
+TAKEN_SECONDS = 30.0
+"""How often a name that is taken is looked at, where the decision does not say."""
+IDLE_PAUSE = 1.0
+"""A pass that wrote nothing does not ask for the next one sooner than this."""
+
+
+def utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+@dataclass
+class Passes:
+    """Takes keys from the queue and carries out their passes."""
+
+    registrations: dict[str, Registration[Any]]
+    cluster: Cluster
+    applier: Applier
+    queue: WakeQueue
+    metrics: Metrics
+    now: Callable[[], datetime] = utc_now
+    _status_only: set[Key] = field(default_factory=set)
+    """Keys whose last pass wrote the status alone."""
+
+    async def work(self) -> None:
+        """One worker; runs until it is cancelled."""
+        while True:
+            await self.run_one(await self.queue.take())
+
+    async def run_one(self, key: Key) -> None:
+        """A pass and what follows from its end. Never raises but for cancellation."""
+        started = time.monotonic()
+        try:
+            async with asyncio.timeout(LONGEST_PASS):
+                outcome = await self._pass(key)
+        except asyncio.CancelledError:
+            self.queue.done(key)
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever it was, the others go on
+            outcome = await self._after(key, error)
+        self.metrics.passes.labels(key.kind, outcome).inc()
+        self.metrics.pass_duration.labels(key.kind).observe(time.monotonic() - started)
+
+    async def _pass(self, key: Key) -> str:
+        """The pass itself; returns its outcome for the metrics."""
+        owner = self.cluster.cache.get(key.kind, key.namespace, key.name)
+        if owner is None or owner["metadata"].get("deletionTimestamp"):
+            self.queue.done(key)
+            return "gone"
+        if owner["metadata"]["uid"] in self.cluster.conflicts:
+            await self.cluster.forget_free_names(owner["metadata"]["uid"])
+        registration, now = self.registrations[key.kind], self.now()
+        snapshot = await registration.observe(key, self.cluster, self.cluster.settings, now)
+        if snapshot is None:
+            self.queue.done(key)
+            return "gone"
+        decision = registration.decide(snapshot, self.cluster.settings, now)
+        return await self._carry_out(key, owner, decision, now)
+
+    async def _carry_out(self, key: Key, owner: Object, decision: Decision, now: datetime) -> str:
+        uid = owner["metadata"]["uid"]
+        known = frozenset(self.cluster.conflicts.get(uid, ()))
+        try:
+            outcome = await self.applier.carry_out(owner, decision, now)
+        except NameConflict as error:
+            self.metrics.errors.labels(key.kind, error.label).inc()
+            is_news = error.key not in known
+            if is_news:
+                log.warning("%s", error, extra=about(key))
+            self.queue.done(key, 0.0 if is_news else decision.requeue_after or TAKEN_SECONDS)
+            return "conflict"
+        if outcome.event_errors:
+            self.metrics.errors.labels(key.kind, "event").inc(outcome.event_errors)
+        self.queue.done(key, self._next_look(key, outcome, decision))
+        if not outcome.is_changed:
+            return "unchanged"
+        log.info("%s", _told(outcome), extra=about(key))
+        return "changed"
+
+    def _next_look(self, key: Key, outcome: Outcome, decision: Decision) -> float | None:
+        """A pass that wrote the status alone is followed by another: what is counted before it is done is written by the first, done by
+        the second. The write itself wakes nobody, since its answer is in the cache before its event comes. A status that changes with
+        every pass does not make the passes chase one another."""
+        is_status_only = outcome.status and not (outcome.created or outcome.applied or outcome.deleted)
+        if is_status_only and key not in self._status_only:
+            self._status_only.add(key)
+            return 0.0
+        if not is_status_only:
+            self._status_only.discard(key)
+        if decision.requeue_after is None:
+            return IDLE_PAUSE if is_status_only else None
+        return decision.requeue_after if outcome.is_changed and not is_status_only else max(decision.requeue_after, IDLE_PAUSE)
+
+    async def _after(self, key: Key, error: Exception) -> str:
+        """Counts, tells and answers an error; returns the outcome for the metrics."""
+        label = "unreachable" if isinstance(error, TimeoutError) else getattr(error, "label", "bug")
+        self.metrics.errors.labels(key.kind, label).inc()
+        if isinstance(error, NotLeader):
+            self.queue.done(key)  # the next leader looks at everything
+            return "fenced"
+        if isinstance(error, Forbidden) and error.is_namespace_ending:
+            self.queue.done(key)
+            return "gone"
+        if isinstance(error, (Conflict, AlreadyExists, NotFound)):
+            await self._refresh(key, error.key if isinstance(error, Conflict) else None)
+            self.queue.failed(key, CONFLICT_BACKOFF)
+            return "conflict"
+        seconds = self.queue.failed(key, FIRST_BACKOFF)
+        if isinstance(error, (ApiError, Unreachable)):
+            log.warning("%s; again in %.1f s", error, seconds, extra=about(key))
+        else:
+            log.error("a pass failed; again in %.1f s", seconds, exc_info=error, extra=about(key))
+        return "failed"
+
+    async def _refresh(self, *keys: Key | None) -> None:
+        """Reads anew what a 409 showed to be out of date, in case the watch is behind."""
+        try:
+            for key in dict.fromkeys(keys):
+                if key is not None:
+                    await self.cluster.refresh(key)
+        except (ApiError, Unreachable) as error:
+            log.info("could not refresh after a conflict: %s", error)
+
+
+def _told(outcome: Outcome) -> str:
+    parts = ["status"] if outcome.status else []
+    for word, keys in (("created", outcome.created), ("applied", outcome.applied), ("deleted", outcome.deleted)):
+        parts += [f"{word} {key.kind} {key.name}" for key in keys]
+    return "wrote " + ", ".join(parts)
