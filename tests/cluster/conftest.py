@@ -1,15 +1,16 @@
-"""Fixtures of the tests on a real API server.
+"""Fixtures of the tests on a real API server, which has no node, so that they play the kubelet's part undisturbed.
 
-They use the local control plane without a node (brought up if it is not), or with CLUSTER=current the current kubectl context.
-Each test gets a namespace of its own, and `operator` runs the operator on it alone.
+`make test` runs them beside tests on real pods: KUBECONFIG is another one for the time of each test here. With CLUSTER=current it
+stays what it is. Each test gets a namespace of its own, and `operator` runs the operator on it alone.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +27,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.cluster)
 
 
+def cluster(*arguments: str) -> str:
+    return subprocess.run([ROOT / "dev" / "cluster" / "cluster", *arguments], check=True, capture_output=True, text=True).stdout.strip()
+
+
+@functools.cache
+def environment() -> dict[str, str]:
+    """Starts the control plane where it is not running."""
+    cluster("up", "--control-plane-only")
+    return {"KUBECONFIG": cluster("kubeconfig", "--control-plane-only"), "PATH": f"{cluster('bin')}:{os.environ['PATH']}"}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol() -> Generator[None, object, object]:
+    """Around fixtures of every scope too."""
+    with pytest.MonkeyPatch.context() as patch:
+        if os.environ.get("CLUSTER") != "current":
+            for name, value in environment().items():
+                patch.setenv(name, value)
+        return (yield)
+
+
 @pytest.fixture(scope="session")
 def cluster_kubeconfig() -> str:
-    """Path of a kubeconfig; the API server behind it answers."""
-    if os.environ.get("CLUSTER") == "current":
-        return os.environ.get("KUBECONFIG") or str(Path.home() / ".kube" / "config")
-    command = str(ROOT / "dev" / "cluster" / "cluster")
-    subprocess.run([command, "up", "--control-plane-only"], check=True, stdout=subprocess.DEVNULL)
-    return subprocess.run([command, "kubeconfig", "--control-plane-only"], check=True, capture_output=True, text=True).stdout.strip()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def environment(cluster_kubeconfig: str) -> Iterator[None]:
-    """KUBECONFIG for what tests start themselves, put back for the suites after this one."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KUBECONFIG", cluster_kubeconfig)
-        yield
+    return os.environ.get("KUBECONFIG") or str(Path.home() / ".kube" / "config")
 
 
 @pytest.fixture(scope="session")

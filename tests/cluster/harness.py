@@ -125,14 +125,11 @@ class Api:
         self, kind: str, namespace: str, name: str, type_: str, status: str = "True", reason: str | None = None, timeout: float = TIMEOUT
     ) -> Object:
         """Waits until a condition has this status (and reason), and returns it."""
-        seen: list[object] = [None]
 
         def holds() -> Object | None:
-            seen[0] = found = self.condition(kind, namespace, name, type_)
-            assert found is not None and found["status"] == status and reason in (None, found["reason"]), (
-                found,
-                (self.get(kind, namespace, name) or {}).get("status"),
-            )
+            found = self.condition(kind, namespace, name, type_)
+            assert found is not None, (self.get(kind, namespace, name) or {}).get("status")
+            assert (found["status"], reason or found["reason"]) == (status, found["reason"]), found
             return found
 
         return wait_for(holds, timeout, f"{kind} {name}: {type_}={status}{' ' + reason if reason else ''}")  # type: ignore[return-value]
@@ -199,10 +196,9 @@ class Play:
         metadata = involved["metadata"]
         about = {"kind": involved["kind"], "namespace": self.namespace, "name": metadata["name"], "uid": metadata["uid"]}
         now = _now()
-        return self.api.create({
-            "apiVersion": "v1", "kind": "Event", "metadata": {"generateName": f"{metadata['name']}.", "namespace": self.namespace}, "type": "Warning",
-            "reason": reason, "message": message, "involvedObject": about, "firstTimestamp": now, "lastTimestamp": now, "count": 1,
-        })  # fmt: skip
+        event = {"apiVersion": "v1", "kind": "Event", "metadata": {"generateName": f"{metadata['name']}.", "namespace": self.namespace}}
+        event |= {"type": "Warning", "reason": reason, "message": message, "involvedObject": about}
+        return self.api.create({**event, "firstTimestamp": now, "lastTimestamp": now, "count": 1})
 
     def _status(self, pod: Object, **status: Any) -> Object:
         answer = self.api.patch_status("Pod", self.namespace, pod["metadata"]["name"], status)
