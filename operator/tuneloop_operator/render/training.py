@@ -84,11 +84,12 @@ def stage_job(
     stage: Stage,
     number: int,
     input_hash: str,
+    from_step: int = 0,
     with_devices: bool = True,
 ) -> Json:
     """One attempt of one stage. It is never retried by Kubernetes but for disruptions, which are nobody's fault."""
     labels = job_labels(job) | {names.STAGE_LABEL: stage.value, names.ATTEMPT_LABEL: str(number)}
-    job_only = {names.INPUT_LABEL: input_hash, names.RETRY_HASH_LABEL: retry_hash(job)}
+    job_only = {names.INPUT_LABEL: input_hash, names.RETRY_HASH_LABEL: retry_hash(job), names.FROM_STEP_LABEL: str(from_step)}
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",

@@ -1,0 +1,162 @@
+"""One job's case while it is decided: what was observed, what was resolved, what each stage came to, and the status as it will be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from tuneloop_operator.api.conditions import JobReason
+from tuneloop_operator.api.finetunejob import FineTuneJob, FineTuneJobStatus, Resolved
+from tuneloop_operator.domain.decision import Manifest, Target
+from tuneloop_operator.domain.finetunejob.attempts import Done, Verdict, judge, out_of_memory_attempts
+from tuneloop_operator.domain.finetunejob.snapshot import FineTuneJobSnapshot, StageRun
+from tuneloop_operator.render import names, training
+from tuneloop_operator.render.run_config import run_config
+from tuneloop_operator.settings import Settings
+from tuneloop_trainer.contract import TOKENS_PER_MICRO_BATCH, RunConfig, Stage
+
+STAGES = (Stage.PREPARE, Stage.TRAIN, Stage.PACKAGE, Stage.EVALUATE)
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a job stands, in words and as what follows from it."""
+
+    phase: str
+    reason: JobReason
+    message: str
+    is_stalled: bool = False
+    """The user must do something; or, with `ended`, it failed for good."""
+    succeeded: bool | None = None
+    """True or False ends the job, but for a stalled one that has not ended."""
+    ended: bool = False
+    is_problem: bool = False
+    """What it waits for is worth a warning."""
+    requeue_after: float | None = None
+
+
+@dataclass
+class Case:
+    """Policies read it, add what should be made, and write what they learnt into `status`."""
+
+    snapshot: FineTuneJobSnapshot
+    settings: Settings
+    now: datetime
+    status: FineTuneJobStatus
+    apply: list[Manifest] = field(default_factory=list)
+    create: list[Manifest] = field(default_factory=list)
+    delete: list[Target] = field(default_factory=list)
+    _configs: dict[int | None, RunConfig] = field(default_factory=dict)
+    _hashes: dict[Stage, str] = field(default_factory=dict)
+
+    @property
+    def job(self) -> FineTuneJob:
+        return self.snapshot.job
+
+    @property
+    def resolved(self) -> Resolved:
+        return self.status.resolved
+
+    def learn(self, **changes: Any) -> None:
+        if changes.keys() & {"resolved", "artifact"}:
+            self._configs.clear()
+            self._hashes.clear()
+        self.status = self.status.model_copy(update=changes)
+
+    # --- configuration ---
+
+    def config(self, micro_batch: int | None = None) -> RunConfig:
+        if micro_batch not in self._configs:
+            self._configs[micro_batch] = run_config(self.job, self.resolved, self.settings, micro_batch)
+        return self._configs[micro_batch]
+
+    def input_hash(self, stage: Stage) -> str:
+        """What an attempt of the stage is asked to do. Training and packaging cannot be asked for anything else once they have begun."""
+        if stage not in self._hashes:
+            self._hashes[stage] = names.short_hash(self._input(stage))
+        return self._hashes[stage]
+
+    def _input(self, stage: Stage) -> object:
+        match stage:
+            case Stage.PREPARE:
+                return self.config().model_dump(mode="json")
+            case Stage.EVALUATE:
+                baseline = self.config().evaluation.baseline.model_dump(mode="json")
+                return [baseline, self.status.artifact.manifest_digest if self.status.artifact is not None else None]
+        return stage.value
+
+    def micro_batch(self) -> int | None:
+        """Half of what the trainer would take itself, after an attempt that was out of memory."""
+        if not out_of_memory_attempts(self.snapshot.of(Stage.TRAIN)):
+            return None
+        asked = self.job.spec.training
+        tokens = TOKENS_PER_MICRO_BATCH["cuda" if self.job.spec.compute.accelerators_per_node else "cpu"]
+        own_choice = min(asked.global_batch_size, max(1, tokens // asked.max_sequence_length))
+        return max(1, own_choice // 2)
+
+    # --- stages ---
+
+    def runs(self, stage: Stage) -> tuple[StageRun, ...]:
+        """Attempts that were asked for what is asked for now."""
+        runs = self.snapshot.of(stage)
+        if stage is Stage.PREPARE:
+            retry = training.retry_hash(self.job)
+            runs = tuple(run for run in runs if run.retry_hash == retry)
+        if stage in (Stage.PREPARE, Stage.EVALUATE):
+            wanted = self.input_hash(stage)
+            runs = tuple(run for run in runs if run.input_hash == wanted)
+        return runs
+
+    def verdict(self, stage: Stage) -> Verdict:
+        return judge(stage, self.runs(stage), self.job.spec.run_policy.max_restarts, self.reached_step)
+
+    def is_settled(self, stage: Stage) -> bool:
+        """Whether a stage's result is in the status already, so that its pod is no longer needed."""
+        match stage:
+            case Stage.PREPARE:
+                return self.status.started_at is not None and self.resolved.base_digest is not None
+            case Stage.TRAIN:
+                return self.status.artifact is not None or bool(self.snapshot.of(Stage.PACKAGE))
+            case Stage.PACKAGE:
+                return self.status.artifact is not None
+        return False
+
+    def is_done(self, stage: Stage) -> bool:
+        return self.is_settled(stage) or isinstance(self.verdict(stage), Done)
+
+    @property
+    def stage(self) -> Stage | None:
+        """The first that is not done; None where all are."""
+        return next((stage for stage in STAGES if not self.is_done(stage)), None)
+
+    @property
+    def reached_step(self) -> int:
+        return max(self.status.progress.step if self.status.progress is not None else 0, self.status.checkpoint_step or 0)
+
+    def next_number(self, stage: Stage) -> int:
+        """The number is written before the Job is made: one that was written and not made is taken up again."""
+        written = {Stage.PREPARE: self.status.prepare_runs, Stage.TRAIN: self.status.attempts}.get(stage, 0)
+        made = max((run.number for run in self.snapshot.of(stage)), default=0)
+        return max(made + 1, written)
+
+    def start(self, stage: Stage, *, with_devices: bool = True) -> None:
+        """Make the next attempt of a stage."""
+        number = self.next_number(stage)
+        config = self.config(self.micro_batch() if stage is Stage.TRAIN else None)
+        manifest = training.stage_job(
+            self.job,
+            self.resolved,
+            config,
+            self.settings,
+            stage=stage,
+            number=number,
+            input_hash=self.input_hash(stage),
+            from_step=self.reached_step if stage is Stage.TRAIN else 0,
+            with_devices=with_devices,
+        )
+        self.apply += [training.progress_policy(self.job, self.settings), training.config_map(self.job, config), manifest]
+        if stage is Stage.PREPARE:
+            self.learn(prepare_runs=number)
+        if stage is Stage.TRAIN:
+            self.learn(attempts=number)

@@ -1,0 +1,131 @@
+"""After evaluation: the version's number, its approval, and the end of the job; and the job that need not train at all."""
+
+from __future__ import annotations
+
+from tuneloop_operator.api.conditions import JobReason
+from tuneloop_operator.api.modelversion import ModelVersion
+from tuneloop_operator.domain.finetunejob import findings
+from tuneloop_operator.domain.finetunejob.attempts import Active, Done, Over
+from tuneloop_operator.domain.finetunejob.case import Case, Standing
+from tuneloop_operator.domain.finetunejob.folding import fold
+from tuneloop_operator.domain.finetunejob.resolve import moved_baseline, spec_content
+from tuneloop_operator.domain.finetunejob.stages import advance
+from tuneloop_operator.render import versions
+from tuneloop_trainer.contract import Stage
+
+VERDICT_REASONS = {
+    "Pass": JobReason.GATE_PASSED,
+    "Fail": JobReason.GATE_FAILED,
+    "Inconclusive": JobReason.GATE_INCONCLUSIVE,
+    "NoGates": JobReason.NO_GATES,
+}
+SOON = 1.0
+
+
+def already_trained(case: Case) -> Standing | None:
+    """A job that was deleted and made again, by Git for example, ends at once where its model exists."""
+    if case.status.started_at is not None:
+        return None
+    same = next((version for version in reversed(_own_model(case)) if _is_of_equal_lineage(case, version)), None)
+    if same is None:
+        return None
+    case.learn(model_version=same.spec.version)
+    message = f"{same.metadata.name} was trained by a job of this name from the same data, base and settings; nothing is trained again."
+    return Standing("Succeeded", JobReason.ALREADY_TRAINED, message, succeeded=True, ended=True)
+
+
+def baseline_moved(case: Case) -> Standing | None:
+    """The gate is run again where the baseline's deployment serves another version by now."""
+    if case.status.model_version is not None or isinstance(case.verdict(Stage.EVALUATE), (Active, Over)):
+        return None
+    moved = moved_baseline(case.snapshot, case.resolved.baseline)
+    if moved is None:
+        return None
+    case.learn(resolved=case.resolved.model_copy(update={"baseline": moved}), evaluation=None)
+    fold(case)
+    return advance(case, Stage.EVALUATE, case.verdict(Stage.EVALUATE))
+
+
+def version(case: Case) -> Standing:
+    """The number is written first, the object is made by the next pass, and the job ends when it is seen."""
+    made = next((found for found in _own_model(case) if _is_own(case, found)), None)
+    if made is not None:
+        case.learn(model_version=made.spec.version)
+        return _succeeded(case, made)
+    if not _is_what_was_packaged(case):
+        message = "The evaluation speaks of another artifact than the one that was packaged. Look at the logs of both stages."
+        return Standing("Failed", JobReason.INTERNAL_ERROR, message, is_stalled=True, succeeded=False, ended=True)
+    taken = {found.spec.version for found in _own_model(case)}
+    number = case.status.model_version
+    if number is None or number in taken:
+        number = max(taken, default=0) + 1
+        case.learn(model_version=number)
+    else:
+        case.create.append(_manifest(case, number))
+    return Standing("Evaluating", JobReason.EVALUATING, f"Version {number} is being recorded.", requeue_after=SOON)
+
+
+def _is_what_was_packaged(case: Case) -> bool:
+    artifact, evaluation = case.status.artifact, case.status.evaluation
+    return artifact is not None and evaluation is not None and evaluation.artifact_digest == artifact.manifest_digest
+
+
+def _manifest(case: Case, number: int) -> dict[str, object]:
+    job = case.job.model_copy(update={"status": case.status})
+    spec = spec_content(case.job.spec)
+    spec.get("runPolicy", {}).pop("suspend", None)
+    if case.resolved.base_revision is not None:
+        spec["baseModel"]["revision"] = case.resolved.base_revision
+    verdict = case.verdict(Stage.EVALUATE)
+    summary = verdict.result.evaluate if isinstance(verdict, Done) else None
+    probes = _probes_uri(case, summary.probes if summary is not None else None)
+    return versions.model_version(job, spec, case.resolved, number, _approval(case), probes)
+
+
+def _approval(case: Case) -> versions.Approval:
+    """By the gates; a person's word is needed where the job says so, or the gates do not say anything."""
+    verdict = case.status.evaluation.verdict if case.status.evaluation is not None else "NoGates"
+    if verdict == "Fail":
+        return "Rejected"
+    return "Approved" if verdict == "Pass" and case.job.spec.approval == "Automatic" else "Pending"
+
+
+def _probes_uri(case: Case, path: str | None) -> str | None:
+    """A path inside this run's store as a uri; anything else is not believed."""
+    if path is None or ".." in path:
+        return None
+    claim, _, rest = path.removeprefix("/volumes/").partition("/")
+    inside = path.startswith((case.config().paths.work + "/", case.config().paths.artifact + "/"))
+    return f"pvc://{claim}/{rest}"[:512] if inside else None
+
+
+def _succeeded(case: Case, made: ModelVersion) -> Standing:
+    evaluation = made.spec.evaluation
+    reason = VERDICT_REASONS.get(evaluation.verdict, JobReason.COMPLETED) if evaluation is not None else JobReason.COMPLETED
+    if reason is JobReason.GATE_PASSED:
+        reason = JobReason.COMPLETED
+    words = findings.verdict_sentence(evaluation) if evaluation is not None else ""
+    message = f"{made.metadata.name} is {made.spec.approval}. {words}"
+    return Standing("Succeeded", reason, message, succeeded=True, ended=True)
+
+
+def _own_model(case: Case) -> list[ModelVersion]:
+    of_model = [found for found in case.snapshot.versions if found.spec.model == case.job.spec.output.model]
+    return sorted(of_model, key=lambda found: found.spec.version)
+
+
+def _is_own(case: Case, found: ModelVersion) -> bool:
+    return found.spec.lineage is not None and found.spec.lineage.fine_tune_job_uid == case.job.metadata.uid
+
+
+def _is_of_equal_lineage(case: Case, found: ModelVersion) -> bool:
+    lineage, resolved = found.spec.lineage, case.resolved
+    if lineage is None or found.spec.base is None or resolved.base_digest is None:
+        return False
+    return (
+        lineage.fine_tune_job == case.job.metadata.name
+        and lineage.fine_tune_job_uid != case.job.metadata.uid
+        and lineage.config_digest == resolved.config_digest
+        and lineage.dataset_digests == resolved.dataset_digests
+        and found.spec.base.digest == resolved.base_digest
+    )

@@ -1,0 +1,162 @@
+"""What stages said, as the status shows it: numbers as strings, bounded in size."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+
+from tuneloop_operator.api.finetunejob import (
+    ArtifactStatus,
+    DataStatus,
+    EvaluationStatus,
+    GateStatus,
+    ProgressStatus,
+    Resolved,
+    ScoreStatus,
+)
+from tuneloop_operator.domain import times
+from tuneloop_trainer.contract import (
+    EvaluateSummary,
+    GateResult,
+    PackageSummary,
+    PrepareSummary,
+    Progress,
+    StageResult,
+    SuiteScore,
+    TrainSummary,
+)
+
+PROGRESS_SECONDS = 60
+"""Progress that is worth less than a percent is written so often."""
+MAX_DROPPED = 16
+MAX_SUITES = 8
+
+
+def number(value: float) -> str:
+    """At most 16 characters, four significant digits."""
+    return f"{value:.4g}"[:16]
+
+
+def optional(value: float | None) -> str | None:
+    return None if value is None else number(value)
+
+
+def data_status(summary: PrepareSummary, result: StageResult) -> DataStatus:
+    return DataStatus(
+        rows_in=summary.rows_in,
+        rows_kept=summary.rows_kept,
+        dropped={reason[:64]: count for reason, count in sorted(summary.dropped.items())[:MAX_DROPPED]},
+        tokens=summary.tokens,
+        truncated=summary.truncated,
+        validation_rows=summary.validation_rows,
+        supervised_share=f"{min(max(summary.supervised_share, 0.0), 1.0):.4f}",
+        report_uri=result.uri[:512] if result.uri is not None else None,
+    )
+
+
+def with_digests(resolved: Resolved, summary: PrepareSummary) -> Resolved:
+    """What prepare found its inputs to be."""
+    found = {
+        "base_revision": summary.base_revision[:64] if summary.base_revision is not None else None,
+        "base_digest": summary.base_digest[:80],
+        "dataset_digests": {uri[:512]: digest[:80] for uri, digest in sorted(summary.dataset_digests.items())[:16]},
+        "prompt_probe": summary.prompt_probe_sha256[:80] if summary.prompt_probe_sha256 is not None else None,
+    }
+    return resolved.model_copy(update=found)
+
+
+def progress_status(progress: Progress, before: ProgressStatus | None, now: datetime) -> ProgressStatus | None:
+    """What to write of a running training: the new where it is worth a write, else what is written already."""
+    percent = int(min(max(progress.percent, 0.0), 100.0))
+    if before is not None and not _is_worth_a_write(progress, percent, before, now):
+        return before
+    remaining = progress.remaining_seconds
+    done_at = times.to_minute(now + timedelta(seconds=min(max(remaining, 0.0), 365 * 86_400))) if remaining is not None else None
+    return ProgressStatus(
+        step=progress.step,
+        max_steps=progress.max_steps,
+        percent=percent,
+        display=f"{progress.step}/{progress.max_steps}",
+        loss=optional(progress.loss),
+        tokens_per_second=optional(progress.tokens_per_second),
+        estimated_completion_time=done_at,
+        updated_at=times.to_text(now),
+    )
+
+
+def _is_worth_a_write(progress: Progress, percent: int, before: ProgressStatus, now: datetime) -> bool:
+    """A percent, or a minute with a step in it."""
+    if (before.max_steps, before.percent) != (progress.max_steps, percent):
+        return True
+    return before.step != progress.step and times.seconds_between(before.updated_at, now) >= PROGRESS_SECONDS
+
+
+def finished_progress(summary: TrainSummary, before: ProgressStatus | None) -> ProgressStatus:
+    """Early stopping ends below the last step, and is done all the same."""
+    known = before or ProgressStatus()
+    return known.model_copy(
+        update={
+            "step": summary.step,
+            "max_steps": summary.max_steps,
+            "percent": 100,
+            "display": f"{summary.step}/{summary.max_steps}",
+            "loss": optional(summary.loss),
+            "tokens_per_second": optional(summary.tokens_per_second),
+            "estimated_completion_time": None,
+        }
+    )
+
+
+def artifact_status(summary: PackageSummary, uri: str) -> ArtifactStatus:
+    """The place is where it was told to go, whatever the pod says."""
+    return ArtifactStatus(uri=uri, manifest_digest=summary.manifest_digest, format=summary.format, size_bytes=summary.size_bytes)
+
+
+def evaluation_status(summary: EvaluateSummary, result: StageResult) -> EvaluationStatus:
+    return EvaluationStatus(
+        verdict=summary.verdict,
+        artifact_digest=summary.artifact_digest,
+        gates=tuple(map(_gate, summary.gates[:16])),
+        scores=tuple(_score(suite, score) for suite, score in sorted(summary.scores.items())[:MAX_SUITES]),
+        report_uri=result.uri[:512] if result.uri is not None else None,
+    )
+
+
+def verdict_sentence(evaluation: EvaluationStatus) -> str:
+    """The gates in words: what was compared, by how much, on how many items."""
+    if not evaluation.gates:
+        return "No gate was set."
+    return " ".join(
+        f"{gate.suite} {gate.metric} {gate.rule}: {gate.verdict} "
+        f"({gate.candidate} against {gate.baseline}, difference {gate.difference} in {gate.interval}, n {gate.n}"
+        f"{f', p {gate.p}' if gate.p is not None else ''})."
+        for gate in evaluation.gates
+    )
+
+
+def _gate(gate: GateResult) -> GateStatus:
+    return GateStatus(
+        suite=gate.suite,
+        metric=gate.metric,
+        rule=gate.rule,
+        verdict=gate.verdict,
+        candidate=number(gate.candidate),
+        baseline=number(gate.baseline),
+        difference=number(gate.difference),
+        interval=f"[{number(gate.lower)}, {number(gate.upper)}]",
+        n=gate.n,
+        p=optional(gate.p),
+        detectable=optional(gate.detectable),
+    )
+
+
+def _score(suite: str, score: SuiteScore) -> ScoreStatus:
+    return ScoreStatus(
+        suite=suite[:63],
+        n=score.n,
+        accuracy=optional(score.accuracy),
+        baseline_accuracy=optional(score.baseline_accuracy),
+        macro_f1=optional(score.macro_f1),
+        majority_rate=optional(score.majority_rate),
+        parse_rate=optional(score.parse_rate),
+        loss=optional(score.loss),
+    )

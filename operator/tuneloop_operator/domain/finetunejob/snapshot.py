@@ -1,0 +1,67 @@
+"""What a decision about a FineTuneJob rests on: the object, its stages' Jobs and pods, and what it refers to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tuneloop_operator.api.finetunejob import FineTuneJob
+from tuneloop_operator.api.kubernetes import Job, Pod, WarningEvent
+from tuneloop_operator.api.modeldeployment import ModelDeployment
+from tuneloop_operator.api.modelversion import ModelVersion
+from tuneloop_operator.domain.decision import Key, Manifest, Target
+from tuneloop_trainer.contract import Progress, Stage
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """One attempt of one stage: a Job of ours, and its pods."""
+
+    stage: Stage
+    number: int
+    input_hash: str
+    """What it was asked to do."""
+    retry_hash: str
+    """The retry annotation that it was made under."""
+    from_step: int
+    """Step that training had reached when it was made."""
+    job: Job
+    manifest: Manifest
+    """The Job as it was observed, to be applied again where only `suspend` changes."""
+    pods: tuple[Pod, ...] = ()
+    """Oldest first; more than one where a disruption was made good for by Kubernetes."""
+    warnings: tuple[WarningEvent, ...] = ()
+    """Read only where the Job makes no headway and its pods do not say why."""
+
+    @property
+    def pod(self) -> Pod | None:
+        """The newest."""
+        return self.pods[-1] if self.pods else None
+
+    @property
+    def target(self) -> Target:
+        metadata = self.job.metadata
+        return Target(Key("Job", metadata.namespace, metadata.name), metadata.uid)
+
+
+@dataclass(frozen=True)
+class FineTuneJobSnapshot:
+    """Everything observed, at one moment."""
+
+    job: FineTuneJob
+    runs: tuple[StageRun, ...] = ()
+    """Ordered by stage and number."""
+    versions: tuple[ModelVersion, ...] = ()
+    """Of the job's model, in its namespace."""
+    deployment: ModelDeployment | None = None
+    """The baseline's, where it has one."""
+    missing_claims: tuple[str, ...] = ()
+    """Looked for only before the first pod."""
+    progress: Progress | None = None
+    """Of the running pod."""
+    conflicts: tuple[Key, ...] = ()
+    """Children's names that somebody else has taken."""
+    children: tuple[Target, ...] = ()
+    """Everything that the job controls."""
+
+    def of(self, stage: Stage) -> tuple[StageRun, ...]:
+        return tuple(run for run in self.runs if run.stage is stage)

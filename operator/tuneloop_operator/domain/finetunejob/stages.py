@@ -1,0 +1,133 @@
+"""The stages in their order: each policy says where the job stands, or None where nothing keeps the next one back."""
+
+from __future__ import annotations
+
+from tuneloop_operator.api.conditions import JobReason
+from tuneloop_operator.domain import times
+from tuneloop_operator.domain.finetunejob.attempts import Active, Done, Due, Over
+from tuneloop_operator.domain.finetunejob.blockers import blocker, claim_missing
+from tuneloop_operator.domain.finetunejob.case import Case, Standing
+from tuneloop_operator.domain.finetunejob.outcomes import Outcome, ended_at, outcome, result
+from tuneloop_trainer.contract import Stage
+
+LOOK_AGAIN = 300.0
+"""Seconds between looks at data that was refused."""
+CLAIM_SECONDS = 15.0
+PHASES = {Stage.PREPARE: "Preparing", Stage.TRAIN: "Training", Stage.PACKAGE: "Packaging", Stage.EVALUATE: "Evaluating"}
+REASONS = {
+    Stage.PREPARE: JobReason.PREPARING,
+    Stage.TRAIN: JobReason.TRAINING,
+    Stage.PACKAGE: JobReason.PACKAGING,
+    Stage.EVALUATE: JobReason.EVALUATING,
+}
+DOING = {
+    Stage.PREPARE: "Data and base model are being read.",
+    Stage.TRAIN: "The model is being trained.",
+    Stage.PACKAGE: "The model is being packaged.",
+    Stage.EVALUATE: "The packaged model is being compared with its baseline.",
+}
+
+
+def prepare(case: Case) -> Standing | None:
+    """Data and base model, before any device is taken. What it refuses is looked at again every few minutes."""
+    if case.is_settled(Stage.PREPARE):
+        return None
+    _replace_outdated(case)
+    refused = _refusal(case)
+    verdict = case.verdict(Stage.PREPARE)
+    if isinstance(verdict, Done):
+        return None
+    if isinstance(verdict, Over):
+        return _refused(case, verdict)
+    if isinstance(verdict, Due) and case.snapshot.missing_claims:
+        missing = claim_missing(case.snapshot.missing_claims)
+        return Standing("Pending", missing.reason, missing.message, is_problem=True, requeue_after=CLAIM_SECONDS)
+    standing = advance(case, Stage.PREPARE, verdict)
+    return standing if refused is None else refused  # it stays refused until a new look says otherwise
+
+
+def train(case: Case) -> Standing | None:
+    if case.is_settled(Stage.TRAIN):
+        return None
+    verdict = case.verdict(Stage.TRAIN)
+    if isinstance(verdict, Done):
+        return None
+    if case.status.started_at is None:
+        case.learn(started_at=times.to_text(case.now))  # from here on the spec is immutable
+    return advance(case, Stage.TRAIN, verdict)
+
+
+def package(case: Case) -> Standing | None:
+    return None if case.is_done(Stage.PACKAGE) else advance(case, Stage.PACKAGE, case.verdict(Stage.PACKAGE))
+
+
+def evaluate(case: Case) -> Standing | None:
+    return None if case.is_done(Stage.EVALUATE) else advance(case, Stage.EVALUATE, case.verdict(Stage.EVALUATE))
+
+
+def advance(case: Case, stage: Stage, verdict: Active | Due | Over | Done) -> Standing | None:
+    """One step on in a stage: start an attempt that is due, tell what an attempt does or waits for, or end the job."""
+    match verdict:
+        case Done():
+            return None
+        case Over():
+            return Standing("Failed", verdict.reason, verdict.message, is_stalled=True, succeeded=False, ended=True)
+        case Due():
+            return _start(case, stage, verdict)
+        case Active():
+            return _going(case, stage, verdict)
+
+
+def _start(case: Case, stage: Stage, due: Due) -> Standing:
+    if due.not_before is not None and due.not_before > case.now:
+        wait = (due.not_before - case.now).total_seconds()
+        return Standing(PHASES[stage], REASONS[stage], due.because, requeue_after=wait)
+    case.start(stage, with_devices=due.with_devices)
+    return Standing(PHASES[stage], REASONS[stage], due.because or DOING[stage], requeue_after=5.0)
+
+
+def _going(case: Case, stage: Stage, active: Active) -> Standing:
+    if active.is_running:
+        interval = case.settings.progress_interval_seconds if stage is Stage.TRAIN else 60.0
+        return Standing(PHASES[stage], REASONS[stage], DOING[stage], requeue_after=interval)
+    # Young Jobs are looked at soon, old ones rarely: what a pod says wakes us, what events say does not.
+    age = times.seconds_between(active.run.job.metadata.creation_timestamp, case.now)
+    look_again = min(max(age / 2, 5.0), LOOK_AGAIN)
+    found = blocker(active.run)
+    if found is None:
+        return Standing(PHASES[stage], REASONS[stage], DOING[stage], requeue_after=look_again)
+    return Standing("Pending", found.reason, found.message, is_problem=found.reason is not JobReason.PENDING, requeue_after=look_again)
+
+
+def _replace_outdated(case: Case) -> None:
+    """Attempts that were asked for something else are ended, and of the ended ones all but the newest two go."""
+    current = case.runs(Stage.PREPARE)
+    outdated = [run for run in case.snapshot.of(Stage.PREPARE) if run not in current]
+    ended = [run for run in current if not outcome(run).is_active]
+    case.delete += [run.target for run in (*outdated, *ended[:-2])]
+
+
+def _refusal(case: Case) -> Standing | None:
+    """What the newest finished look at the same input came to, if that was a refusal."""
+    finished = [run for run in case.runs(Stage.PREPARE) if not outcome(run).is_active]
+    if not finished or outcome(finished[-1]) is not Outcome.INVALID:
+        return None
+    said = result(finished[-1])
+    reason = JobReason(said.reason.value) if said is not None and said.reason is not None else JobReason.DATA_INVALID
+    message = said.message if said is not None and said.message else "Stage prepare refused its input."
+    return _stalled(reason, message)
+
+
+def _refused(case: Case, over: Over) -> Standing:
+    """Stalled until the spec or the retry annotation changes; data and models may change where they lie, so they are looked at again."""
+    if over.outcome is not Outcome.INVALID:
+        return _stalled(over.reason, over.message, None)
+    left = LOOK_AGAIN - times.seconds_between(ended_at(over.run), case.now)
+    if left <= 0:
+        case.start(Stage.PREPARE)
+        left = LOOK_AGAIN
+    return _stalled(over.reason, over.message, left)
+
+
+def _stalled(reason: JobReason, message: str, requeue_after: float | None = LOOK_AGAIN) -> Standing:
+    return Standing("Stalled", reason, message, is_stalled=True, succeeded=False, requeue_after=requeue_after)

@@ -1,0 +1,65 @@
+"""The ModelVersion that a FineTuneJob ends with: made once, and nobody's child, since it outlives the job."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from tuneloop_operator.api import API_VERSION
+from tuneloop_operator.api import finetunejob as api
+from tuneloop_operator.api import modelversion as versions
+from tuneloop_operator.api.types import Source
+from tuneloop_operator.render import names
+from tuneloop_operator.render.pods import Json
+
+Approval = Literal["Pending", "Approved", "Rejected"]
+
+
+def model_version(
+    job: api.FineTuneJob, spec: dict[str, Any], resolved: api.Resolved, number: int, approval: Approval, probes_uri: str | None
+) -> Json:
+    """`spec` is the job's, as it goes into the lineage; artifact and evaluation are those of the job's status."""
+    artifact, evaluation = job.status.artifact, job.status.evaluation
+    if artifact is None or evaluation is None:
+        raise ValueError("a version is made of a packaged and evaluated model")
+    lineage = versions.Lineage(
+        fine_tune_job=job.metadata.name,
+        fine_tune_job_uid=job.metadata.uid,
+        spec=spec,
+        config_digest=resolved.config_digest or "",
+        dataset_digests=resolved.dataset_digests,
+        image=resolved.image or "",
+        parent=resolved.baseline.name if resolved.baseline is not None and resolved.baseline.type == "ModelVersion" else None,
+    )
+    content = versions.ModelVersionSpec(
+        model=job.spec.output.model,
+        version=number,
+        artifact=versions.Artifact.model_validate(artifact.model_dump()),
+        base=versions.BaseRef(source=_pinned_source(job.spec.base_model, resolved), digest=resolved.base_digest),
+        lineage=lineage,
+        evaluation=evaluation,
+        probes_uri=probes_uri,
+        prompt=versions.VersionPrompt(format=job.spec.prompt_format, template=_template(job.spec), probe_sha256=resolved.prompt_probe),
+        approval=approval,
+    )
+    name = names.model_version(job.spec.output.model, number)
+    more = {names.JOB_LABEL: job.metadata.name, names.MODEL_LABEL: job.spec.output.model}
+    return {
+        "apiVersion": API_VERSION,
+        "kind": versions.KIND,
+        "metadata": {
+            "name": name,
+            "namespace": job.metadata.namespace,
+            "labels": names.labels("modelversion", job.spec.output.model, **more),
+            "ownerReferences": [],
+        },
+        "spec": content.model_dump(mode="json", by_alias=True, exclude_none=True),
+    }
+
+
+def _pinned_source(source: Source, resolved: api.Resolved) -> Source:
+    return source.model_copy(update={"revision": resolved.base_revision or source.revision})
+
+
+def _template(spec: api.FineTuneJobSpec) -> str | None:
+    """The prompt template over `text` that a gateway can apply: that of the first source which has one."""
+    return next((source.template.prompt for source in spec.data.train if source.template is not None), None)
