@@ -38,11 +38,14 @@ class Settings(BaseModel):
 
 
 def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
-    """Settings from `TUNELOOP_*` variables. Tuples are separated by commas. Raises pydantic.ValidationError."""
+    """Settings from `TUNELOOP_*` variables. Tuples are separated by commas, `none` is None. Raises pydantic.ValidationError."""
     values: dict[str, object] = {}
     for name, field in Settings.model_fields.items():
         text = environment.get(f"TUNELOOP_{name.upper()}")
         if text is None or text == "":
+            continue
+        if text == "none":
+            values[name] = None
             continue
         is_tuple = isinstance(field.default, tuple)
         values[name] = tuple(part for part in text.split(",") if part) if is_tuple else text
