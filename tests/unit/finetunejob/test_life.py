@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-
 from tests.unit.finetunejob.builders import DIGEST, UID, World, evaluated, make_job, make_spec, packaged, prepared, trained
+
 from tuneloop_trainer.contract import Stage
 
 
