@@ -56,9 +56,17 @@ def job_policy(job: str) -> str:
     return f"{job}-progress"
 
 
+LONGEST_LABEL = 63
+"""Characters of a label's value, and so of a Job's name, which its pods carry as a label."""
+
+
 def stage_job(job: str, stage: str, number: int) -> str:
-    """`<name>-train-<n>`, `<name>-prepare-<n>`, …"""
-    return f"{job}-{stage}-{number}"
+    """`<name>-train-<n>`, `<name>-prepare-<n>`, …; a long job's name is cut where the number has grown long too."""
+    suffix = f"-{stage}-{number}"
+    if len(job) + len(suffix) <= LONGEST_LABEL:
+        return job + suffix
+    kept = job[: LONGEST_LABEL - len(suffix) - 9]
+    return f"{kept}-{short_hash(job, 8)}{suffix}"
 
 
 def model_version(model: str, version: int) -> str:

@@ -1,0 +1,127 @@
+"""One pass over a ModelDeployment: roles, the detector's epoch, retraining, the objects that follow from them, and the status."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from tuneloop_operator.domain.decision import Decision, Key, Manifest, Target
+from tuneloop_operator.domain.modeldeployment.configurations import Configured, configure
+from tuneloop_operator.domain.modeldeployment.drift import Epoch, evidence_of, is_latched, next_epoch
+from tuneloop_operator.domain.modeldeployment.news import events
+from tuneloop_operator.domain.modeldeployment.retraining import plan_retraining
+from tuneloop_operator.domain.modeldeployment.rollouts import Rollout, is_released, plan
+from tuneloop_operator.domain.modeldeployment.snapshot import Snapshot
+from tuneloop_operator.domain.modeldeployment.statuses import Findings, render_status
+from tuneloop_operator.render import access, engine, gateway, names
+from tuneloop_operator.render.revisions import Revision, render_revision
+from tuneloop_operator.settings import Settings
+
+ROLLING_SECONDS = 1.0
+REARMED_ANNOTATION = "tuneloop.dev/rearmed"
+"""On the gateway's ConfigMap: the wish that was followed last."""
+NEVER_PRUNED = ("PersistentVolumeClaim", "Secret")
+"""Captured data and keys go with their owner, or not at all."""
+
+
+def decide(snapshot: Snapshot, settings: Settings, now: datetime) -> Decision:
+    rollout = plan(snapshot, settings, now)
+    evidence = evidence_of(snapshot)
+    epoch = next_epoch(snapshot, rollout, is_alarm=is_latched(snapshot, evidence))
+    retraining = plan_retraining(snapshot, rollout, evidence, epoch, now)
+    has_gateway = bool(rollout.live) or snapshot.gateway is not None
+    configured = configure(snapshot, rollout, epoch) if has_gateway else None
+    objects = _objects(snapshot, rollout, epoch, configured, settings)
+    generation = configured.config.generation if configured is not None else snapshot.deployment.status.config_generation
+    status = render_status(Findings(snapshot, rollout, evidence, epoch, retraining, generation), now)
+    secret = (gateway.render_keys(snapshot.deployment, snapshot.keys),) if has_gateway and snapshot.keys is not None else ()
+    return Decision(
+        status=status,
+        create=(*secret, *retraining.create),
+        apply=objects,
+        delete=_unwanted(snapshot, objects),
+        events=events(snapshot, rollout, status),
+        requeue_after=_next_look(snapshot, rollout, configured, retraining.again_in, settings),
+    )
+
+
+# --- objects -----------------------------------------------------------------
+
+
+def _objects(
+    snapshot: Snapshot, rollout: Rollout, epoch: Epoch, configured: Configured | None, settings: Settings
+) -> tuple[Manifest, ...]:
+    """Records first: what became of a revision is written before traffic follows it."""
+    deployment = snapshot.deployment
+    records = [render_revision(revision, snapshot.name, deployment.metadata.namespace) for revision in rollout.revisions]
+    if configured is None:
+        return tuple(records)
+    engines = [manifest for revision in _by_engine(rollout) for manifest in _engine(snapshot, revision)]
+    return (*records, *engines, *_gateway(snapshot, rollout, epoch, configured, settings))
+
+
+def _by_engine(rollout: Rollout) -> list[Revision]:
+    """One revision for each engine: several may share one."""
+    return list({revision.pinned.engine_hash: revision for revision in reversed(rollout.live)}.values())
+
+
+def _engine(snapshot: Snapshot, revision: Revision) -> list[Manifest]:
+    deployment, hashed = snapshot.deployment, revision.pinned.engine_hash
+    replicas = deployment.spec.engine.replicas
+    budget = [engine.render_engine_budget(deployment, hashed)] if replicas > 1 else []
+    return [
+        engine.render_guard(deployment, hashed, snapshot.guards.get(hashed, snapshot.guard_source)),
+        engine.render_engine(deployment, revision.pinned, replicas),
+        engine.render_engine_service(deployment, hashed),
+        *budget,
+    ]
+
+
+def _gateway(snapshot: Snapshot, rollout: Rollout, epoch: Epoch, configured: Configured, settings: Settings) -> list[Manifest]:
+    deployment = snapshot.deployment
+    image = rollout.live[0].pinned.gateway_image if rollout.live else settings.gateway_image
+    claim = gateway.render_claim(deployment)
+    budget = [gateway.render_gateway_budget(deployment)] if deployment.spec.gateway.replicas > 1 else []
+    annotations = {REARMED_ANNOTATION: epoch.rearmed} if epoch.rearmed else {}
+    return [
+        gateway.render_config(deployment, configured.text, annotations),
+        *access.render_gateway_identity(deployment),
+        *([claim] if claim is not None else []),
+        gateway.render_gateway(deployment, image, settings),
+        gateway.render_public_service(deployment),
+        access.render_gateway_policy(deployment, settings),
+        access.render_engine_policy(deployment),
+        *budget,
+    ]
+
+
+def _unwanted(snapshot: Snapshot, objects: tuple[Manifest, ...]) -> tuple[Target, ...]:
+    """Children that nothing asks for any more; an engine not before the last gateway has let go of it."""
+    namespace = snapshot.deployment.metadata.namespace
+    wanted = {Key(manifest["kind"], namespace, manifest["metadata"]["name"]) for manifest in objects}
+    held = {names.engine(snapshot.name, hashed) for hashed in _held(snapshot)}
+    return tuple(
+        target
+        for target in snapshot.owned
+        if target.key not in wanted and target.key.name not in held and target.key.kind not in NEVER_PRUNED
+    )
+
+
+def _held(snapshot: Snapshot) -> list[str]:
+    return [hashed for hashed in snapshot.engines if not is_released(snapshot, hashed)]
+
+
+# --- time --------------------------------------------------------------------
+
+
+def _next_look(
+    snapshot: Snapshot, rollout: Rollout, configured: Configured | None, again_in: float | None, settings: Settings
+) -> float | None:
+    """Soon while something moves, now and then while a gateway may have news, not at all where only an event can change anything."""
+    if configured is None:
+        return again_in
+    is_applied = snapshot.config is not None and snapshot.config.generation == configured.config.generation
+    is_taken_up = is_applied and snapshot.applied_everywhere(configured.config.generation)
+    live = {revision.pinned.engine_hash for revision in rollout.live}
+    is_moving = not is_taken_up or rollout.candidate is not None or any(hashed not in live for hashed in snapshot.engines)
+    pause = ROLLING_SECONDS if is_moving and rollout.failure is None else settings.state_interval_seconds
+    return pause if again_in is None else min(pause, max(again_in, 0.0))

@@ -1,0 +1,57 @@
+"""Events of a ModelDeployment: one for each turn of a condition and each verdict on a revision."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from tuneloop_operator.api.conditions import DeploymentCondition, DeploymentReason
+from tuneloop_operator.api.types import Condition
+from tuneloop_operator.domain import conditions
+from tuneloop_operator.domain.decision import EventNote
+from tuneloop_operator.domain.modeldeployment.rollouts import Rollout
+from tuneloop_operator.domain.modeldeployment.snapshot import Snapshot
+
+C, R = DeploymentCondition, DeploymentReason
+ALARMING = {(C.STALLED.value, "True"), (C.DEGRADED.value, "True"), (C.AVAILABLE.value, "False"), (C.DRIFT_DETECTED.value, "True")}
+BAD_NEWS = {R.GATE_FAILED.value, R.RETRAINING_FAILED.value, R.BUDGET_EXHAUSTED.value, R.NO_TEMPLATE.value}
+TOLD = (C.AVAILABLE, C.READY, C.STALLED, C.DEGRADED, C.DRIFT_DETECTED, C.RETRAINING_NEEDED)
+
+
+def events(snapshot: Snapshot, rollout: Rollout, status: dict[str, Any]) -> tuple[EventNote, ...]:
+    """At most one of each sentence, verdicts first."""
+    after = [Condition.model_validate(item) for item in status["conditions"]]
+    notes = [*_verdicts(snapshot, rollout), *_turns(snapshot.deployment.status.conditions, after)]
+    return tuple({(note.reason, note.message): note for note in notes}.values())
+
+
+def _verdicts(snapshot: Snapshot, rollout: Rollout) -> list[EventNote]:
+    notes = []
+    for revision in rollout.revisions:
+        known = snapshot.revision(revision.name)
+        verdict = revision.verdict
+        if verdict is None or (known is not None and known.verdict == verdict):
+            continue
+        if revision.is_rejected:
+            notes.append(EventNote("Warning", "Rejected", f"Version {revision.pinned.version} was rejected: {verdict.message}"))
+        else:
+            probes = f" {verdict.probes} probe items were answered as evaluated." if verdict.probes else ""
+            notes.append(EventNote("Normal", "Promoted", f"Version {revision.pinned.version} takes all traffic.{probes}"))
+    return notes
+
+
+def _turns(before: tuple[Condition, ...], after: list[Condition]) -> list[EventNote]:
+    """Conditions whose status or reason is another one. What a first status says of nothing yet is no news."""
+    notes = []
+    for type_ in TOLD:
+        old, new = conditions.find(before, type_), conditions.find(after, type_)
+        if new is None or (old is not None and (old.status, old.reason) == (new.status, new.reason)):
+            continue
+        is_first = old is None and (new.type, new.status.value) not in ALARMING
+        if not is_first and new.reason not in (R.NOT_MONITORED, R.NOT_NEEDED, R.HEALTHY):
+            notes.append(EventNote(_severity(new), new.reason, new.message))
+    return notes
+
+
+def _severity(condition: Condition) -> Literal["Normal", "Warning"]:
+    is_bad = (condition.type, condition.status.value) in ALARMING or condition.reason in BAD_NEWS
+    return "Warning" if is_bad else "Normal"

@@ -1,0 +1,96 @@
+"""What identifies a revision, and what a new one pins."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tuneloop_gateway.contract import FewShot, Prompt
+from tuneloop_operator.api.conditions import DeploymentReason
+from tuneloop_operator.api.engineoptions import option_problem
+from tuneloop_operator.api.modeldeployment import ModelDeployment
+from tuneloop_operator.api.modelversion import ModelVersion
+from tuneloop_operator.domain.decision import Invalid
+from tuneloop_operator.render import names
+from tuneloop_operator.render.engine import model_id, render_template
+from tuneloop_operator.render.revisions import Pinned, Revision
+from tuneloop_operator.settings import Settings
+
+
+def engine_hash(deployment: ModelDeployment, version: ModelVersion) -> str:
+    """Over the model's bytes, the task and `engine` but its replicas: as written, not as resolved, so that an upgrade changes no hash.
+
+    Defaults are left out, so that a field that a later release adds changes none either.
+    """
+    artifact, base = version.spec.artifact, version.spec.base
+    identity: dict[str, Any] = {
+        "model": version.spec.model,
+        "artifact": artifact.manifest_digest,
+        "base": None if artifact.format == "Merged" or base is None else [base.source.uri, base.source.revision, base.digest],
+        "task": deployment.spec.task,
+        "engine": deployment.spec.engine.model_dump(mode="json", exclude={"replicas"}, exclude_defaults=True),
+    }
+    return names.short_hash(identity)
+
+
+def effective_prompt(deployment: ModelDeployment, version: ModelVersion) -> Prompt:
+    """The deployment's prompt, or else the one that the version was trained with."""
+    prompt = deployment.spec.prompt
+    if prompt is None:
+        return Prompt(template=version.spec.prompt.template)
+    temperature = prompt.parameters.temperature
+    return Prompt(
+        system=prompt.system,
+        template=prompt.template,
+        few_shot=tuple(FewShot(input=example.input, output=example.output) for example in prompt.few_shot),
+        temperature=None if temperature is None else float(temperature),
+        max_tokens=prompt.parameters.max_tokens,
+    )
+
+
+def renders_as_trained(deployment: ModelDeployment, version: ModelVersion) -> bool:
+    """Whether the model sees what it was trained and evaluated on; sampling parameters do not change that."""
+    prompt = effective_prompt(deployment, version)
+    trained = version.spec.prompt
+    same_turns = prompt.template == trained.template and prompt.system is None and not prompt.few_shot
+    return same_turns and (trained.format == "Chat") == (deployment.spec.task == "Chat")
+
+
+def revision_name(deployment: ModelDeployment, version: ModelVersion) -> str:
+    """One name for one (engineHash, promptHash); an adapter's digest is part of the engineHash."""
+    return f"{deployment.metadata.name}-{names.short_hash([engine_hash(deployment, version), prompt_hash(deployment, version)])}"
+
+
+def prompt_hash(deployment: ModelDeployment, version: ModelVersion) -> str:
+    return names.short_hash(effective_prompt(deployment, version).model_dump(mode="json", exclude_defaults=True))
+
+
+def new_revision(deployment: ModelDeployment, version: ModelVersion, number: int, created_at: str, settings: Settings) -> Revision:
+    """A revision with everything pinned that serving it takes. Raises Invalid where it cannot be served."""
+    _check(deployment, version)
+    hashed = engine_hash(deployment, version)
+    inherits = renders_as_trained(deployment, version)
+    pinned = Pinned(
+        version=version.spec.version,
+        model_version=version.metadata.name,
+        artifact_digest=version.spec.artifact.manifest_digest,
+        engine_hash=hashed,
+        prompt_hash=prompt_hash(deployment, version),
+        model_id=model_id(version),
+        prompt=effective_prompt(deployment, version),
+        inherits_prompt=inherits,
+        has_probes=version.spec.probes_uri is not None and inherits,
+        startup_timeout_seconds=deployment.spec.engine.startup_timeout_seconds,
+        gateway_image=settings.gateway_image,
+        template=render_template(deployment, version, hashed, settings),
+    )
+    data = pinned.model_dump(mode="json", by_alias=True)
+    return Revision(name=revision_name(deployment, version), number=number, created_at=created_at, pinned=pinned, data=data)
+
+
+def _check(deployment: ModelDeployment, version: ModelVersion) -> None:
+    problem = option_problem(deployment.spec.engine.options)
+    if problem is not None:
+        raise Invalid(DeploymentReason.INVALID_OPTION.value, problem)
+    if version.spec.artifact.format == "Adapter" and version.spec.base is None:
+        message = f"{version.metadata.name} is an adapter without spec.base: record the base model that it belongs to in a new version."
+        raise Invalid(DeploymentReason.NOT_SERVABLE.value, message)

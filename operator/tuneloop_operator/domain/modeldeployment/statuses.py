@@ -1,0 +1,229 @@
+"""The status of a ModelDeployment, computed from what is observed and decided. docs/status.md has it as a table, row by row tested."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from tuneloop_gateway.contract import RevisionState
+from tuneloop_operator.api.conditions import DeploymentCondition, DeploymentReason
+from tuneloop_operator.api.modeldeployment import ModelDeploymentStatus, RevisionStatus
+from tuneloop_operator.api.types import Condition
+from tuneloop_operator.domain import conditions
+from tuneloop_operator.domain.modeldeployment import drift, retraining
+from tuneloop_operator.domain.modeldeployment.drift import Epoch
+from tuneloop_operator.domain.modeldeployment.failures import Failure
+from tuneloop_operator.domain.modeldeployment.retraining import Plan
+from tuneloop_operator.domain.modeldeployment.rollouts import Rollout, engine_failure, gateway_failure
+from tuneloop_operator.domain.modeldeployment.snapshot import Evidence, Snapshot
+from tuneloop_operator.render import names
+from tuneloop_operator.render.engine import engine_selector
+from tuneloop_operator.render.revisions import Revision
+
+C, R = DeploymentCondition, DeploymentReason
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Whether something holds, and why."""
+
+    holds: bool
+    reason: DeploymentReason
+    message: str
+    is_stalled: bool = False
+    """Nothing goes on until somebody acts."""
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All that the status speaks of."""
+
+    snapshot: Snapshot
+    rollout: Rollout
+    evidence: Evidence | None
+    epoch: Epoch
+    retraining: Plan
+    generation: int
+    """Of the gateway's configuration."""
+
+
+def render_status(found: Findings, now: datetime) -> dict[str, Any]:
+    snapshot, stable = found.snapshot, found.rollout.stable
+    before = snapshot.deployment.status
+    status = ModelDeploymentStatus(
+        observed_generation=snapshot.deployment.metadata.generation,
+        url=names.gateway_url(snapshot.name, snapshot.deployment.metadata.namespace) if found.generation else None,
+        conditions=conditions.with_times(before.conditions, _conditions(found, now), now),
+        stable=_stable_status(snapshot, stable) if stable is not None else None,
+        canary=_canary_status(found) if found.rollout.candidate is not None else None,
+        drift=drift.drift_status(snapshot, found.evidence, found.epoch),
+        feedback=drift.feedback_status(snapshot),
+        retraining=found.retraining.status,
+        config_generation=found.generation,
+        replicas=len(snapshot.engine_pods.get(stable.pinned.engine_hash, ())) if stable is not None else 0,
+        selector=_selector(snapshot, stable) if stable is not None else "",
+    )
+    return status.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+
+def _conditions(found: Findings, now: datetime) -> list[Condition]:
+    generation = found.snapshot.deployment.metadata.generation
+    available = _available(found, now)
+    ready = _ready(found, available)
+    degraded = _degraded(found, now)
+    said = [
+        conditions.condition(C.AVAILABLE, available.holds, available.reason, available.message, generation),
+        conditions.condition(C.READY, ready.holds, ready.reason, ready.message, generation),
+        drift.drift_condition(found.snapshot, found.evidence, found.epoch),
+        retraining.retraining_condition(found.snapshot, found.retraining),
+        conditions.condition(C.DEGRADED, degraded.holds, degraded.reason, degraded.message, generation),
+    ]
+    if not ready.holds:
+        type_ = C.STALLED if ready.is_stalled else C.RECONCILING
+        said.append(conditions.condition(type_, True, ready.reason, ready.message, generation))
+    return said
+
+
+# --- Available ---------------------------------------------------------------
+
+
+def _available(found: Findings, now: datetime) -> Claim:
+    """The URL answers: a gateway is ready, works by a configuration with a stable revision, and that has a ready engine."""
+    snapshot, rollout = found.snapshot, found.rollout
+    if rollout.stable is None:
+        return _nothing_serves(found)
+    if not snapshot.ready_gateways:
+        return _broken(gateway_failure(snapshot, now), R.NO_ENDPOINTS, "No gateway pod is ready.")
+    stable = rollout.stable
+    if snapshot.ready_replicas(stable.pinned.engine_hash) == 0:
+        message = f"No engine pod of version {stable.pinned.version} is ready."
+        return _broken(engine_failure(snapshot, stable, now), R.NO_ENDPOINTS, message)
+    if not _serves_any(snapshot):
+        return Claim(False, R.STARTING, f"The gateway takes up version {stable.pinned.version}.")
+    reports = snapshot.reports(stable.name)
+    if reports and all(report.endpoints == 0 for report in reports):
+        return Claim(False, R.NO_ENDPOINTS, f"The gateway sees no engine pod of version {stable.pinned.version}.")
+    return Claim(True, R.SERVING, f"Version {stable.pinned.version} answers.")
+
+
+def _nothing_serves(found: Findings) -> Claim:
+    rollout, target = found.rollout, found.rollout.target
+    if rollout.failure is not None:
+        return _broken(rollout.failure, R.STARTING, "")
+    if rollout.candidate is not None:
+        return Claim(False, R.STARTING, f"Version {rollout.candidate.pinned.version} starts. {rollout.waits_for}".strip())
+    return Claim(False, target.reason or R.STARTING, target.message, is_stalled=target.is_final)
+
+
+def _broken(failure: Failure | None, reason: DeploymentReason, message: str) -> Claim:
+    if failure is None:
+        return Claim(False, reason, message)
+    return Claim(False, failure.reason, failure.message, is_stalled=failure.reason is not R.STARTING)
+
+
+def _serves_any(snapshot: Snapshot) -> bool:
+    """Some gateway that is ready was configured with a stable revision."""
+    config = snapshot.config.config if snapshot.config is not None else None
+    return config is not None and any(revision.state is RevisionState.STABLE for revision in config.revisions)
+
+
+# --- Ready -------------------------------------------------------------------
+
+
+def _ready(found: Findings, available: Claim) -> Claim:
+    """Available, and what the spec asks for is what answers."""
+    snapshot, rollout, target = found.snapshot, found.rollout, found.rollout.target
+    if snapshot.conflicts:
+        taken = ", ".join(f"{key.kind} {key.name}" for key in snapshot.conflicts[:4])
+        message = f"{taken} exists and belongs to somebody else. Rename or delete it, or give this deployment another name."
+        return Claim(False, R.NAME_CONFLICT, message, is_stalled=True)
+    if rollout.failure is not None:
+        return _broken(rollout.failure, R.ROLLING_OUT, "")
+    if not available.holds:
+        return available
+    if rollout.candidate is not None:
+        return Claim(False, R.ROLLING_OUT, f"Version {rollout.candidate.pinned.version} is being rolled out. {rollout.waits_for}".strip())
+    if target.version is None and not _keeps_serving(found):
+        return Claim(False, target.reason or R.STARTING, target.message, is_stalled=target.is_final)
+    if not _is_applied(found):
+        return Claim(False, R.ROLLING_OUT, "The gateway takes up its new configuration.")
+    if target.version is not None and target.reason is not None:
+        return Claim(True, target.reason, target.message)
+    assert rollout.stable is not None  # it is available
+    return Claim(True, R.SERVING, f"Version {rollout.stable.pinned.version} takes all traffic.")
+
+
+def _keeps_serving(found: Findings) -> bool:
+    """What the spec asks for was withdrawn while it served, and nothing else may take its place: it serves on, Degraded."""
+    stable, wanted = found.rollout.stable, found.snapshot.deployment.spec.model.version
+    if stable is None or found.rollout.target.reason not in (R.NO_APPROVED_VERSION, R.WITHDRAWN):
+        return False
+    return wanted is None or wanted == stable.pinned.version
+
+
+def _is_applied(found: Findings) -> bool:
+    """The stable revision takes the traffic of every ready gateway."""
+    snapshot, stable = found.snapshot, found.rollout.stable
+    config = snapshot.config.config if snapshot.config is not None else None
+    if config is None or stable is None or snapshot.config is None:
+        return False
+    is_stable = any(r.name == stable.name and r.state is RevisionState.STABLE for r in config.revisions)
+    return is_stable and snapshot.applied_everywhere(snapshot.config.generation)
+
+
+# --- Degraded ----------------------------------------------------------------
+
+
+def _degraded(found: Findings, now: datetime) -> Claim:
+    """It serves, but not as it should."""
+    snapshot, stable = found.snapshot, found.rollout.stable
+    if stable is None:
+        return Claim(False, R.HEALTHY, "Nothing serves yet.")
+    version = snapshot.version(stable.pinned.version)
+    if version is not None and version.spec.approval in ("Withdrawn", "Rejected"):
+        what = f"ModelVersion {version.metadata.name} is {version.spec.approval.lower()}"
+        message = f"{what} and serves on, since no other may take its place. Approve another one, or train a better one."
+        return Claim(True, R.WITHDRAWN, message)
+    if not stable.pinned.inherits_prompt:
+        message = (
+            f"The prompt is not the one that version {stable.pinned.version} was trained with: its evaluation says nothing of it."
+            " Remove spec.prompt to inherit the version's."
+        )
+        return Claim(True, R.PROMPT_MISMATCH, message)
+    failure = engine_failure(snapshot, stable, now)
+    if failure is not None and failure.reason is not R.STARTING:
+        return Claim(True, failure.reason, failure.message)
+    return Claim(False, R.HEALTHY, "All is well.")
+
+
+# --- revisions ---------------------------------------------------------------
+
+
+def _stable_status(snapshot: Snapshot, stable: Revision) -> RevisionStatus:
+    verdict = stable.verdict
+    probes = f"{verdict.probes} probe items answered as evaluated." if verdict is not None and verdict.probes else ""
+    return RevisionStatus(
+        version=stable.pinned.version,
+        revision=stable.name,
+        ready_replicas=snapshot.ready_replicas(stable.pinned.engine_hash),
+        since=verdict.at if verdict is not None else None,
+        message=probes,
+    )
+
+
+def _canary_status(found: Findings) -> RevisionStatus:
+    candidate, rollout = found.rollout.candidate, found.rollout
+    assert candidate is not None  # asked for only then
+    return RevisionStatus(
+        version=candidate.pinned.version,
+        revision=candidate.name,
+        ready_replicas=found.snapshot.ready_replicas(candidate.pinned.engine_hash),
+        since=candidate.created_at,
+        message=conditions.shortened(rollout.failure.message if rollout.failure is not None else rollout.waits_for, 512),
+    )
+
+
+def _selector(snapshot: Snapshot, stable: Revision) -> str:
+    pairs = engine_selector(snapshot.name, stable.pinned.engine_hash).items()
+    return ",".join(f"{label}={value}" for label, value in sorted(pairs))

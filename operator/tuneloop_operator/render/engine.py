@@ -1,0 +1,243 @@
+"""The vLLM engine of a revision: its pod template (pinned in the revision), Deployment, Service, guard and disruption budget."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tuneloop_gateway.contract import ENGINE_PORT, SECRETS_PATH
+from tuneloop_operator.api.engineoptions import option_arguments
+from tuneloop_operator.api.modeldeployment import Engine, ModelDeployment
+from tuneloop_operator.api.modelversion import ModelVersion
+from tuneloop_operator.render import names, pods
+from tuneloop_operator.render.revisions import Pinned
+from tuneloop_operator.settings import Settings
+
+Json = dict[str, Any]
+COMPONENT = "engine"
+GUARD_FILE = "engine_guard.py"
+GUARD_PATH = "/etc/tuneloop/guard"
+VERIFY = "verify"
+"""Name of the init container that compares the model's files with their digest."""
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""vLLM's; 1 is left out, since it saves nothing over 8."""
+PRE_STOP_SECONDS = 5
+"""Endpoints are taken out of rotation meanwhile."""
+DRAIN_SECONDS = 45
+"""Running requests may end; vLLM's own default would abort them."""
+GRACE_SECONDS = PRE_STOP_SECONDS + DRAIN_SECONDS + 10
+
+
+def engine_labels(deployment: str, engine_hash: str) -> dict[str, str]:
+    return names.labels(COMPONENT, deployment, **{names.DEPLOYMENT_LABEL: deployment, names.ENGINE_LABEL: engine_hash})
+
+
+def engine_selector(deployment: str, engine_hash: str) -> dict[str, str]:
+    return {names.DEPLOYMENT_LABEL: deployment, names.ENGINE_LABEL: engine_hash}
+
+
+# --- the pod -----------------------------------------------------------------
+
+
+def render_template(deployment: ModelDeployment, version: ModelVersion, engine_hash: str, settings: Settings) -> Json:
+    """The pod template of one engine. The model's files are verified before the engine may read them."""
+    engine = deployment.spec.engine
+    image = engine_image(engine, settings)
+    claims = _claims(version)
+    volumes, mounts = pods.claim_mounts(written=(), read=claims)
+    guard = pods.read_only_mount("guard", GUARD_PATH)
+    secret = names.gateway_secret(deployment.metadata.name)
+    template: Json = {
+        "metadata": {"labels": engine_labels(deployment.metadata.name, engine_hash)},
+        "spec": {
+            **pods.pod_defaults(settings),
+            "terminationGracePeriodSeconds": GRACE_SECONDS,
+            "initContainers": [_verifier(version, image, [*mounts, guard], settings)],
+            "containers": [_server(deployment, version, image, [*mounts, guard], settings)],
+            "volumes": [
+                *volumes,
+                pods.config_volume("guard", names.engine(deployment.metadata.name, engine_hash)),
+                pods.secret_volume("secrets", secret, ["engine-key"]),
+                *pods.scratch_volumes(),
+            ],
+        },
+    }
+    return pods.with_overrides(template, engine.pod)
+
+
+def engine_image(engine: Engine, settings: Settings) -> str:
+    if engine.image is not None:
+        return engine.image
+    on_cpu = engine.accelerators_per_replica == 0
+    return settings.engine_cpu_image if on_cpu and settings.engine_cpu_image else settings.engine_image
+
+
+def _claims(version: ModelVersion) -> list[str]:
+    uris = [version.spec.artifact.uri, version.spec.probes_uri]
+    if version.spec.artifact.format == "Adapter" and version.spec.base is not None:
+        uris.append(version.spec.base.source.uri)
+    return [names.parse_pvc(uri)[0] for uri in uris if uri is not None and uri.startswith("pvc://")]
+
+
+def _verifier(version: ModelVersion, image: str, mounts: list[Json], settings: Settings) -> Json:
+    """Fails closed: the engine starts only after every file was hashed and equals the manifest of this digest."""
+    artifact = version.spec.artifact
+    return {
+        "name": VERIFY,
+        "image": image,
+        "imagePullPolicy": settings.image_pull_policy,
+        "command": ["python3", f"{GUARD_PATH}/{GUARD_FILE}", "verify", names.pvc_path(artifact.uri), artifact.manifest_digest],
+        "resources": pods.resources({"cpu": "100m", "memory": "128Mi"}, None),
+        "securityContext": pods.container_security(),
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+        "volumeMounts": mounts,
+    }
+
+
+def _server(deployment: ModelDeployment, version: ModelVersion, image: str, mounts: list[Json], settings: Settings) -> Json:
+    engine = deployment.spec.engine
+    on_cpu = engine.accelerators_per_replica == 0
+    devices = (engine.accelerator_resource, engine.accelerators_per_replica)
+    return {
+        "name": COMPONENT,
+        "image": image,
+        "imagePullPolicy": settings.image_pull_policy,
+        "command": list(settings.engine_command),
+        # `python3 -m` imports from here; PYTHONPATH is the image's own business.
+        "workingDir": GUARD_PATH,
+        "args": _arguments(engine, version),
+        "env": _environment(version, on_cpu=on_cpu),
+        "ports": [{"name": "http", "containerPort": ENGINE_PORT}],
+        "resources": pods.resources({"cpu": "500m", "memory": "4Gi"}, engine.pod.resources, devices),
+        "securityContext": pods.container_security(),
+        "startupProbe": pods.http_probe("/health", ENGINE_PORT, period=2, timeout=5, failures=engine.startup_timeout_seconds // 2),
+        # A busy engine answers late: what is only slow must not be restarted.
+        "livenessProbe": pods.http_probe("/health", ENGINE_PORT, period=10, timeout=10, failures=10),
+        "readinessProbe": pods.http_probe("/health", ENGINE_PORT, period=2, timeout=2, failures=3),
+        "lifecycle": {"preStop": {"sleep": {"seconds": PRE_STOP_SECONDS}}},
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+        "volumeMounts": [*mounts, pods.read_only_mount("secrets", SECRETS_PATH), *pods.scratch_mounts()],
+    }
+
+
+def model_id(version: ModelVersion) -> str:
+    """The adapter's name or the merged model's: the same for all versions, since requests name the model."""
+    return version.spec.model
+
+
+def _arguments(engine: Engine, version: ModelVersion) -> list[str]:
+    parallel = engine.accelerators_per_replica
+    options = {"tensor-parallel-size": str(parallel)} | engine.options if parallel > 1 else engine.options
+    arguments = [
+        *_model_arguments(version),
+        "--port", str(ENGINE_PORT),
+        "--middleware", "engine_guard.Guard",
+        "--shutdown-timeout", str(DRAIN_SECONDS),
+        "--disable-access-log-for-endpoints", "/health,/metrics",
+    ]  # fmt: skip
+    if engine.max_model_length is not None:
+        arguments += ["--max-model-len", str(engine.max_model_length)]
+    return arguments + option_arguments(options)
+
+
+def _model_arguments(version: ModelVersion) -> list[str]:
+    """Merged: the artifact is the model. Adapter: the base is, and the artifact a static LoRA module on it."""
+    path, name = names.pvc_path(version.spec.artifact.uri), model_id(version)
+    if version.spec.artifact.format == "Merged" or version.spec.base is None:
+        return ["--model", path, "--served-model-name", name]
+    source = version.spec.base.source
+    base = ["--model", names.pvc_path(source.uri) if source.uri.startswith("pvc://") else source.uri.removeprefix("hf://")]
+    if source.revision is not None and source.uri.startswith("hf://"):
+        base += ["--revision", source.revision]
+    return [
+        *base,
+        "--served-model-name", f"{name}-base",
+        "--enable-lora",
+        "--max-lora-rank", str(_lora_rank(version)),
+        "--lora-modules", f"{name}={path}",
+    ]  # fmt: skip
+
+
+def _lora_rank(version: ModelVersion) -> int:
+    """The adapter's rank rounded up to one that vLLM takes; 32, the job's default, where the lineage does not say."""
+    lineage = version.spec.lineage
+    method = lineage.spec.get("method") if lineage is not None else None
+    lora = method.get("lora") if isinstance(method, dict) else None
+    rank = lora.get("rank") if isinstance(lora, dict) else None
+    wanted = rank if isinstance(rank, int) else 32
+    return next((size for size in LORA_RANKS if size >= wanted), LORA_RANKS[-1])
+
+
+def _environment(version: ModelVersion, *, on_cpu: bool) -> list[Json]:
+    base = version.spec.base
+    from_hub = version.spec.artifact.format == "Adapter" and base is not None and base.source.uri.startswith("hf://")
+    variables = [
+        *pods.scratch_environment(),
+        pods.value("PYTHONDONTWRITEBYTECODE", "1"),
+        pods.value("TUNELOOP_ENGINE_KEY_FILE", f"{SECRETS_PATH}/engine-key"),
+        pods.value("VLLM_NO_USAGE_STATS", "1"),
+        pods.value("VLLM_MAX_N_SEQUENCES", "64"),
+    ]
+    if version.spec.probes_uri is not None:
+        variables.append(pods.value("TUNELOOP_PROBES_FILE", names.pvc_path(version.spec.probes_uri)))
+    if not from_hub:
+        variables.append(pods.value("HF_HUB_OFFLINE", "1"))
+    if on_cpu:
+        variables.append(pods.value("VLLM_CPU_KVCACHE_SPACE", "1"))
+    return variables
+
+
+# --- what runs it ------------------------------------------------------------
+
+
+def render_engine(deployment: ModelDeployment, pinned: Pinned, replicas: int) -> Json:
+    """The Deployment of an engine. Its template never changes: another one has another hash, hence another name."""
+    name = deployment.metadata.name
+    return {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": _metadata(deployment, pinned.engine_hash),
+        "spec": {
+            "replicas": replicas,
+            "selector": {"matchLabels": engine_selector(name, pinned.engine_hash)},
+            "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}},
+            "revisionHistoryLimit": 2,
+            "progressDeadlineSeconds": pinned.startup_timeout_seconds + 300,
+            "template": pinned.template,
+        },
+    }
+
+
+def render_engine_service(deployment: ModelDeployment, engine_hash: str) -> Json:
+    """Its EndpointSlices are what the gateway routes over."""
+    return {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": _metadata(deployment, engine_hash),
+        "spec": {
+            "type": "ClusterIP",
+            "selector": engine_selector(deployment.metadata.name, engine_hash),
+            "ports": [{"name": "http", "port": ENGINE_PORT, "targetPort": "http", "protocol": "TCP"}],
+        },
+    }
+
+
+def render_guard(deployment: ModelDeployment, engine_hash: str, source: str) -> Json:
+    """The middleware that keeps everybody but the gateway out. Written once for an engine: an upgrade of ours leaves it as it is."""
+    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": _metadata(deployment, engine_hash), "data": {GUARD_FILE: source}}
+
+
+def render_engine_budget(deployment: ModelDeployment, engine_hash: str) -> Json:
+    return {
+        "apiVersion": "policy/v1",
+        "kind": "PodDisruptionBudget",
+        "metadata": _metadata(deployment, engine_hash),
+        "spec": {"maxUnavailable": 1, "selector": {"matchLabels": engine_selector(deployment.metadata.name, engine_hash)}},
+    }
+
+
+def _metadata(deployment: ModelDeployment, engine_hash: str) -> Json:
+    return {
+        "name": names.engine(deployment.metadata.name, engine_hash),
+        "namespace": deployment.metadata.namespace,
+        "labels": engine_labels(deployment.metadata.name, engine_hash),
+    }

@@ -1,0 +1,163 @@
+"""The FineTuneJob of a retraining: the served version's job again, from its original base, half on new data, gated on old and new."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tuneloop_operator.api import API_VERSION
+from tuneloop_operator.api.modeldeployment import ModelDeployment
+from tuneloop_operator.api.modelversion import ModelVersion
+from tuneloop_operator.render import names
+
+Json = dict[str, Any]
+OLD, NEW = "old", "new"
+"""Names of the two suites."""
+OLD_SHARE = NEW_SHARE = 0.5
+DEFAULT_MIN_ITEMS = 400
+EXPORT_COLUMNS = {"text": "text", "label": "label", "document": "document"}
+"""The gateway's export has its own columns, whatever the old files call theirs."""
+PLAIN_COLUMNS = {"prompt": "text", "completion": "label", "document": "document"}
+"""The same, where the old data has no template: the roles are used as they are."""
+
+
+class NoTemplate(Exception):
+    """What to train cannot be derived; the message says what to set."""
+
+
+def render_retraining(deployment: ModelDeployment, version: ModelVersion, job: str, episode: int) -> Json:
+    """Raises NoTemplate. The manifest has no owner: the job and its version outlive the deployment."""
+    return {
+        "apiVersion": API_VERSION,
+        "kind": "FineTuneJob",
+        "metadata": {
+            "name": job,
+            "namespace": deployment.metadata.namespace,
+            "labels": names.labels(
+                "retraining",
+                deployment.metadata.name,
+                **{names.DEPLOYMENT_LABEL: deployment.metadata.name, names.EPISODE_LABEL: str(episode)},
+            ),
+            "ownerReferences": [],
+        },
+        "spec": retraining_spec(deployment, version),
+    }
+
+
+def retraining_spec(deployment: ModelDeployment, version: ModelVersion) -> Json:
+    """lineage.spec, then what is derived for new data, then the user's template, then what nobody may change. Raises NoTemplate."""
+    assert deployment.spec.retraining is not None  # asked for by whoever renders a retraining
+    lineage = version.spec.lineage.spec if version.spec.lineage is not None else {}
+    template = deployment.spec.retraining.template.spec
+    base = {"baseModel": version.spec.base.source.model_dump(mode="json", by_alias=True, exclude_none=True)} if version.spec.base else {}
+    derived = {"data": {"train": _train(deployment, lineage)}, "evaluation": _evaluation(deployment, lineage)} if lineage else {}
+    spec = deep_merged(deep_merged(deep_merged(base, lineage), derived), template)
+    _check(spec, has_lineage=bool(lineage))
+    suspended = deployment.spec.retraining.approval == "Manual"
+    forced: Json = {
+        "evaluation": {"baseline": {"type": "ModelVersion", "name": version.metadata.name}},
+        "output": {"model": version.spec.model},
+        "runPolicy": {"suspend": suspended},
+    }
+    return deep_merged(spec | {"evaluation": {**spec["evaluation"], "baseline": {}}}, forced)
+
+
+def deep_merged(under: Json, over: Json) -> Json:
+    """`over` laid on `under`: maps merge by key, everything else is replaced."""
+    merged = dict(under)
+    for key, value in over.items():
+        known = merged.get(key)
+        merged[key] = deep_merged(known, value) if isinstance(known, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def new_domain_items(spec: Json, deployment: str) -> int:
+    """Items that the strictest gate on this deployment's labelled traffic needs; 0 where no gate rests on it."""
+    evaluation = spec.get("evaluation") or {}
+    suites = {suite.get("name") for suite in evaluation.get("suites") or () if _is_feedback((suite.get("dataset") or {}), deployment)}
+    needed = (gate.get("minItems", DEFAULT_MIN_ITEMS) for gate in evaluation.get("gates") or () if gate.get("suite") in suites)
+    return max(needed, default=0)
+
+
+def _check(spec: Json, *, has_lineage: bool) -> None:
+    where = "" if has_lineage else "The served version was trained elsewhere and has no lineage: "
+    missing = [path for path in ("baseModel", "data", "evaluation", "output") if not spec.get(path)]
+    if missing:
+        raise NoTemplate(f"{where}set {', '.join(missing)} in retraining.template.spec.")
+    if not spec["evaluation"].get("gates"):
+        message = "set evaluation.suites and evaluation.gates in retraining.template.spec: nothing is retrained without a gate."
+        raise NoTemplate(f"{where}{message}")
+
+
+# --- data --------------------------------------------------------------------
+
+
+def _train(deployment: ModelDeployment, lineage: Json) -> list[Json]:
+    """Half old, half new. Feedback of the epoch before is no longer exported, so its source is left out."""
+    sources = [source for source in _list(lineage, "data", "train") if not _is_feedback(source, deployment.metadata.name)]
+    weights = [float(source.get("weight", "1")) for source in sources]
+    total = sum(weights)
+    old = [source | {"weight": _number(OLD_SHARE * weight / total)} for source, weight in zip(sources, weights, strict=True)]
+    new = _feedback(deployment, next((source.get("template") for source in sources if source.get("template")), None))
+    return [*old, new | {"weight": _number(NEW_SHARE)}]
+
+
+def _feedback(deployment: ModelDeployment, template: Json | None) -> Json:
+    source: Json = {"feedback": {"deployment": deployment.metadata.name}}
+    return source | ({"columns": EXPORT_COLUMNS, "template": template} if template else {"columns": PLAIN_COLUMNS})
+
+
+def _number(value: float) -> str:
+    return f"{value:.6g}"
+
+
+# --- evaluation --------------------------------------------------------------
+
+
+def _evaluation(deployment: ModelDeployment, lineage: Json) -> Json:
+    """Two suites: the model must not get worse on what it was gated on, and must get better on the new traffic."""
+    gate, suite = _old_gate(deployment, lineage)
+    if suite is None:
+        return {}
+    dataset = suite.get("dataset") or {}
+    templates = [dataset.get("template"), *(source.get("template") for source in _list(lineage, "data", "train"))]
+    new = _feedback(deployment, next((template for template in templates if template), None))
+    if dataset.get("labels"):
+        new["labels"] = dataset["labels"]
+    levels = {field: gate[field] for field in ("alpha", "minItems") if field in gate}
+    margin = {"margin": gate["margin"]} if "margin" in gate else {}
+    return {
+        "suites": [
+            suite | {"name": OLD, "metrics": ["Accuracy"]},
+            {"name": NEW, "type": "Dataset", "dataset": new, "metrics": ["Accuracy"]},
+        ],
+        "gates": [
+            {"suite": OLD, "metric": "Accuracy", "rule": "NonInferior", **margin, **levels},
+            {"suite": NEW, "metric": "Accuracy", "rule": "Superior", **levels},
+        ],
+    }
+
+
+def _old_gate(deployment: ModelDeployment, lineage: Json) -> tuple[Json, Json | None]:
+    """The original gate and its suite: of a retrained version the one named `old`, else the first on a dataset of its own."""
+    suites = {
+        suite.get("name"): suite
+        for suite in _list(lineage, "evaluation", "suites")
+        if suite.get("type", "Dataset") == "Dataset" and not _is_feedback(suite.get("dataset") or {}, deployment.metadata.name)
+    }
+    gates = [gate for gate in _list(lineage, "evaluation", "gates") if gate.get("suite") in suites]
+    if gates:
+        gate = next((gate for gate in gates if gate["suite"] == OLD), gates[0])
+        return gate, suites[gate["suite"]]
+    return {}, next(iter(suites.values()), None)
+
+
+def _is_feedback(holder: Json, deployment: str) -> bool:
+    return (holder.get("feedback") or {}).get("deployment") == deployment
+
+
+def _list(spec: Json, *path: str) -> list[Json]:
+    """The list of maps at a path of an untyped spec; empty where there is none."""
+    value: Any = spec
+    for key in path:
+        value = value.get(key) if isinstance(value, dict) else None
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []

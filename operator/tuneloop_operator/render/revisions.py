@@ -1,0 +1,121 @@
+"""A deployment's revisions as ControllerRevisions: what is served is pinned in `data`, what became of it stands in annotations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from tuneloop_gateway.contract import Prompt
+from tuneloop_operator.api.types import Model
+from tuneloop_operator.render import names
+
+Json = dict[str, Any]
+OUTCOME = "tuneloop.dev/outcome"
+OUTCOME_AT = "tuneloop.dev/outcome-at"
+OUTCOME_REASON = "tuneloop.dev/outcome-reason"
+OUTCOME_MESSAGE = "tuneloop.dev/outcome-message"
+PROBES = "tuneloop.dev/probes"
+"""`agreed/asked` of the probe items, where they were asked."""
+
+
+class Outcome(StrEnum):
+    PROMOTED = "Promoted"
+    REJECTED = "Rejected"
+
+
+class Pinned(Model):
+    """All that serving a revision takes, resolved once: neither an edit of the spec nor another operator changes it."""
+
+    version: int
+    model_version: str
+    """Name of the ModelVersion."""
+    artifact_digest: str
+    engine_hash: str
+    prompt_hash: str
+    model_id: str
+    """What the engine calls the model."""
+    prompt: Prompt
+    inherits_prompt: bool
+    """False: it renders differently from what the version was trained and evaluated with."""
+    has_probes: bool
+    """The version has items to ask before traffic, and they hold for this prompt."""
+    startup_timeout_seconds: int
+    gateway_image: str
+    template: dict[str, Any]
+    """The engine's pod template."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a revision."""
+
+    outcome: Outcome
+    at: str
+    reason: str = ""
+    message: str = ""
+    probes: str = ""
+
+
+@dataclass(frozen=True)
+class Revision:
+    """A ControllerRevision, observed or to be made."""
+
+    name: str
+    number: int
+    created_at: str
+    pinned: Pinned
+    data: Json
+    """As it stands in the object: `data` is immutable, so it is written back byte by byte."""
+    verdict: Verdict | None = None
+
+    @property
+    def is_promoted(self) -> bool:
+        return self.verdict is not None and self.verdict.outcome is Outcome.PROMOTED
+
+    @property
+    def is_rejected(self) -> bool:
+        return self.verdict is not None and self.verdict.outcome is Outcome.REJECTED
+
+
+def render_revision(revision: Revision, deployment: str, namespace: str) -> Json:
+    return {
+        "apiVersion": "apps/v1",
+        "kind": "ControllerRevision",
+        "metadata": {
+            "name": revision.name,
+            "namespace": namespace,
+            "labels": names.labels("revision", deployment, **{names.DEPLOYMENT_LABEL: deployment}),
+            "annotations": _annotations(revision.verdict),
+        },
+        "data": revision.data,
+        "revision": revision.number,
+    }
+
+
+def _annotations(verdict: Verdict | None) -> dict[str, str]:
+    if verdict is None:
+        return {}
+    fields = {
+        OUTCOME: verdict.outcome.value,
+        OUTCOME_AT: verdict.at,
+        OUTCOME_REASON: verdict.reason,
+        OUTCOME_MESSAGE: verdict.message,
+        PROBES: verdict.probes,
+    }
+    return {name: text for name, text in fields.items() if text}
+
+
+def parse_verdict(annotations: dict[str, str]) -> Verdict | None:
+    """The verdict in the annotations; None where there is none, or one that nobody of us wrote."""
+    try:
+        outcome = Outcome(annotations.get(OUTCOME, ""))
+    except ValueError:
+        return None
+    return Verdict(
+        outcome=outcome,
+        at=annotations.get(OUTCOME_AT, ""),
+        reason=annotations.get(OUTCOME_REASON, ""),
+        message=annotations.get(OUTCOME_MESSAGE, ""),
+        probes=annotations.get(PROBES, ""),
+    )

@@ -1,0 +1,225 @@
+"""How a revision takes over: nothing is promoted on silence, and what was promoted before stays warm."""
+
+from __future__ import annotations
+
+import pytest
+from tests.unit.modeldeployment.world import World, make_version
+from tuneloop_gateway.contract import ProbeState
+
+
+def served(**world: object) -> World:
+    """Version 1 takes all traffic."""
+    made = World(**world)  # type: ignore[arg-type]
+    made.settle()
+    assert made.condition("Ready") == ("True", "Serving")
+    return made
+
+
+def test_a_new_deployment_comes_into_service() -> None:
+    world = World()
+    world.step()
+    assert world.condition("Available") == ("False", "Starting")
+    assert world.weights() == {1: 0}
+    world.settle()
+    assert world.condition("Available") == world.condition("Ready") == ("True", "Serving")
+    assert world.weights() == {1: 100}
+    assert world.status["url"] == "http://tweets.shop.svc"
+    assert world.status["stable"]["message"] == "50/50 probe items answered as evaluated."
+
+
+def test_the_new_version_takes_all_traffic_and_the_old_one_drains() -> None:
+    world = served()
+    world.versions.append(make_version(2))
+    world.warm = False
+    world.settle()
+    assert world.roles() == {1: "Stable", 2: "Candidate"}
+    assert world.condition("Ready") == ("False", "RollingOut")
+    world.warm = True
+    world.settle()
+    assert world.weights() == {2: 100, 1: 0}
+    assert world.roles()[1] == "Draining"
+    assert len(world.engines()) == 2
+
+
+def test_the_old_engine_goes_after_its_time_and_not_before_the_gateway_let_go_of_it() -> None:
+    world = served()
+    world.versions.append(make_version(2))
+    world.settle()
+    old = world.engine_of(1)
+    world.applies = False  # the gateway lags behind
+    world.step(seconds=61)
+    world.step()
+    assert world.roles() == {2: "Stable"}
+    assert old in world.engines()
+    world.apply_config()
+    world.step()
+    assert world.engines() == [world.engine_of(2)]
+
+
+def test_requests_in_flight_keep_the_old_engine() -> None:
+    world = served()
+    world.versions.append(make_version(2))
+    world.settle()
+    draining = next(r.name for r in world.config.revisions if r.version == 1)
+    world.in_flight = {draining: 1}
+    world.step(seconds=120)
+    assert world.roles()[1] == "Draining"
+    world.in_flight = {}
+    world.settle()
+    assert world.roles() == {2: "Stable"}
+
+
+def test_requests_that_never_end_do_not_keep_it_for_ever() -> None:
+    world = served()
+    world.versions.append(make_version(2))
+    world.settle()
+    world.in_flight = {next(r.name for r in world.config.revisions if r.version == 1): 1}
+    world.step(seconds=60 + 601)
+    assert world.roles() == {2: "Stable"}
+
+
+@pytest.mark.parametrize(
+    ("change", "waits_for"),
+    [
+        ({"ready": 0}, "0 of 1 engine pods are ready."),
+        ({"warm": False}, "The gateway warms the new revision up."),
+        ({"probe": ProbeState(status="Running")}, "The gateway asks the probe items."),
+        ({"probe": ProbeState(status="Pending")}, "The gateway asks the probe items."),
+        ({"gateway_answers": False}, "The gateway has not taken up the new revision yet."),
+        ({"applies": False}, "The gateway has not taken up the new revision yet."),
+    ],
+)
+def test_nothing_is_promoted_on_silence(change: dict[str, object], waits_for: str) -> None:
+    world = served()
+    world.versions.append(make_version(2))
+    if change == {"ready": 0}:
+        world.step()
+        world.ready[world.engine_of(2)] = 0
+    else:
+        for name, value in change.items():
+            setattr(world, name, value)
+    for _ in range(5):
+        world.step()
+    assert world.weights().get(1) == 100
+    assert world.status["canary"]["message"] == waits_for
+    assert world.condition("Available") == ("True", "Serving")
+
+
+@pytest.mark.parametrize(
+    ("agreed", "asked", "promoted"), [(50, 50, True), (48, 50, True), (47, 50, False), (0, 0, False), (10, 10, True), (9, 10, False)]
+)
+def test_48_of_50_probe_items_must_be_answered_as_evaluated(agreed: int, asked: int, promoted: bool) -> None:
+    world = served()
+    world.versions.append(make_version(2))
+    world.probe = ProbeState(status="Done", asked=asked, agreed=agreed)
+    world.settle()
+    assert world.outcomes()[2] == ("Promoted" if promoted else "Rejected")
+    assert world.weights() == ({2: 100, 1: 0} if promoted else {1: 100})
+
+
+def test_a_mismatch_rejects_the_version_and_the_stable_one_serves_on() -> None:
+    world = served()
+    world.versions.append(make_version(2))
+    world.probe = ProbeState(status="Done", asked=50, agreed=40)
+    world.settle()
+    assert world.condition("Ready") == ("True", "RolledBack")
+    assert world.message("Ready") == (
+        "Version 2 was rejected here (ServingMismatch): The served version 2 answered 40 of 50 probe items as its evaluation did;"
+        " 48 are needed. Compare engine, task and prompt with what it was trained with. Version 1 serves on."
+    )
+    assert world.engines() == [world.engine_of(1)]
+
+
+def test_every_gateway_must_agree() -> None:
+    world = served(gateways=2)
+    world.versions.append(make_version(2))
+    world.gateways = 3
+    world.settle()
+    assert world.outcomes()[2] == "Promoted"
+
+
+def test_a_version_without_probes_needs_none_and_one_that_names_them_does() -> None:
+    world = served()
+    world.probe = ProbeState(status="NoProbes")
+    world.versions.append(make_version(2, probesUri=None))
+    world.settle()
+    assert world.outcomes()[2] == "Promoted"
+    world.versions.append(make_version(3))
+    world.settle()
+    assert world.outcomes()[3] == "Rejected"
+
+
+def test_probes_that_could_not_be_asked_block_but_do_not_reject() -> None:
+    world = served()
+    world.versions.append(make_version(2))
+    world.probe = ProbeState(status="Failed", message="the engine answered 500")
+    world.settle()
+    assert world.condition("Stalled") == ("True", "ServingMismatch")
+    assert world.outcomes()[2] is None
+    world.probe = ProbeState(status="Done", asked=50, agreed=50)
+    world.settle()
+    assert world.outcomes()[2] == "Promoted"
+
+
+def test_a_prompt_edit_needs_no_second_engine() -> None:
+    world = served()
+    world.spec = {"prompt": {"template": "Sentiment of: {{ text }}", "parameters": {"maxTokens": 4}}}
+    world.generation = 2
+    world.settle()
+    assert len(world.engines()) == 1
+    assert world.condition("Ready") == ("True", "Serving")
+    assert world.config.revisions[0].prompt.max_tokens == 4
+    assert world.condition("Degraded") == ("False", "Healthy")
+
+
+def test_a_prompt_that_renders_differently_is_served_and_called_degraded() -> None:
+    world = served()
+    world.spec = {"prompt": {"system": "Be short.", "template": "Sentiment of: {{ text }}"}}
+    world.probe = ProbeState(status="Done", asked=50, agreed=3)
+    world.settle()
+    assert world.condition("Ready") == ("True", "Serving")
+    assert world.condition("Degraded") == ("True", "PromptMismatch")
+    assert not any(revision.probe for revision in world.config.revisions)
+
+
+def test_back_to_a_revision_that_is_still_warm() -> None:
+    world = served()
+    world.spec = {"engine": {"maxModelLength": 256}}
+    world.settle()
+    assert len(world.engines()) == 2
+    world.spec = {}
+    world.settle()
+    assert world.condition("Ready") == ("True", "Serving")
+    assert world.config.revisions[0].weight == 100
+    assert world.config.revisions[0].state.value == "Stable"
+
+
+def test_replicas_are_scaled_without_a_new_revision() -> None:
+    world = served()
+    before = world.engines()
+    world.spec = {"engine": {"replicas": 3}}
+    world.settle()
+    assert world.engines() == before
+    assert world.objects["Deployment", f"tweets-{before[0]}"]["spec"]["replicas"] == 3
+    assert world.status["replicas"] == 3
+    assert ("PodDisruptionBudget", f"tweets-{before[0]}") in world.objects
+
+
+def test_another_operator_changes_nothing_that_runs() -> None:
+    world = served()
+    before = {key: manifest for key, manifest in world.objects.items() if key[0] in ("Deployment", "ConfigMap", "ControllerRevision")}
+    world.settings = world.settings.model_copy(update={"engine_image": "vllm:9", "engine_cpu_image": "cpu:9", "gateway_image": "gateway:9"})
+    world.settle()
+    assert {key: world.objects[key] for key in before} == before
+    world.versions.append(make_version(2))
+    world.settle()
+    template = world.objects["Deployment", f"tweets-{world.engine_of(2)}"]["spec"]["template"]
+    assert template["spec"]["containers"][0]["image"] == "vllm:9"
+
+
+def test_the_record_of_idle_revisions_is_cut() -> None:
+    world = served()
+    for length in range(100, 130):
+        world.spec = {"engine": {"maxModelLength": length}, "rollout": {"keepPreviousSeconds": 0}}
+        world.settle()
+    assert sum(kind == "ControllerRevision" for kind, _ in world.objects) == 21
