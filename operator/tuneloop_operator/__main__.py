@@ -1,4 +1,7 @@
-"""`python -m tuneloop_operator`: reads settings and credentials, runs the operator until SIGTERM or SIGINT."""
+"""`python -m tuneloop_operator`: reads settings and credentials, runs the operator until SIGTERM or SIGINT.
+
+With arguments it is the `tuneloop` command instead, so that the image has both.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from tuneloop_operator import cli
 from tuneloop_operator.cluster.credentials import CredentialsError, load_credentials
 from tuneloop_operator.cluster.registration import Registration
 from tuneloop_operator.cluster.registrations import registrations
@@ -45,4 +49,4 @@ def main(kinds: Sequence[Registration[Any]] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.main() if sys.argv[1:] else main())

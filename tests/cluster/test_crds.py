@@ -4,58 +4,40 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import re
 import subprocess
-import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import kubernetes.config
 import pytest
 import yaml
+from tests.cluster.harness import MERGE, ROOT, Api, ApiAnswer, wait_for
 from tests.cluster.manifests import FINE_TUNE_JOB, FULL, MODEL_DEPLOYMENT, MODEL_VERSION, PLURALS, Manifest, changed
 from tests.cluster.violations import shown, unset_fields, violations
 
 from tuneloop_operator.api.crds import DEFINITIONS, render_crd
 
-pytestmark = pytest.mark.cluster
-
-ROOT = Path(__file__).parents[2]
 SCHEMAS = {d.kind: render_crd(d)["spec"]["versions"][0]["schema"]["openAPIV3Schema"] for d in DEFINITIONS}
-MERGE = "application/merge-patch+json"
 
 
 class Server:
-    """Bare requests to the API server."""
+    """Requests that may be refused: status and body."""
 
-    def __init__(self, kubeconfig: str) -> None:
-        self.client = kubernetes.config.new_client_from_config(kubeconfig)
+    def __init__(self, api: Api) -> None:
+        self.api = api
 
     def call(self, method: str, path: str, body: object = None, content_type: str = "application/json") -> tuple[int, Manifest]:
-        answer = self.client.rest_client.pool_manager.request(
-            method,
-            self.client.configuration.host + path,
-            body=None if body is None else json.dumps(body),
-            headers={"Content-Type": content_type},
-        )
-        return answer.status, json.loads(answer.data)
+        try:
+            return 201 if method == "POST" else 200, self.api.call(method, path, body, content_type)
+        except ApiAnswer as answer:
+            return answer.status, answer.body
 
 
 @pytest.fixture(scope="module")
-def kubeconfig() -> str:
-    return os.environ["KUBECONFIG"]
-
-
-@pytest.fixture(scope="module")
-def server(kubeconfig: str) -> Server:
-    for crd in sorted((ROOT / "crds").glob("*.yaml")):
-        subprocess.run(["kubectl", "apply", "--server-side", "--force-conflicts", "-f", crd], check=True, capture_output=True)
-    names = [f"crd/{plural}.tuneloop.dev" for plural in PLURALS.values()]
-    subprocess.run(["kubectl", "wait", "--for=condition=Established", *names, "--timeout=30s"], check=True, capture_output=True)
-    return Server(kubeconfig)
+def server(api: Api) -> Server:
+    return Server(api)
 
 
 @pytest.fixture(scope="module")
@@ -334,9 +316,9 @@ def test_an_object_from_before_a_rule_can_still_be_reported_on_edited_and_delete
         subprocess.run(["kubectl", "wait", "--for=condition=Established", f"crd/{name}", "--timeout=30s"], check=True, capture_output=True)
         path = f"/apis/{group}/v1alpha1/namespaces/{place}/finetunejobs"
         bad = changed(changed(FINE_TUNE_JOB, "apiVersion", f"{group}/v1alpha1"), "spec.training.learningRate", "fast")
-        _until(lambda: server.call("POST", path, bad)[0] == 201)
+        wait_for(lambda: server.call("POST", path, bad)[0] == 201)
         assert server.call("PATCH", f"{crds}/{name}", {"spec": crd["spec"]}, MERGE)[0] == 200
-        _until(lambda: server.call("POST", path + "?dryRun=All", changed(bad, "metadata.name", "fresh"))[0] == 422)
+        wait_for(lambda: server.call("POST", path + "?dryRun=All", changed(bad, "metadata.name", "fresh"))[0] == 422)
         assert server.call("PATCH", f"{path}/full/status", {"status": {"phase": "Pending"}}, MERGE)[0] == 200
         assert server.call("PATCH", f"{path}/full", {"spec": {"training": {"seed": 7}}}, MERGE)[0] == 200
         assert server.call("PATCH", f"{path}/full", {"spec": {"training": {"learningRate": "slow"}}}, MERGE)[0] == 422
@@ -350,13 +332,6 @@ def _without_rules(schema: Manifest) -> None:
     for part in [*schema.get("properties", {}).values(), schema.get("items"), schema.get("additionalProperties")]:
         if part is not None:
             _without_rules(part)
-
-
-def _until(is_so: Any, seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < end
-        time.sleep(0.1)
 
 
 # --- what kubectl shows ------------------------------------------------------------------------------
