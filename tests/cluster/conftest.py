@@ -111,17 +111,10 @@ def start_operator(cluster_kubeconfig: str, namespace: str, tmp_path: Path) -> I
     yield start
     for process in started:
         process.stop()
+        print(f"--- {process.log.name}\n{process.log.read_text()[-6000:]}")  # pytest shows it where the test failed
 
 
 @pytest.fixture
 def operator(start_operator: Start) -> OperatorProcess:
     """The operator, running on the namespace."""
     return start_operator()
-
-
-@pytest.fixture(autouse=True)
-def log_on_failure(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[None]:
-    """What the operators of a failed test logged, in pytest's report."""
-    yield
-    for path in sorted(tmp_path.glob("*.log")):
-        print(f"--- {path.name}\n{path.read_text()[-6000:]}")

@@ -10,7 +10,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 
 from tuneloop_operator.cluster.apply import Applier
-from tuneloop_operator.cluster.cache import Object
+from tuneloop_operator.cluster.cache import Object, controller
 from tuneloop_operator.cluster.client import Cluster
 from tuneloop_operator.cluster.credentials import Credentials
 from tuneloop_operator.cluster.registration import Registration
@@ -107,6 +107,7 @@ class Operator:
     def _received(self, event: Event) -> None:
         """Cache and wake; no logic, cannot fail."""
         kind, type_, obj = event
+        known = self.cache.get(kind, obj["metadata"].get("namespace", ""), obj["metadata"]["name"])
         if type_ == "DELETED":
             is_news = self.cache.remove(kind, obj)
             self.applier.forget(obj["metadata"].get("uid", ""))
@@ -114,6 +115,8 @@ class Operator:
             is_news = self.cache.put(kind, obj)
         if is_news:
             self._wake(kind, obj)
+            if known is not None and controller(known) != controller(obj):
+                self._wake(kind, known)  # taken away from its owner
 
     def _swept(self, kind: str, obj: Object) -> None:
         self.metrics.swept.labels(kind).inc()

@@ -30,6 +30,10 @@ IDLE_PAUSE = 1.0
 """A pass that wrote nothing does not ask for the next one sooner than this."""
 
 
+CHAIN = 8
+"""Passes that may follow one another at once because each wrote something."""
+
+
 def utc_now() -> datetime:
     return datetime.now(UTC)
 
@@ -44,8 +48,8 @@ class Passes:
     queue: WakeQueue
     metrics: Metrics
     now: Callable[[], datetime] = utc_now
-    _status_only: set[Key] = field(default_factory=set)
-    """Keys whose last pass wrote the status alone."""
+    _in_a_row: dict[Key, int] = field(default_factory=dict)
+    """Passes of a key that changed something, one after another."""
 
     async def work(self) -> None:
         """One worker; runs until it is cancelled."""
@@ -103,18 +107,14 @@ class Passes:
         return "changed"
 
     def _next_look(self, key: Key, outcome: Outcome, decision: Decision) -> float | None:
-        """A pass that wrote the status alone is followed by another: what is counted before it is done is written by the first, done by
-        the second. The write itself wakes nobody, since its answer is in the cache before its event comes. A status that changes with
-        every pass does not make the passes chase one another."""
-        is_status_only = outcome.status and not (outcome.created or outcome.applied or outcome.deleted)
-        if is_status_only and key not in self._status_only:
-            self._status_only.add(key)
-            return 0.0
-        if not is_status_only:
-            self._status_only.discard(key)
-        if decision.requeue_after is None:
-            return IDLE_PAUSE if is_status_only else None
-        return decision.requeue_after if outcome.is_changed and not is_status_only else max(decision.requeue_after, IDLE_PAUSE)
+        """A pass that wrote something is followed by another: what is counted before it is done is written by the first, done by the
+        second, and the write itself wakes nobody, since its answer is in the cache before its event comes. Passes that change something
+        every time do not chase one another for long."""
+        if not outcome.is_changed:
+            self._in_a_row.pop(key, None)
+            return None if decision.requeue_after is None else max(decision.requeue_after, IDLE_PAUSE)
+        self._in_a_row[key] = self._in_a_row.get(key, 0) + 1
+        return 0.0 if self._in_a_row[key] <= CHAIN else IDLE_PAUSE
 
     async def _after(self, key: Key, error: Exception) -> str:
         """Counts, tells and answers an error; returns the outcome for the metrics."""
