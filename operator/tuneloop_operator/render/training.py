@@ -50,7 +50,8 @@ def config_map_name(job: FineTuneJob, config: RunConfig) -> str:
 
 
 def _config_text(config: RunConfig) -> str:
-    return config.model_dump_json(by_alias=True, exclude_none=True)
+    # With nulls: an absent field would be read as its default, and `checkpoint.everyMinutes` has one.
+    return config.model_dump_json(by_alias=True)
 
 
 # --- network -----------------------------------------------------------------

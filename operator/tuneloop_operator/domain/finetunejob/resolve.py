@@ -51,7 +51,9 @@ def config_digest(spec: FineTuneJobSpec) -> str:
     asked = spec_content(spec)
     for field in ("runPolicy", "approval"):
         asked.pop(field, None)
-    asked.get("compute", {}).pop("pod", None)
+    compute = {field: value for field, value in asked.pop("compute", {}).items() if field != "pod"}
+    if compute:
+        asked["compute"] = compute
     text = json.dumps(asked, sort_keys=True, separators=(",", ":"))
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 

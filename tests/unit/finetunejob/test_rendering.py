@@ -1,0 +1,215 @@
+"""What a FineTuneJob's children look like: golden files, reviewed like code. `UPDATE_GOLDEN=1` writes them anew."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.unit.finetunejob.builders import SETTINGS, World, evaluated, make_job, make_spec
+
+from tuneloop_operator.api.finetunejob import FineTuneJobSpec, Resolved
+from tuneloop_operator.render import names, training
+from tuneloop_operator.render.run_config import run_config
+from tuneloop_trainer.contract import RunConfig, Stage
+
+GOLDEN = Path(__file__).parents[2] / "golden" / "finetunejob"
+FULL = make_spec(
+    baseModel={"uri": "hf://org/base", "revision": "abc", "secretRef": {"name": "hf-token"}},
+    method={"type": "LoRA", "lora": {"rank": 16, "dropout": "0.1"}},
+    data={
+        "train": [
+            {
+                "source": {"uri": "pvc://datasets/tweets/train.jsonl"},
+                "columns": {"text": "tweet"},
+                "template": {"prompt": "Sentiment of: {{ text }}", "completion": "{{ label }}"},
+                "weight": "0.5",
+            },
+            {"feedback": {"deployment": "live"}, "weight": "0.5"},
+        ],
+        "validation": {"fraction": "0.1"},
+    },
+    evaluation={
+        "suites": [
+            {"name": "old", "dataset": {"source": {"uri": "pvc://gates/old.jsonl"}, "labels": ["good", "bad"]}},
+            {"name": "new", "dataset": {"feedback": {"deployment": "live"}}},
+        ],
+        "gates": [{"suite": "old", "rule": "NonInferior", "margin": "0.03"}, {"suite": "new", "rule": "Superior"}],
+    },
+    training={"maxSteps": 40, "learningRate": "1e-3", "earlyStopping": {"patience": 2}, "extraArguments": {"weight_decay": "0.01"}},
+    compute={
+        "acceleratorsPerNode": 2,
+        "pod": {
+            "labels": {"team": "a", "tuneloop.dev/finetunejob": "mine"},
+            "annotations": {"note": "x"},
+            "nodeSelector": {"disk": "fast"},
+            "tolerations": [{"key": "gpu", "operator": "Exists", "effect": "NoSchedule"}],
+            "priorityClassName": "high",
+            "schedulerName": "nobody",
+            "imagePullSecrets": [{"name": "pull"}],
+            "resources": {"requests": {"cpu": "4", "memory": "16Gi"}, "limits": {"memory": "32Gi"}},
+            "env": [{"name": "HOME", "value": "/root"}, {"name": "NCCL_DEBUG", "value": "INFO"}],
+        },
+    },
+)
+
+
+def check(name: str, content: Any) -> None:
+    """Compares with the golden file, or writes it."""
+    text = yaml.safe_dump(content, sort_keys=False, width=120, allow_unicode=True)
+    path = GOLDEN / f"{name}.yaml"
+    if os.environ.get("UPDATE_GOLDEN"):
+        path.write_text(text)
+    assert path.read_text() == text, f"{path.name} differs; look at the difference, then UPDATE_GOLDEN=1"
+
+
+def full_world() -> World:
+    return World(job=make_job(FULL)).up_to(Stage.EVALUATE)
+
+
+def test_children_of_a_full_job_are_as_in_the_golden_files() -> None:
+    world = full_world()
+    for stage in Stage:
+        check(stage.value, world.runs[f"tweets-{stage.value}-1"].manifest)
+    check("networkpolicy", next(child for place, child in world.others.items() if place.startswith("NetworkPolicy")))
+    config = next(child for place, child in world.others.items() if place.startswith("ConfigMap"))
+    check("configmap", config | {"data": {key: json.loads(text) for key, text in config["data"].items()}})
+    world.ends(evaluated())
+    world.step()
+    check("modelversion", world.decide().create[0])
+
+
+def test_the_smallest_job_is_as_in_the_golden_file() -> None:
+    smallest = {
+        "baseModel": {"uri": "pvc://models/base"},
+        "data": {"train": [{"source": {"uri": "pvc://models/rows.jsonl"}}]},
+        "output": {"model": "m", "store": {"uri": "pvc://models"}},
+    }
+    world = World(job=make_job(smallest)).up_to(Stage.TRAIN)
+    check("smallest-train", world.current().manifest)
+    check("smallest-config", world.config(world.current()))
+
+
+def pod_of(manifest: dict[str, Any]) -> dict[str, Any]:
+    spec: dict[str, Any] = manifest["spec"]["template"]["spec"]
+    return spec
+
+
+@pytest.mark.parametrize("stage", list(Stage))
+def test_pods_are_restricted(stage: Stage) -> None:
+    pod = pod_of(full_world().runs[f"tweets-{stage.value}-1"].manifest)
+    container = pod["containers"][0]
+    assert pod["automountServiceAccountToken"] is False
+    assert pod["enableServiceLinks"] is False
+    assert pod["restartPolicy"] == "Never"
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert container["securityContext"]["readOnlyRootFilesystem"] is True
+    assert container["securityContext"]["allowPrivilegeEscalation"] is False
+    assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+    assert all("readOnly" not in volume.get("persistentVolumeClaim", {}) for volume in pod["volumes"])
+    assert all(set(volume) & {"configMap", "secret", "emptyDir", "persistentVolumeClaim"} for volume in pod["volumes"])
+
+
+@pytest.mark.parametrize("stage", list(Stage))
+def test_devices_and_the_users_sizes_are_for_the_stages_that_load_the_model(stage: Stage) -> None:
+    limits = pod_of(full_world().runs[f"tweets-{stage.value}-1"].manifest)["containers"][0]["resources"].get("limits", {})
+    expected = {"memory": "32Gi", "nvidia.com/gpu": "2"} if stage in (Stage.TRAIN, Stage.EVALUATE) else {}
+    assert limits == expected
+
+
+@pytest.mark.parametrize("stage", list(Stage))
+def test_all_stages_share_the_nodes_constraints(stage: Stage) -> None:
+    pod = pod_of(full_world().runs[f"tweets-{stage.value}-1"].manifest)
+    assert pod["nodeSelector"] == {"disk": "fast"}
+    assert pod["schedulerName"] == "nobody"
+    assert pod["tolerations"] == [{"key": "gpu", "operator": "Exists", "effect": "NoSchedule"}]
+
+
+def test_the_hubs_token_goes_to_prepare_alone_and_by_reference() -> None:
+    for run in full_world().runs.values():
+        env = {variable["name"]: variable for variable in pod_of(run.manifest)["containers"][0]["env"]}
+        assert ("HF_TOKEN" in env) == (run.stage is Stage.PREPARE)
+        if run.stage is Stage.PREPARE:
+            assert env["HF_TOKEN"]["valueFrom"]["secretKeyRef"] == {"name": "hf-token", "key": "token", "optional": False}
+
+
+def test_overrides_never_replace_what_is_ours() -> None:
+    run = full_world().runs["tweets-train-1"]
+    template = run.manifest["spec"]["template"]
+    assert template["metadata"]["labels"][names.JOB_LABEL] == "tweets"
+    assert template["metadata"]["labels"]["team"] == "a"
+    env = [(variable["name"], variable.get("value")) for variable in template["spec"]["containers"][0]["env"]]
+    assert ("HOME", "/home/tuneloop") in env
+    assert ("HOME", "/root") not in env
+    assert ("NCCL_DEBUG", "INFO") in env
+
+
+def test_a_claim_that_is_written_is_mounted_once() -> None:
+    for run in World().up_to(Stage.TRAIN).runs.values():
+        pod = pod_of(run.manifest)
+        paths = [mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]]
+        assert len(paths) == len(set(paths))
+        mounted = {mount["name"] for mount in pod["containers"][0]["volumeMounts"]}
+        assert mounted == {volume["name"] for volume in pod["volumes"]}
+        store = next(mount for mount in pod["containers"][0]["volumeMounts"] if mount["mountPath"] == "/volumes/models")
+        assert "readOnly" not in store
+
+
+def test_late_attempts_of_long_names_fit_into_a_label() -> None:
+    name = "a" * 52
+    assert names.stage_job(name, "evaluate", 1) == f"{name}-evaluate-1"
+    late = {names.stage_job(name, "prepare", number) for number in (999, 1000, 10_000)}
+    assert all(len(job) <= 63 for job in late)
+    assert len(late | {names.stage_job("a" * 51 + "b", "prepare", 10_000)}) == 4
+
+
+def test_the_policy_admits_the_operators_namespace_to_the_progress_port_alone() -> None:
+    policy = training.progress_policy(make_job(), SETTINGS)
+    rule = policy["spec"]["ingress"][0]
+    assert rule["from"][0] == {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": SETTINGS.namespace}}}
+    assert rule["ports"] == [{"protocol": "TCP", "port": 8080}]
+    assert policy["spec"]["podSelector"] == {"matchLabels": {names.JOB_LABEL: "tweets"}}
+
+
+def test_a_validation_split_without_gates_gets_the_default_gate() -> None:
+    spec = make_spec(data={"train": [{"source": {"uri": "pvc://d/x"}}], "validation": {"fraction": "0.2"}}, evaluation={})
+    evaluation = run_config(make_job(spec), Resolved(), SETTINGS).evaluation
+    assert [(gate.suite, gate.metric, gate.rule) for gate in evaluation.gates] == [("validation", "Loss", "Superior")]
+    assert [(suite.name, suite.type, suite.metrics) for suite in evaluation.suites] == [("validation", "Validation", ("Loss",))]
+    assert evaluation.baseline.type == "Base"
+
+
+@pytest.mark.parametrize(("method", "rate", "output"), [("LoRA", 2e-4, "Adapter"), ("Full", 2e-5, "Merged")])
+def test_defaults_follow_the_method(method: str, rate: float, output: str) -> None:
+    config = run_config(make_job(make_spec(method={"type": method})), Resolved(), SETTINGS)
+    assert (config.training.learning_rate, config.output_format) == (rate, output)
+    assert (config.checkpoint.every_minutes, config.checkpoint.every_steps) == (10, None)
+
+
+SPECS = st.builds(
+    lambda **fields: make_spec(**fields),
+    training=st.fixed_dictionaries({}, optional={"maxSteps": st.integers(1, 9), "epochs": st.just("0.5"), "packing": st.booleans()}),
+    checkpoint=st.fixed_dictionaries({}, optional={"everySteps": st.integers(1, 9), "everyMinutes": st.just("2.5")}),
+    method=st.sampled_from([{}, {"type": "Full"}, {"type": "LoRA", "lora": {}}]),
+    compute=st.fixed_dictionaries({}, optional={"acceleratorsPerNode": st.integers(0, 16)}),
+    promptFormat=st.sampled_from(["Chat", "Text"]),
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(SPECS)
+def test_rendering_is_total_and_the_same_each_time(spec: dict[str, Any]) -> None:
+    assert FineTuneJobSpec.model_validate(spec)
+    job, resolved = make_job(spec), Resolved(image="i")
+    config = run_config(job, resolved, SETTINGS)
+    text = training.config_map(job, config)["data"]["config.json"]
+    assert RunConfig.model_validate_json(text) == config  # what the trainer reads is what was meant
+    for stage in Stage:
+        first, second = (training.stage_job(job, resolved, config, SETTINGS, stage=stage, number=1, input_hash="x") for _ in range(2))
+        assert json.dumps(first) == json.dumps(second)
