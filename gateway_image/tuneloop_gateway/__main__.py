@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -43,6 +44,9 @@ async def run(settings: Settings) -> int:
         logger.error("The gateway cannot start: %s", error)
         return 1
     await gateway.start()
+    gc.collect()
+    gc.freeze()  # what lives for ever need not be looked through again: shorter pauses
+    gc.set_threshold(5000, 20, 50)
     logger.info("Serving %s/%s on port %d.", settings.namespace, configuration.current.deployment, settings.public_port)
     await stop.wait()
     logger.info("Stopping.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import time
 from collections.abc import Coroutine
@@ -82,20 +81,23 @@ class Gateway:
             watch = ClusterWatch(self.api, namespace, self.settings.config_map, self.configuration, self.endpoints)
             watch.note_services()
             self._tasks.append(asyncio.create_task(_keep_running("ClusterWatch.run", watch.run)))
-        await self._listen(self.internal.application(), self.settings.internal_port)
-        self._public_site = await self._listen(self.public.application(), self.settings.public_port)
-        gc.collect()
-        gc.freeze()  # what lives for ever need not be looked through again: shorter pauses
-        gc.set_threshold(5000, 20, 50)
+        # A client that goes away cancels its request, which closes the connection to the engine; but not what it asked of the database.
+        await self._listen(self.internal.application(), self.settings.internal_port, cancel=False)
+        self._public_site = await self._listen(self.public.application(), self.settings.public_port, cancel=True)
 
-    async def _listen(self, app: web.Application, port: int) -> web.TCPSite:
-        # A client that goes away cancels its handler, which closes the connection to the engine.
+    async def _listen(self, app: web.Application, port: int, *, cancel: bool) -> web.TCPSite:
         runner = web.AppRunner(
-            app, handler_cancellation=True, access_log=None, keepalive_timeout=75, max_field_size=MAX_HEADER_BYTES, auto_decompress=False
+            app,
+            handler_cancellation=cancel,
+            access_log=None,
+            keepalive_timeout=75,
+            shutdown_timeout=1,
+            max_field_size=MAX_HEADER_BYTES,
+            auto_decompress=False,
         )
         await runner.setup()
         self._runners.append(runner)
-        site = web.TCPSite(runner, self.settings.host, port, backlog=1024, shutdown_timeout=1)
+        site = web.TCPSite(runner, self.settings.host, port, backlog=1024)
         await site.start()
         return site
 
@@ -106,6 +108,8 @@ class Gateway:
 
     async def stop(self) -> None:
         """Fails readiness, serves on until endpoints are updated, lets running requests end, stores what is pending."""
+        if self.public.stopping:
+            return
         self.public.stopping = True
         await asyncio.sleep(self.settings.drain_delay_seconds)
         if self._public_site is not None:
@@ -116,9 +120,10 @@ class Gateway:
         if self.public.in_flight:
             logger.error("%d requests were cut off at the end.", self.public.in_flight)
         await self.capture.flush(FLUSH_SECONDS)
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        async with self.database.quiet():
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.monitor.stop()
         for runner in self._runners:
             await runner.cleanup()

@@ -113,12 +113,14 @@ class Database:
             event.listen(self.engine.sync_engine, "connect", _set_pragmas)
         self._ready = False
         self._making = asyncio.Lock()
+        # SQLite has one writer; waiting for it here is cheaper and fairer than its own busy loop.
+        self._turn: asyncio.Lock | asyncio.Semaphore = asyncio.Lock() if self._sqlite else asyncio.Semaphore(5)
 
     @asynccontextmanager
     async def begin(self) -> AsyncIterator[AsyncConnection]:
         """A transaction. Raises Unavailable for whatever goes wrong with the database."""
         try:
-            async with asyncio.timeout(self._seconds):
+            async with asyncio.timeout(self._seconds), self._turn:
                 if not self._ready:
                     await self._make()
                 async with self.engine.begin() as connection:
@@ -135,6 +137,12 @@ class Database:
                 await connection.run_sync(metadata.create_all)
             self._ready = True
             logger.info("The capture database is ready.")
+
+    @asynccontextmanager
+    async def quiet(self) -> AsyncIterator[None]:
+        """While SQLite is in no transaction: one that is cancelled half-way keeps its lock for seconds."""
+        async with self._turn:
+            yield
 
     async def close(self) -> None:
         await self.engine.dispose()

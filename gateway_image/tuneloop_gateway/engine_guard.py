@@ -128,7 +128,7 @@ def _read_manifest(folder: Path, digest: str) -> list[tuple[str, int, str]]:
         raise Mismatch(f"{MANIFEST} is missing in {folder} or cannot be read.")
     try:
         manifest = json.loads(raw)
-        canonical = json.dumps(manifest, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+        canonical = json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode()
         found = "sha256:" + hashlib.sha256(canonical).hexdigest()
         files = [(str(f["path"]), int(f["size"]), str(f["sha256"])) for f in manifest["files"]]
     except (ValueError, TypeError, KeyError, RecursionError):

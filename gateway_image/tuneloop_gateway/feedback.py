@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import Any
 
@@ -43,7 +44,8 @@ class Feedback:
             raise invalid("Feedback needs one of rating, thumbs, preference and correction.")
         try:
             for vote in votes:
-                if await self._curation.add_vote(vote, epoch):
+                # A sender that hangs up does not undo what was said.
+                if await asyncio.shield(self._curation.add_vote(vote, epoch)):
                     self._metrics.feedback(vote.kind, NAMES[vote.value])
         except Unavailable:
             raise Refused(503, "Feedback cannot be stored now; send it again.", code="store_unavailable", retry_after=10) from None

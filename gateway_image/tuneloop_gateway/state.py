@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 
 from tuneloop_gateway.capture import Capture
@@ -16,6 +17,7 @@ from tuneloop_gateway.endpoints import Endpoints
 from tuneloop_gateway.probes import Prober
 from tuneloop_gateway.routing import Router
 
+logger = logging.getLogger(__name__)
 REFRESH_SECONDS = 1.0
 
 
@@ -29,14 +31,19 @@ class State:
         self._configuration, self._endpoints, self._router, self._prober = configuration, endpoints, router, prober
         self._capture, self._monitor, self._curation, self._pod_uid = capture, monitor, curation, pod_uid
         self._started_at = rfc3339(time.time())
+        self._counting: asyncio.Task[None] | None = None
 
     async def refresh(self) -> None:
-        """Counts feedback again; a database that is away leaves the last counts."""
+        """Counts feedback again; a database that is slow or away leaves the last counts."""
+        if self._counting is None or self._counting.done():
+            self._counting = asyncio.create_task(self._count())
+        await asyncio.wait((self._counting,), timeout=REFRESH_SECONDS)
+
+    async def _count(self) -> None:
         try:
-            async with asyncio.timeout(REFRESH_SECONDS):
-                await self._curation.report(self._monitor.epoch, self._configuration.current.max_share_of_one_subject)
-        except (Unavailable, TimeoutError):
-            pass
+            await self._curation.report(self._monitor.epoch, self._configuration.current.max_share_of_one_subject)
+        except Unavailable as error:
+            logger.warning("Feedback could not be counted now: %s.", error)
 
     def build(self) -> GatewayState:
         self._router.forget_gone()

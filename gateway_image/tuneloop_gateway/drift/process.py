@@ -42,7 +42,8 @@ class Progress:
     exhausted: bool = False
     """A reference was spent without an alarm, and another is being collected."""
     used: int = 0
-    collecting_since: float | None = None
+    collecting_until: float | None = None
+    """End of the window in which the reference is being collected."""
     monitoring_since: float | None = None
     detected_at: float | None = None
     seeded: bool = True
@@ -100,17 +101,31 @@ class Process:
             self._test(now)
 
     def _collect(self, text: str, now: float) -> None:
+        """Samples until there are enough rows of whole windows: half a day more would be a reference of another mix."""
         if not self.settings.collect:
             return
-        if self.progress.collecting_since is None:
-            self.progress.collecting_since = now
+        if self._is_whole(now):
+            self.start(self.reservoir.rows, now)
+            return
         place = self.reservoir.place()
         if place is not None:
             self.reservoir.put(place, features(text))
             self.reference_changes += 1
-        long_enough = now - self.progress.collecting_since >= self.settings.mix_over_seconds
-        if long_enough and len(self.reservoir.rows) >= self.settings.size:
+        if self.settings.mix_over_seconds <= 0 and self._is_whole(now):
             self.start(self.reservoir.rows, now)
+
+    def _is_whole(self, now: float) -> bool:
+        window, p = max(self.settings.mix_over_seconds, 0.0), self.progress
+        if p.collecting_until is None:
+            p.collecting_until = now + window
+            return False
+        if now < p.collecting_until:
+            return False
+        if len(self.reservoir.rows) >= self.settings.size:
+            return True
+        if window:
+            p.collecting_until += window * math.ceil((now - p.collecting_until) / window + 1e-9)
+        return False
 
     def start(self, reference: list[Features], now: float) -> None:
         """Starts a fresh e-process over a complete reference, in random order."""
@@ -121,7 +136,7 @@ class Process:
         self.buffer.rows.clear()
         self.pace = Pace(self.pace.per_second, self.pace.burst, now)
         p = self.progress
-        p.collecting, p.exhausted, p.used, p.collecting_since, p.monitoring_since = False, False, 0, None, now
+        p.collecting, p.exhausted, p.used, p.collecting_until, p.monitoring_since = False, False, 0, None, now
 
     def seed(self, texts: list[Features], now: float) -> None:
         """The inputs since the alarm as reference: enough to start with, or the first rows of one that live rows complete."""
@@ -166,7 +181,7 @@ class Process:
         self.buffer.rows.clear()
         self.reference_changes += 1
         p = self.progress
-        p.collecting, p.exhausted, p.used, p.collecting_since, p.monitoring_since = True, True, 0, None, None
+        p.collecting, p.exhausted, p.used, p.collecting_until, p.monitoring_since = True, True, 0, None, None
 
     def report(self) -> DriftReport:
         collecting = self.progress.collecting

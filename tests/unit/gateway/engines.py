@@ -27,7 +27,8 @@ def chat_events(*texts: str, finish_reason: str = "stop") -> list[bytes]:
         chunk = {"object": "chat.completion.chunk", "choices": [{"index": 0, "delta": delta, "finish_reason": reason}]}
         return b"data: " + json.dumps(chunk).encode() + b"\n\n"
 
-    return [event({"role": "assistant", "content": ""}), *(event({"content": t}) for t in texts), event({}, finish_reason), b"data: [DONE]\n\n"]
+    contents = [event({"content": t}) for t in texts]
+    return [event({"role": "assistant", "content": ""}), *contents, event({}, finish_reason), b"data: [DONE]\n\n"]
 
 
 @dataclass
@@ -54,10 +55,10 @@ class FakeEngine:
         app.router.add_post("/v1/chat/completions", self._complete)
         app.router.add_post("/v1/completions", self._complete)
         app.router.add_get("/tuneloop/probes", self._probes)
-        self._runner = web.AppRunner(app, handler_cancellation=True, access_log=None)
+        self._runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=0.1)
         await self._runner.setup()
         self.port = self.port or unused_port()
-        await web.TCPSite(self._runner, "127.0.0.1", self.port, shutdown_timeout=0.1).start()
+        await web.TCPSite(self._runner, "127.0.0.1", self.port).start()
         return self
 
     async def stop(self) -> None:
@@ -74,10 +75,10 @@ class FakeEngine:
         if request.headers.get("Authorization") != f"Bearer {self.key}":
             return web.Response(status=401)
         body = await request.json()
-        if body.get("max_tokens") == 1 and (body.get("messages") or [{}])[-1].get("content") == "Hello":
+        if body.get("max_tokens") == 1 and said(body).endswith("Hello"):
             return web.json_response(chat_answer("Hi"))  # the warm-up is not what tests are about
         self.requests.append(body)
-        self.headers.append(dict(request.headers))
+        self.headers.append({name.lower(): value for name, value in request.headers.items()})
         reply = self.replies.pop(0) if self.replies else self.reply or echo
         try:
             response = await reply(request, body)

@@ -1,0 +1,131 @@
+"""Drift through a real gateway and its database: alarm, restart, new epoch, one detector for all replicas."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from tests.unit.gateway.conftest import INTERNAL, Running, Start, eventually, make_config
+from tests.unit.gateway.engines import FakeEngine
+
+from tuneloop_gateway.contract import DriftStatus
+from tuneloop_gateway.drift.monitor import Monitor
+
+WORDS = {"clean": [f"clean{i}" for i in range(60)], "other": [f"other{i}" for i in range(60)]}
+
+
+def drift(**more: Any) -> dict[str, Any]:
+    return {"size": 200, "falseAlarmEveryRequests": 10_000, "horizonDays": 1e-9, "mixOverSeconds": 0, **more}
+
+
+async def say(gateway: Running, words: str, rows: int, seed: int = 0) -> None:
+    """Straight into the monitor: what HTTP does to a text is tested elsewhere."""
+    rng = random.Random(seed)
+    for _ in range(rows):
+        gateway.gateway.monitor.take(" ".join(rng.choices(WORDS[words], k=12)), 0.0)
+
+
+async def loaded(gateway: Running) -> Monitor:
+    await eventually(lambda: gateway.gateway.monitor._process is not None)
+    return gateway.gateway.monitor
+
+
+async def test_requests_reach_the_detector_canonical_and_before_the_prompt(start: Start, engine: FakeEngine) -> None:
+    gateway = await start(make_config(drift=drift(size=3)), {"svc": (engine.address,)})
+    monitor = await loaded(gateway)
+    seen: list[str] = []
+    gateway.gateway.capture._inputs = lambda text, _: (seen.append(text), monitor.take(text, 0.0))[1]
+    for _ in range(3):
+        await gateway.ask("mail  a@b.org")
+    await gateway.captured()
+    assert seen == ["mail [EMAIL]"] * 3
+    assert (await gateway.state()).drift.status is DriftStatus.MONITORING
+
+
+async def test_an_alarm_is_latched_over_a_restart_and_shown_as_a_metric(start: Start, engine: FakeEngine) -> None:
+    config = make_config(drift=drift())
+    first = await start(config, {"svc": (engine.address,)})
+    await loaded(first)
+    await say(first, "clean", 210)
+    assert (await first.state()).drift.status is DriftStatus.MONITORING
+    await say(first, "other", 170)
+    before = (await first.state()).drift
+    assert before.status is DriftStatus.ALARM
+    assert before.log_evidence >= before.log_threshold
+    assert before.effect > 0.2
+    assert 'tuneloop_drift_alarm{deployment="tweets",namespace="team"} 1.0' in await first.metrics()
+    await first.gateway.stop()
+    second = await start(config, {"svc": (engine.address,)}, pod_uid="uid-2")
+    await loaded(second)
+    assert (await second.state()).drift == before
+
+
+async def test_promotion_starts_afresh_with_the_inputs_since_the_alarm(start: Start, engine: FakeEngine) -> None:
+    gateway = await start(make_config(drift=drift()), {"svc": (engine.address,)})
+    await loaded(gateway)
+    await say(gateway, "clean", 210)
+    await say(gateway, "other", 170)
+    rng = random.Random(1)
+    for _ in range(80):
+        await gateway.ask(" ".join(rng.choices(WORDS["other"], k=12)))
+    await gateway.captured()
+    sampled = await _labels(gateway)
+    assert 70 <= len(sampled) <= 80  # those since the alarm
+    gateway.configure(make_config(drift=drift(epoch="2", seed="SinceAlarm"), generation=2))
+    await eventually(lambda: gateway.gateway.monitor.report().status is DriftStatus.MONITORING)
+    report = gateway.gateway.monitor.report()
+    assert (report.epoch, report.pairs, report.detected_at) == ("2", 0, None)
+    assert report.reference_rows == len(sampled)
+    await say(gateway, "other", 20, seed=9)
+    assert gateway.gateway.monitor.report().status is DriftStatus.MONITORING
+
+
+async def _labels(gateway: Running) -> list[str]:
+    async with gateway.session.get(f"{gateway.internal_url}/internal/labels?limit=1000", headers=INTERNAL) as response:
+        return (await response.text()).splitlines()
+
+
+async def test_a_fresh_epoch_collects_a_new_reference(start: Start, engine: FakeEngine) -> None:
+    gateway = await start(make_config(drift=drift()), {"svc": (engine.address,)})
+    await loaded(gateway)
+    await say(gateway, "clean", 210)
+    await say(gateway, "other", 170)
+    gateway.configure(make_config(drift=drift(epoch="rearmed"), generation=2))
+    report = (await gateway.state()).drift
+    assert (report.status, report.epoch) == (DriftStatus.COLLECTING, "rearmed")  # at once: the operator must not see the old alarm
+    await eventually(lambda: gateway.gateway.monitor._process.progress.epoch == "rearmed")  # type: ignore[union-attr]
+    await say(gateway, "other", 210)
+    assert (await gateway.state()).drift.status is DriftStatus.MONITORING
+
+
+async def test_one_replica_detects_and_the_others_report_what_it_found(start: Start, engine: FakeEngine) -> None:
+    config = make_config(drift=drift())
+    owner = await start(config, {"svc": (engine.address,)}, pod_uid="owner")
+    await loaded(owner)
+    follower = await start(config, {"svc": (engine.address,)}, pod_uid="follower")
+    await follower.gateway.monitor.step()
+    await say(follower, "other", 300)  # a follower's own requests are not tested
+    await say(owner, "clean", 210)
+    await say(owner, "other", 170)
+    await owner.gateway.monitor.step()
+    await follower.gateway.monitor.step()
+    assert (await follower.state()).drift == (await owner.state()).drift
+    assert (await follower.state()).drift.status is DriftStatus.ALARM
+    await owner.gateway.stop()
+    await follower.gateway.monitor.step()
+    assert follower.gateway.monitor._process is not None
+    assert (await follower.state()).drift.status is DriftStatus.ALARM
+
+
+async def test_without_drift_settings_nothing_is_watched(gateway: Running) -> None:
+    assert (await gateway.state()).drift.status is DriftStatus.OFF
+    assert "tuneloop_drift_alarm{" not in await gateway.metrics()
+
+
+async def test_no_text_is_kept_in_the_detectors_state(start: Start, engine: FakeEngine) -> None:
+    gateway = await start(make_config(drift=drift(), capture={"sampleRate": 0}), {"svc": (engine.address,)})
+    await loaded(gateway)
+    gateway.gateway.monitor.take("xylophone " * 3, 0.0)
+    await say(gateway, "clean", 210)
+    await gateway.gateway.stop()
+    assert b"xylophone" not in (gateway.folder / "tuneloop.db").read_bytes()
