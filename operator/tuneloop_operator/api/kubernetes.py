@@ -104,7 +104,7 @@ class ContainerStatus(Model):
 
 class PodStatus(Model):
     phase: str = "Pending"
-    pod_ip: str | None = None
+    pod_ip: str | None = Field(default=None, alias="podIP")
     reason: str = ""
     message: str = ""
     start_time: str | None = None

@@ -41,6 +41,8 @@ class Cluster:
         self.conflicts: dict[str, set[Key]] = {}
         """Owner's UID -> children whose names are taken by objects that are not ours. `observe` puts it into the snapshot; the decision
         says NameConflict and asks to be called again. The runtime looks at them before each pass, and forgets those that are free."""
+        self.written: Callable[[str, Object], None] = lambda kind, obj: None
+        """Told of each write that the cache took: its event will be no news, so whoever watches this kind hears of it here."""
         self._public: aiohttp.ClientSession | None = None
 
     async def close(self) -> None:
@@ -147,8 +149,8 @@ class Cluster:
         except Conflict as error:
             error.key = key
             raise
-        if self.is_cached(key.kind, answer):
-            self.cache.put(key.kind, answer)
+        if self.is_cached(key.kind, answer) and self.cache.put(key.kind, answer):
+            self.written(key.kind, answer)
         return answer
 
     def is_cached(self, kind: str, obj: Object) -> bool:

@@ -30,7 +30,7 @@ from tuneloop_operator.render.engine import COMPONENT as ENGINE
 from tuneloop_operator.render.engine import GUARD_FILE
 from tuneloop_operator.render.gateway import COMPONENT as GATEWAY
 from tuneloop_operator.render.gateway import CONFIG_KEY, FreshKeys
-from tuneloop_operator.render.revisions import Pinned, Revision, parse_verdict
+from tuneloop_operator.render.revisions import Revision, decoded, parse_verdict
 from tuneloop_operator.settings import Settings
 
 Object = dict[str, Any]
@@ -105,9 +105,8 @@ def _jobs(objects: Cache, key: Key) -> Iterable[FineTuneJob]:
 
 def _revision(raw: Object) -> Revision | None:
     """None for one whose data another release wrote in another shape: it is not served, and goes."""
-    try:
-        pinned = Pinned.model_validate(raw.get("data") or {})
-    except ValidationError:
+    pinned = decoded(raw.get("data") or {})
+    if pinned is None:
         return None
     metadata = raw["metadata"]
     return Revision(

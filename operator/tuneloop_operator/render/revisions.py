@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -44,6 +46,31 @@ class Pinned(Model):
     gateway_image: str
     template: dict[str, Any]
     """The engine's pod template."""
+
+
+def encoded(pinned: Pinned) -> Json:
+    """`data` of a ControllerRevision: what identifies it, readable, and the whole in base64.
+
+    The API server holds `data` fast byte by byte, and its own re-encoding of an object (key order, escapes, nulls) counts as a change.
+    What is written here has one encoding only.
+    """
+    whole = json.dumps(pinned.model_dump(mode="json", by_alias=True), sort_keys=True).encode()
+    return {
+        "artifactDigest": pinned.artifact_digest,
+        "engineHash": pinned.engine_hash,
+        "modelVersion": pinned.model_version,
+        "pinned": base64.b64encode(whole).decode(),
+        "promptHash": pinned.prompt_hash,
+        "version": pinned.version,
+    }
+
+
+def decoded(data: Json) -> Pinned | None:
+    """None for data that is not of this shape."""
+    try:
+        return Pinned.model_validate_json(base64.b64decode(data["pinned"], validate=True))
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 @dataclass(frozen=True)

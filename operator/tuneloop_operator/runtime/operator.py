@@ -42,6 +42,7 @@ class Operator:
         self.elector = Elector(self.lease_transport, settings, self._led)
         guard = self.elector.guard if settings.leader_election else (lambda: None)
         self.cluster = Cluster(self.transport, settings, guard=guard)
+        self.cluster.written = self._written
         self.cache = self.cluster.cache
         self.routes = Routes(registrations, self.cache)
         self.queue = WakeQueue()
@@ -117,6 +118,12 @@ class Operator:
             self._wake(kind, obj)
             if known is not None and controller(known) != controller(obj):
                 self._wake(kind, known)  # taken away from its owner
+
+    def _written(self, kind: str, obj: Object) -> None:
+        """An own write wakes neither the object nor its owner, whose pass it was, but whoever watches its kind."""
+        if self._workers:
+            for key in self.routes.watchers(kind, obj):
+                self.queue.wake(key)
 
     def _swept(self, kind: str, obj: Object) -> None:
         self.metrics.swept.labels(kind).inc()

@@ -33,7 +33,7 @@ class Routes:
         """Keys to wake for an event of this object."""
         metadata = obj["metadata"]
         namespace = metadata.get("namespace", "")
-        keys = set(self._watchers(kind, obj))
+        keys = set(self.watchers(kind, obj))
         if kind in self.registrations:
             keys.add(Key(kind, namespace, metadata["name"]))
         owner = self._owner(obj, DEPTH)
@@ -54,7 +54,8 @@ class Routes:
         parent = self.cache.get(reference["kind"], namespace, reference["name"])
         return self._owner(parent, depth - 1) if parent is not None else None
 
-    def _watchers(self, kind: str, obj: Object) -> Iterator[Key]:
+    def watchers(self, kind: str, obj: Object) -> Iterator[Key]:
+        """Other objects, whose kinds watch this one."""
         for registration in self.registrations.values():
             if kind in registration.watches:
                 yield from registration.watches[kind](obj, self.cache)

@@ -18,7 +18,7 @@ from tuneloop_operator.domain.decision import Decision, Key, Target
 from tuneloop_operator.domain.modeldeployment import REARMED_ANNOTATION, GatewayPod, ObservedConfig, Snapshot, decide
 from tuneloop_operator.render import names
 from tuneloop_operator.render.gateway import FreshKeys
-from tuneloop_operator.render.revisions import Pinned, Revision, parse_verdict
+from tuneloop_operator.render.revisions import Pinned, Revision, decoded, parse_verdict
 from tuneloop_operator.settings import Settings
 
 Json = dict[str, Any]
@@ -221,7 +221,7 @@ class World:
                 name=name,
                 number=m["revision"],
                 created_at="2026-01-15T12:00:00Z",
-                pinned=Pinned.model_validate(m["data"]),
+                pinned=_pinned(m["data"]),
                 data=m["data"],
                 verdict=parse_verdict(m["metadata"]["annotations"]),
             )
@@ -268,6 +268,12 @@ def make_pod(uid: str, *, ready: bool, **status: Any) -> Pod:
     if not ready:
         fields |= status | {"conditions": [*conditions, *status.get("conditions", [])]}
     return Pod.model_validate({"metadata": {"name": uid, "uid": uid}, "spec": {"nodeName": "n"}, "status": fields})
+
+
+def _pinned(data: Json) -> Pinned:
+    pinned = decoded(data)
+    assert pinned is not None
+    return pinned
 
 
 def _observed(config_map: Json) -> ObservedConfig:

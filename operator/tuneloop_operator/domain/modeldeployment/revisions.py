@@ -12,7 +12,7 @@ from tuneloop_operator.api.modelversion import ModelVersion
 from tuneloop_operator.domain.decision import Invalid
 from tuneloop_operator.render import names
 from tuneloop_operator.render.engine import model_id, render_template
-from tuneloop_operator.render.revisions import Pinned, Revision
+from tuneloop_operator.render.revisions import Pinned, Revision, encoded
 from tuneloop_operator.settings import Settings
 
 
@@ -83,8 +83,8 @@ def new_revision(deployment: ModelDeployment, version: ModelVersion, number: int
         gateway_image=settings.gateway_image,
         template=render_template(deployment, version, hashed, settings),
     )
-    data = pinned.model_dump(mode="json", by_alias=True)
-    return Revision(name=revision_name(deployment, version), number=number, created_at=created_at, pinned=pinned, data=data)
+    name = revision_name(deployment, version)
+    return Revision(name=name, number=number, created_at=created_at, pinned=pinned, data=encoded(pinned))
 
 
 def _check(deployment: ModelDeployment, version: ModelVersion) -> None:
