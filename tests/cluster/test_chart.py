@@ -8,13 +8,38 @@ import shutil
 import subprocess
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from tests.cluster.conftest import Start
 from tests.cluster.harness import ROOT, Api, ApiAnswer, wait_for
-from tests.cluster.manifests import FINE_TUNE_JOB, MODEL_VERSION, Manifest
+from tests.cluster.manifests import FINE_TUNE_JOB, MODEL_VERSION, Manifest, changed
 
+NOBODY = {"schedulerName": "nobody"}
+SMALL_JOB: Manifest = {
+    "apiVersion": "tuneloop.dev/v1alpha1",
+    "kind": "FineTuneJob",
+    "metadata": {"name": "small"},
+    "spec": {
+        "baseModel": {"uri": "pvc://models/base"},
+        "data": {"train": [{"source": {"uri": "pvc://data/train.jsonl"}}]},
+        "compute": {"acceleratorsPerNode": 0, "pod": NOBODY},
+        "output": {"model": "other", "store": {"uri": "pvc://models"}},
+    },
+}
+SERVABLE = changed(changed(MODEL_VERSION, "spec.approval", "Approved"), "spec.artifact.format", "Merged")
+SMALL_DEPLOYMENT: Manifest = {
+    "apiVersion": "tuneloop.dev/v1alpha1",
+    "kind": "ModelDeployment",
+    "metadata": {"name": "sentiment"},
+    "spec": {
+        "model": {"name": "sentiment"},
+        "engine": {"acceleratorsPerReplica": 0, "pod": NOBODY},
+        "gateway": {"pod": NOBODY},
+    },
+}
 CHART = str(ROOT / "charts" / "tuneloop")
 MONITORING = ("--api-versions", "monitoring.coreos.com/v1")
 OPERATOR = "tuneloop-operator"
@@ -262,6 +287,42 @@ def test_the_operator_may_what_it_needs_and_no_more(
 def test_the_lease_is_the_operators_in_its_own_namespace(api: Api, release: tuple[str, str]) -> None:
     name, home = release
     assert may(api, f"system:serviceaccount:{home}:{name}-operator", home, "update", "coordination.k8s.io", "leases")
+
+
+@pytest.fixture
+def charted(helm: Helm, api: Api, namespace: str, tmp_path: Path) -> str:
+    """A kubeconfig of the operator's ServiceAccount, with the rights that the chart gives it in the namespace, and no others."""
+    documents = helm.render(f'watchNamespaces=["{namespace}"]', "access.aggregate=false", namespace=namespace)
+    for kind in ("ServiceAccount", "Role", "RoleBinding"):
+        for document in of_kind(documents, kind):
+            api.create(document)
+    request = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {}}
+    token = api.call("POST", f"/api/v1/namespaces/{namespace}/serviceaccounts/{OPERATOR}/token", request)["status"]["token"]
+    config = yaml.safe_load(Path(api.kubeconfig).read_text())
+    name = next(c["context"]["user"] for c in config["contexts"] if c["name"] == config["current-context"])
+    config["users"] = [{"name": name, "user": {"token": token}}]
+    path = tmp_path / "operator.kubeconfig"
+    path.write_text(yaml.safe_dump(config))
+    return str(path)
+
+
+def test_the_charts_rights_are_enough_for_jobs_and_deployments(api: Api, namespace: str, start_operator: Start, charted: str) -> None:
+    operator = start_operator(kubeconfig=charted)
+    claims = {"accessModes": ["ReadWriteMany"], "resources": {"requests": {"storage": "1Gi"}}}
+    for claim in ("models", "data"):
+        metadata = {"name": claim, "namespace": namespace}
+        api.create({"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": metadata, "spec": claims})
+    for manifest in (SMALL_JOB, SERVABLE, SMALL_DEPLOYMENT):
+        api.create({**manifest, "metadata": {**manifest["metadata"], "namespace": namespace}})
+    wait_for(lambda: api.list("Job", namespace), what="the first stage's Job")
+    wait_for(lambda: len(api.list("Deployment", namespace)) == 2, what="engine and gateway")
+    wait_for(lambda: api.get("Secret", namespace, "sentiment-keys"), what="the gateway's keys")
+    wait_for(lambda: api.condition("ModelVersion", namespace, "sentiment-v3", "Verified"), what="the version's status")
+    wait_for(lambda: api.list("Event", namespace), what="an event")
+    api.delete("ModelDeployment", namespace, "sentiment")
+    assert operator.metric("tuneloop_operator_api_requests_total", code="403") == 0
+    assert operator.metric("tuneloop_operator_errors_total", **{"class": "forbidden"}) == 0
+    assert operator.metric("tuneloop_operator_api_requests_total", verb="create", code="201") > 5
 
 
 # --- approvals --------------------------------------------------------------------------------------
