@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from tuneloop_trainer.server import ProgressServer
 from tuneloop_trainer.watchdog import Watchdog
 
 log = logging.getLogger("tuneloop.launcher")
+WORKER = (sys.executable, "-m", "tuneloop_trainer.worker")
 POLL_SECONDS = 0.2
 STACKS_SECONDS = 1.0
 """Time that a stalled worker has to print its stacks before it is killed."""
@@ -63,9 +64,10 @@ class Surroundings:
 class Launcher:
     """One run of one stage."""
 
-    def __init__(self, stage: Stage, surroundings: Surroundings) -> None:
+    def __init__(self, stage: Stage, surroundings: Surroundings, command: Sequence[str] = WORKER) -> None:
         self._stage = stage
         self._at = surroundings
+        self._command = [*command, stage.value]
         self._scratch = Path(tempfile.mkdtemp(prefix="tuneloop-"))
         self._progress_file = self._scratch / "progress.json"
         self._result_file = self._scratch / "result.json"
@@ -105,7 +107,7 @@ class Launcher:
             ENV_RESULT: str(self._result_file),
             ENV_POD_UID: self._at.pod_uid,
         }
-        self._worker = subprocess.Popen([sys.executable, "-m", "tuneloop_trainer.worker", self._stage.value], env=environment)
+        self._worker = subprocess.Popen(self._command, env=environment)
         if self._terminated:
             self._worker.send_signal(signal.SIGTERM)
         return self._worker.pid

@@ -29,11 +29,10 @@ class ProgressWriter:
         self._write()
 
     def update(self, **fields: Any) -> None:  # Any: whatever fields of Progress change
-        """Change fields of the progress; a new phase or step is always written."""
+        """Change fields of the progress; a new phase, step or checkpoint is always written."""
         before = self.current
         self.current = Progress.model_validate(before.model_dump() | fields)
-        moved = (before.phase, before.step) != (self.current.phase, self.current.step)
-        if moved or self._clock() - self._written >= MIN_INTERVAL_SECONDS:
+        if _landmarks(before) != _landmarks(self.current) or self._clock() - self._written >= MIN_INTERVAL_SECONDS:
             self._write()
 
     def phase(self, name: str, **fields: Any) -> None:  # Any: as above
@@ -54,6 +53,10 @@ class ProgressWriter:
     def _write(self) -> None:
         self._written = self._clock()
         write_atomically(self._path, self.current.model_dump_json(by_alias=True, exclude_none=True).encode(), durable=False)
+
+
+def _landmarks(progress: Progress) -> tuple[str, int, int | None]:
+    return progress.phase, progress.step, progress.checkpoint_step
 
 
 def read_progress(path: Path) -> Progress | None:

@@ -21,7 +21,15 @@ def encode(result: StageResult) -> bytes:
 
     The full result lies beside the stage's output, so nothing is lost by what is left out here.
     """
-    steps = (_as_is, _without_discordance, _without_scores, _with_one_data_digest, _with_a_short_message, _with_fewer_gates)
+    steps = (
+        _as_is,
+        _with_a_short_message,
+        _without_discordance,
+        _without_scores,
+        _with_one_data_digest,
+        _with_bare_gates,
+        _with_fewer_gates,
+    )
     for shorten in steps:
         result = shorten(result)
         content = _dump(result)
@@ -89,13 +97,15 @@ def _with_a_short_message(result: StageResult) -> StageResult:
     return _edit_evaluation(result, lambda summary: summary.model_copy(update={"message": sentence(summary.message, 150)}))
 
 
-def _with_fewer_gates(result: StageResult) -> StageResult:
-    """As many gates as fit; the verdict is over all of them, and the full report has the rest."""
-
+def _with_bare_gates(result: StageResult) -> StageResult:
     def bare(gate: GateResult) -> GateResult:
         return gate.model_copy(update={"p": None, "detectable": None})
 
-    result = _edit_evaluation(result, lambda summary: summary.model_copy(update={"gates": tuple(map(bare, summary.gates))}))
+    return _edit_evaluation(result, lambda summary: summary.model_copy(update={"gates": tuple(map(bare, summary.gates))}))
+
+
+def _with_fewer_gates(result: StageResult) -> StageResult:
+    """As many gates as fit; the verdict is over all of them, and the full report has the rest."""
     while result.evaluate is not None and result.evaluate.gates and len(_dump(result)) > RESULT_LIMIT:
         result = _edit_evaluation(result, lambda summary: summary.model_copy(update={"gates": summary.gates[:-1]}))
     return result

@@ -16,7 +16,7 @@ class ProgressServer:
     def __init__(self, port: int, read: Callable[[], Progress]) -> None:
         self._server = _Server(("", port), _handler(read))
         self.port: int = self._server.server_address[1]
-        self._thread = threading.Thread(target=self._server.serve_forever, name="progress", daemon=True)
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.1,), name="progress", daemon=True)
 
     def start(self) -> None:
         self._thread.start()

@@ -67,6 +67,7 @@ def make_base(folder: Path, template: str | None = CHAT_TEMPLATE, **config: Any)
             max_position_embeddings=256,
             eos_token_id=2,
             tie_word_embeddings=True,
+            initializer_range=0.2,
             **config,
         )
     )
@@ -80,7 +81,7 @@ def make_rows(count: int, offset: int = 0) -> list[dict[str, object]]:
     for number in range(offset, offset + count):
         good = number % 2 == 0
         word = (GOOD if good else BAD)[number // 2 % 5]
-        text = f"{word} {THINGS[number // 10 % 10]} number {number} of {number * 7919 % 10007} and {number * 104729 % 99991}"
+        text = f"{word} {THINGS[number // 10 % 10]} {number}"
         rows.append({"id": number, "text": text, "label": "positive" if good else "negative"})
     return rows
 
@@ -95,7 +96,7 @@ def make_source(path: Path, **fields: Any) -> DataSource:
     return DataSource(uri=f"pvc://data/{path.name}", path=str(path), **({"template": TEMPLATE} | fields))
 
 
-def make_config(root: Path, base: Path, train: Iterable[DataSource] | None = None, **fields: Any) -> RunConfig:
+def make_config(root: Path, folder: Path, train: Iterable[DataSource] | None = None, **fields: Any) -> RunConfig:
     """A run of 6 steps of 4 rows with LoRA; `fields` replaces whatever differs."""
     if train is None:
         train = [make_source(write_jsonl(root / "data" / "train.jsonl", make_rows(40)))]
@@ -104,7 +105,7 @@ def make_config(root: Path, base: Path, train: Iterable[DataSource] | None = Non
         "name": "tiny",
         "uid": "0",
         "paths": Paths(work=str(root / "work"), artifact=str(root / "models" / "tiny"), cache=str(root / "cache")),
-        "base": Base(uri="pvc://models/base", path=str(base)),
+        "base": Base(uri="pvc://models/base", path=str(folder)),
         "method": Method(type="LoRA", lora=Lora(rank=4, alpha=8)),
         "train": tuple(train),
         "training": Training(max_steps=6, global_batch_size=4, learning_rate=5e-3, max_sequence_length=128, warmup_steps=1),
@@ -152,6 +153,6 @@ def replace(config: RunConfig, **fields: Any) -> RunConfig:
 def copy_work(config: RunConfig, target: Path) -> RunConfig:
     """The same run with its own copy of the work folder."""
     shutil.copytree(config.paths.work, target / "work")
-    return replace(config, paths=config.paths.model_copy(update={"work": str(target / "work"), "artifact": str(target / "models" / "tiny")}))
-
-
+    return replace(
+        config, paths=config.paths.model_copy(update={"work": str(target / "work"), "artifact": str(target / "models" / "tiny")})
+    )

@@ -17,8 +17,8 @@ def stage_folder(config: RunConfig, stage: Stage) -> Path:
 
 
 def run_key(config: RunConfig) -> str:
-    """Hash of what the run's outputs depend on; an output of another key is made anew."""
-    content = config.model_dump(mode="json", exclude={"threads", "stall_seconds", "checkpoint", "image"})
+    """Hash of what the run's outputs depend on; an output of another key is made anew. Where they lie is no part of it."""
+    content = config.model_dump(mode="json", exclude={"paths", "threads", "stall_seconds", "checkpoint", "image"})
     content["training"].pop("micro_batch_size")
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

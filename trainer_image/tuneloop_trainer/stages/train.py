@@ -67,6 +67,7 @@ def train(config: RunConfig, progress: ProgressWriter, interrupts: Interrupts) -
 def assemble(config: RunConfig, prepared: StageResult, base: Path, progress: ProgressWriter, interrupts: Interrupts) -> Attempt:
     """Model, data, callbacks and trainer; and the checkpoint to resume from."""
     import torch
+    from transformers import PrinterCallback
 
     from tuneloop_trainer.training.callbacks import DecideCheckpoints, ReportProgress
     from tuneloop_trainer.training.trainer import Trainer, trainable_share
@@ -94,6 +95,7 @@ def assemble(config: RunConfig, prepared: StageResult, base: Path, progress: Pro
         checkpoints=checkpoints,
     )
     log.info("trainable share of the weights: %.4f", trainable_share(trainer.model))
+    trainer.remove_callback(PrinterCallback)
     report = ReportProgress(progress, checkpoints, plan.global_batch, trainer.tokens_trained)
     for callback in filter(None, (stop_early, report, DecideCheckpoints(config.checkpoint, interrupts))):
         trainer.add_callback(callback)

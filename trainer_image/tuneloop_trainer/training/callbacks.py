@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections import deque
@@ -19,6 +20,7 @@ from tuneloop_trainer.progress import ProgressWriter
 from tuneloop_trainer.training.checkpoints import Checkpoints
 from tuneloop_trainer.watchdog import TRAINING
 
+log = logging.getLogger("tuneloop.train")
 RECENT_STEPS = 20
 
 
@@ -48,6 +50,10 @@ class ReportProgress(TrainerCallback):
             )
         self.losses.append(loss)
         self._marks.append((time.monotonic(), state.global_step, self._tokens()))
+        speed, remaining = self.tokens_per_second(), self._seconds_per_step() * (state.max_steps - state.global_step)
+        log.info(
+            "step=%d/%d loss=%.4f gradient_norm=%.3f remaining_seconds=%.0f", state.global_step, state.max_steps, loss, norm, remaining
+        )
         self._progress.update(
             phase=TRAINING,
             step=state.global_step,
@@ -56,8 +62,8 @@ class ReportProgress(TrainerCallback):
             loss=loss,
             learning_rate=logs.get("learning_rate"),
             gradient_norm=norm,
-            tokens_per_second=self.tokens_per_second(),
-            remaining_seconds=self._seconds_per_step() * (state.max_steps - state.global_step),
+            tokens_per_second=speed,
+            remaining_seconds=remaining,
             peak_memory_bytes=peak_memory_bytes(),
         )
 

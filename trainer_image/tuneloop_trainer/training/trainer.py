@@ -35,6 +35,7 @@ class Trainer(SFTTrainer):
         self.consumed = consumed
         self.checkpoints = checkpoints
         self.best_step: int | None = None
+        self._random_state_of: str | None = None
         super().__init__(*args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
@@ -45,6 +46,17 @@ class Trainer(SFTTrainer):
         step = self.state.global_step
         samples = step * len(self.order) // self.state.max_steps
         self.checkpoints.add(Path(self.args.output_dir) / f"checkpoint-{step}", step, samples, keep_step=self.best_step)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Put off until the first step: the data loader draws a random number when it starts, which an undisturbed run
+        did before its own first step, and dropout would differ from there on."""
+        self._random_state_of = checkpoint
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        if self._random_state_of is not None:
+            super()._load_rng_state(self._random_state_of)
+            self._random_state_of = None
+        return super().training_step(*args, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """TRL would write its card into every checkpoint; ours is written when the model is packaged."""

@@ -1,0 +1,327 @@
+"""Bad input ends prepare with a reason and a sentence that names what to change; nothing is published."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.unit.trainer.builders import TEMPLATE, make_config, make_gated, make_rows, make_source, replace, run_stage, write_jsonl
+from tuneloop_trainer.contract import (
+    Base,
+    DataSource,
+    Evaluation,
+    ExitCode,
+    FeedbackExport,
+    Reason,
+    RunConfig,
+    Stage,
+    Suite,
+    Template,
+)
+from tuneloop_trainer.data.sources import MAX_LINE_BYTES
+
+Build = Callable[[Path, Path], RunConfig]
+
+
+def with_rows(rows: list[Any], **source: Any) -> Build:
+    return lambda root, base: make_config(root, base, [make_source(write_jsonl(root / "data" / "train.jsonl", rows), **source)])
+
+
+def with_file(content: bytes, name: str = "train.jsonl") -> Build:
+    def build(root: Path, base: Path) -> RunConfig:
+        path = root / "data" / name
+        path.parent.mkdir()
+        path.write_bytes(content)
+        return make_config(root, base, [make_source(path)])
+
+    return build
+
+
+def with_training(**fields: Any) -> Build:
+    def build(root: Path, base: Path) -> RunConfig:
+        config = make_config(root, base)
+        return replace(config, training=config.training.model_copy(update=fields))
+
+    return build
+
+
+def with_base(change: Callable[[Path], None]) -> Build:
+    def build(root: Path, base: Path) -> RunConfig:
+        folder = root / "base"
+        folder.mkdir()
+        for path in base.iterdir():
+            (folder / path.name).write_bytes(path.read_bytes())
+        change(folder)
+        return make_config(root, base, base=Base(uri="pvc://models/base", path=str(folder)))
+
+    return build
+
+
+def with_suite(rows: list[Any], **fields: Any) -> Build:
+    def build(root: Path, base: Path) -> RunConfig:
+        source = make_source(write_jsonl(root / "data" / "gate.jsonl", rows))
+        suite = Suite(**({"name": "gate", "type": "Dataset", "source": source, "metrics": ("Accuracy",)} | fields))
+        return make_config(root, base, evaluation=Evaluation(suites=(suite,)))
+
+    return build
+
+
+def edit_json(name: str, **fields: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        path = folder / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+    return change
+
+
+def missing_file(root: Path, base: Path) -> RunConfig:
+    return make_config(root, base, [make_source(root / "data" / "nowhere.jsonl")])
+
+
+def renamed(rows: list[dict[str, object]], old: str, new: str) -> list[dict[str, object]]:
+    return [{new if key == old else key: value for key, value in row.items()} for row in rows]
+
+
+CASES = {
+    "missing file": (missing_file, Reason.DATA_INVALID, "Dataset pvc://data/nowhere.jsonl does not exist."),
+    "empty file": (with_file(b""), Reason.DATA_EMPTY, "Dataset pvc://data/train.jsonl is empty"),
+    "unknown format": (with_file(b"x", "train.xml"), Reason.DATA_INVALID, "is of no known format"),
+    "missing column": (
+        with_rows(renamed(make_rows(10), "label", "sentiment")),
+        Reason.DATA_INVALID,
+        "Dataset pvc://data/train.jsonl has no column 'label'; it has id, text, sentiment. Set data.train[0].columns.",
+    ),
+    "mapped column that is not there": (
+        with_rows(make_rows(10), columns={"label": "stars"}),
+        Reason.DATA_INVALID,
+        "has no column 'stars'; it has id, text, label.",
+    ),
+    "no prompt without a template": (with_rows(make_rows(10), template=None), Reason.DATA_INVALID, "has no column 'completion'"),
+    "not JSON": (with_file(b"sunny day\nrainy day\n"), Reason.DATA_INVALID, "2 of 2 rows cannot be used; row 1: it is not JSON"),
+    "not objects": (with_file(b"[1]\n[2]\n"), Reason.DATA_INVALID, "row 1: it is not a JSON object"),
+    "too long a line": (with_file(b'{"text": "' + b"x" * MAX_LINE_BYTES + b'"}\n'), Reason.DATA_INVALID, "line 1: longer than"),
+    "CSV not in UTF-8": (with_file(b"text,label\n\xff\xfe,positive\n", "train.csv"), Reason.DATA_INVALID, "is not UTF-8"),
+    "labels missing in many rows": (
+        with_rows([row | {"label": None} if number % 3 == 1 else row for number, row in enumerate(make_rows(30))]),
+        Reason.DATA_INVALID,
+        "10 of 30 rows cannot be used; row 2: column 'label' has nothing where text is needed.",
+    ),
+    "a list where text is needed": (
+        with_rows([row | {"text": [1, 2]} for row in make_rows(5)]),
+        Reason.DATA_INVALID,
+        "row 1: column 'text' has [1, 2] where text is needed",
+    ),
+    "empty completions": (with_rows([row | {"label": " "} for row in make_rows(5)]), Reason.DATA_INVALID, "row 1: its completion is empty"),
+    "template that is not Jinja": (
+        with_rows(make_rows(5), template=Template(prompt="{{ text", completion="x")),
+        Reason.DATA_INVALID,
+        "The template of data.train[0] is not valid Jinja",
+    ),
+    "template that reaches for Python": (
+        with_rows(make_rows(5), template=Template(prompt="{{ text.__class__.__mro__ }}", completion="{{ label }}")),
+        Reason.DATA_INVALID,
+        "the template fails on it",
+    ),
+    "template that never ends": (
+        with_rows(make_rows(1), template=Template(prompt="{% for i in range(90000) %}{{ text }}{% endfor %}", completion="{{ label }}")),
+        Reason.DATA_INVALID,
+        "longer than 262144 characters",
+    ),
+    "template that makes a huge text": (
+        with_rows(make_rows(1), template=Template(prompt="{{ text * 999999999 }}", completion="{{ label }}")),
+        Reason.DATA_INVALID,
+        "makes too large a value",
+    ),
+    "no supervised token": (
+        with_training(max_sequence_length=12),
+        Reason.DATA_INVALID,
+        "40 of 40 rows have no supervised token within training.maxSequenceLength 12; row 1: its prompt has",
+    ),
+    "unknown extra argument": (
+        with_training(extra_arguments={"learning_rat": "1"}),
+        Reason.DATA_INVALID,
+        "training.extraArguments has no 'learning_rat'",
+    ),
+    "extra argument of another type": (with_training(extra_arguments={"weight_decay": "high"}), Reason.DATA_INVALID, "'high' is no float"),
+    "every row is in the gate": (with_suite(make_rows(40)), Reason.DATA_EMPTY, "all 40 were dropped (40 ContaminatedHash)"),
+    "suite with one label": (
+        with_suite([row for row in make_rows(20, 1000) if row["label"] == "positive"]),
+        Reason.DATA_INVALID,
+        "Suite gate has one label only, 'positive'",
+    ),
+    "suite with an unknown label": (
+        with_suite(make_rows(20, 1000), labels=("positive", "neutral")),
+        Reason.DATA_INVALID,
+        "Suite gate, item 1: 'negative' is none of the labels positive, neutral.",
+    ),
+    "suite with too many labels": (
+        with_suite([row | {"label": f"class {row['id']}"} for row in make_rows(70, 1000)]),
+        Reason.DATA_INVALID,
+        "Suite gate has 70 distinct completions",
+    ),
+    "suite without its column": (
+        with_suite(renamed(make_rows(20, 1000), "text", "tweet")),
+        Reason.DATA_INVALID,
+        "has no column 'text'; it has id, tweet, label. Set evaluation.suites[0].dataset.columns.",
+    ),
+    "missing model": (
+        lambda root, base: make_config(root, base, base=Base(uri="pvc://models/none", path=str(root / "none"))),
+        Reason.MODEL_NOT_FOUND,
+        "Model pvc://models/none does not exist.",
+    ),
+    "pickled weights only": (
+        with_base(lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin") and None),
+        Reason.MODEL_NOT_FOUND,
+        "has no .safetensors weights",
+    ),
+    "model with code": (
+        with_base(edit_json("config.json", auto_map={"AutoConfig": "x.Y"})),
+        Reason.MODEL_NOT_FOUND,
+        "auto_map in config.json",
+    ),
+    "tokenizer without chat template": (
+        with_base(lambda folder: (folder / "chat_template.jinja").unlink()),
+        Reason.DATA_INVALID,
+        "has no chat template. Set promptFormat: Text.",
+    ),
+    "chat template that looks ahead": (
+        with_base(
+            lambda folder: (
+                (folder / "chat_template.jinja").write_text("{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}")
+                and None
+            )
+        ),
+        Reason.DATA_INVALID,
+        "renders a prompt differently once it has an answer",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_is_named(case: str, tmp_path: Path, base: Path) -> None:
+    build, reason, message = CASES[case]
+    config = build(tmp_path, base)
+
+    result = run_stage(config, Stage.PREPARE)
+
+    assert message in result.message
+    assert (result.exit_code, result.reason) == (ExitCode.INVALID, reason)
+    assert not (tmp_path / "work" / "prepare").exists()
+
+
+def test_a_few_bad_rows_are_dropped_and_counted(tmp_path: Path, base: Path) -> None:
+    rows: list[object] = [*make_rows(40), "not an object", {"text": "no label"}, {"text": "x", "label": ""}, make_rows(1)[0]]
+    config = make_config(tmp_path, base, [make_source(write_jsonl(tmp_path / "data" / "train.jsonl", rows))])
+
+    summary = run_stage(config, Stage.PREPARE).prepare
+
+    assert (summary.rows_in, summary.rows_kept) == (44, 40)
+    assert summary.dropped == {"Malformed": 1, "MissingValue": 1, "Empty": 1, "Duplicate": 1}
+
+
+def test_truncated_rows_are_counted(tmp_path: Path, base: Path) -> None:
+    rows = [*make_rows(40), {"text": "short", "label": "positive " * 200}]
+    config = make_config(tmp_path, base, [make_source(write_jsonl(tmp_path / "data" / "train.jsonl", rows))])
+
+    assert run_stage(config, Stage.PREPARE).prepare.truncated == 1
+
+
+def test_csv_and_folders_are_read(tmp_path: Path, base: Path) -> None:
+    folder = tmp_path / "data" / "parts"
+    write_jsonl(folder / "b.jsonl", make_rows(20))
+    (folder / "a.csv").write_text('text,label\n"sunny, very",positive\nrainy,negative\n')
+    (folder / "notes.txt").write_text("not data")
+
+    summary = run_stage(make_config(tmp_path, base, [make_source(folder)]), Stage.PREPARE).prepare
+
+    assert (summary.rows_in, summary.rows_kept) == (22, 22)
+
+
+class Gateway:
+    """A gateway's export on the loopback."""
+
+    def __init__(self, status: int, body: bytes) -> None:
+        self.seen: list[tuple[str, str | None]] = []
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                outer.seen.append((self.path, self.headers["Authorization"]))
+                self.send_response(status)
+                self.send_header("Location", "/elsewhere")
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, format: str, *args: object) -> None: ...
+
+        self._server = HTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}/internal/export"
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
+
+    def stop(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture
+def gateway() -> Iterator[Callable[[int, bytes], Gateway]]:
+    made: list[Gateway] = []
+
+    def make(status: int, body: bytes) -> Gateway:
+        made.append(Gateway(status, body))
+        return made[-1]
+
+    yield make
+    for server in made:
+        server.stop()
+
+
+def make_export(root: Path, gateway: Gateway) -> DataSource:
+    token = root / "token"
+    token.write_text("secret-token\n")
+    export = FeedbackExport(deployment="tweets", url=gateway.url, token_file=str(token))
+    return DataSource(uri="feedback://tweets", feedback=export, template=TEMPLATE)
+
+
+def test_feedback_is_read_from_the_gateway_with_the_token(tmp_path: Path, base: Path, gateway: Callable[[int, bytes], Gateway]) -> None:
+    rows = [row | {"id": str(row["id"]), "document": str(index // 2), "kind": "Label"} for index, row in enumerate(make_rows(30))]
+    server = gateway(200, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+    result = run_stage(make_config(tmp_path, base, [make_export(tmp_path, server)]), Stage.PREPARE)
+
+    assert result.prepare.rows_kept == 30
+    assert server.seen == [("/internal/export?split=train", "Bearer secret-token")]
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "reason"),
+    [(200, b"", Reason.DATA_EMPTY), (401, b"", Reason.ACCESS_DENIED), (404, b"", Reason.DATA_INVALID), (302, b"", Reason.DATA_INVALID)],
+)
+def test_export_that_gives_nothing_is_named(
+    status: int, body: bytes, reason: Reason, tmp_path: Path, base: Path, gateway: Callable[[int, bytes], Gateway]
+) -> None:
+    server = gateway(status, body)
+
+    result = run_stage(make_config(tmp_path, base, [make_export(tmp_path, server)]), Stage.PREPARE)
+
+    assert (result.exit_code, result.reason) == (ExitCode.INVALID, reason)
+    assert "secret-token" not in result.message
+    assert len(server.seen) == 1, "a redirect is not followed"
+
+
+def test_gate_items_never_train(tmp_path: Path, base: Path) -> None:
+    shared = make_rows(10, offset=1000)
+    near = [row | {"text": f"{row['text']}!"} for row in shared]
+    path = write_jsonl(tmp_path / "data" / "train.jsonl", [*make_rows(40), *near])
+    config = make_gated(tmp_path, base, train=(make_source(path),))
+
+    summary = run_stage(config, Stage.PREPARE).prepare
+
+    assert summary.dropped == {"ContaminatedHash": 10}
+    assert summary.rows_kept == 40

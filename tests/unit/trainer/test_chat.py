@@ -1,0 +1,76 @@
+"""Prompts are the engine's, answers end, and what is supervised is the answer alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.unit.trainer.builders import make_config, make_rows, make_source, replace, run_stage, write_jsonl
+from tuneloop_trainer.chat import IGNORED, Formatter, stop_ids
+from tuneloop_trainer.contract import Stage
+from tuneloop_trainer.data.shards import read_rows
+
+
+@pytest.fixture(scope="module")
+def tokenizer(base: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(base)
+
+
+def test_chat_prompt_is_what_the_engine_renders(tokenizer: Any, base: Path) -> None:
+    formatter = Formatter(tokenizer, stop_ids(base, tokenizer), "Chat")
+
+    ids = formatter.prompt_ids("A sunny day")
+
+    # The engine: the chat template with a generation prompt, tokenised without special tokens of the tokenizer's own.
+    rendered = "<|im_start|>user\nA sunny day<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(ids) == rendered
+    assert ids == tokenizer(rendered, add_special_tokens=False)["input_ids"]
+
+
+def test_chat_answer_ends_with_the_stop_token_and_nothing_behind_it(tokenizer: Any, base: Path) -> None:
+    encoded = Formatter(tokenizer, stop_ids(base, tokenizer), "Chat").encode("A sunny day", "positive")
+
+    assert tokenizer.decode(encoded.completion) == "positive<|im_end|>"
+    assert encoded.completion[-1] == tokenizer.eos_token_id
+
+
+def test_system_turn_comes_first(tokenizer: Any, base: Path) -> None:
+    text = Formatter(tokenizer, stop_ids(base, tokenizer), "Chat").prompt_text("A day", "Be brief.")
+
+    assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nA day")
+
+
+def test_text_is_prompt_completion_and_end(tokenizer: Any, base: Path) -> None:
+    encoded = Formatter(tokenizer, stop_ids(base, tokenizer), "Text").encode("A sunny day:", " positive")
+
+    assert tokenizer.decode(encoded.prompt + encoded.completion) == "A sunny day: positive<|im_end|>"
+
+
+def test_prompt_and_answer_never_merge_into_one_token(tokenizer: Any, base: Path) -> None:
+    formatter = Formatter(tokenizer, stop_ids(base, tokenizer), "Text")
+
+    # "posi" + "tive" is one token or two when written together; the engine sees the prompt alone.
+    assert formatter.encode("posi", "tive").prompt == formatter.prompt_ids("posi")
+
+
+def test_stop_tokens_of_the_generation_config_count(tokenizer: Any, base: Path, tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [0, 7]}')
+
+    assert stop_ids(tmp_path, tokenizer) == {tokenizer.eos_token_id, 0, 7}
+
+
+@pytest.mark.parametrize(("loss", "supervised"), [("CompletionOnly", "positive<|im_end|>"), ("FullSequence", None)])
+def test_loss_is_on_the_answer_and_its_end(loss: str, supervised: str | None, tokenizer: Any, base: Path, tmp_path: Path) -> None:
+    source = make_source(write_jsonl(tmp_path / "data" / "train.jsonl", make_rows(1)))
+    config = replace(make_config(tmp_path, base, [source]), loss=loss)
+
+    assert run_stage(config, Stage.PREPARE).exit_code == 0
+
+    row = next(read_rows(tmp_path / "work" / "prepare", "train"))
+    shown = tokenizer.decode([label for label in row.labels if label != IGNORED])
+    assert shown == (supervised or tokenizer.decode(row.input_ids))
+    assert all(label in (IGNORED, token) for label, token in zip(row.labels, row.input_ids, strict=True))

@@ -1,0 +1,253 @@
+"""What is scored is what is shipped; scores are what their definition says; the baseline is scored once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.unit.trainer.builders import (
+    copy_work,
+    make_config,
+    make_gated,
+    make_progress,
+    make_rows,
+    make_source,
+    replace,
+    run_stage,
+    write_jsonl,
+)
+from tuneloop_trainer import models
+from tuneloop_trainer.chat import Encoded, Formatter
+from tuneloop_trainer.contract import Baseline, Checkpoint, Evaluation, ExitCode, Method, RunConfig, Stage
+from tuneloop_trainer.evaluation import scoring
+from tuneloop_trainer.evaluation.suites import prepare_suite
+from tuneloop_trainer.manifests import verify
+from tuneloop_trainer.stages.evaluate import gates_of, packaged, score_baseline
+from tuneloop_trainer.stages.package import write_merged
+
+
+def ignore(_: int) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def model(base: Path) -> Any:
+    return models.load_model(base, "tiny", "float32")
+
+
+PROMPTS = [[5, 6, 7], [9, 10, 11, 12, 13, 14, 15, 16], [20], [30, 31, 32, 33]]
+LABELS = [[40, 2], [41, 42, 43, 2], [2]]
+
+
+def naive_score(model: Any, prompt: list[int], label: list[int]) -> float:
+    import torch
+
+    with torch.inference_mode():
+        chances = torch.log_softmax(model(input_ids=torch.tensor([prompt + label])).logits[0], dim=-1)
+    return sum(float(chances[len(prompt) + place - 1, token]) for place, token in enumerate(label))
+
+
+def test_label_scores_are_summed_log_probabilities(model: Any) -> None:
+    scores = scoring.label_scores(model, PROMPTS, [LABELS] * len(PROMPTS), ignore)
+
+    for prompt, row in zip(PROMPTS, scores, strict=True):
+        assert row == pytest.approx([naive_score(model, prompt, label) for label in LABELS], abs=1e-4)
+
+
+def test_scores_do_not_depend_on_the_batch(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    together = scoring.label_scores(model, PROMPTS, [LABELS] * len(PROMPTS), ignore)
+    monkeypatch.setitem(scoring.TOKENS_PER_BATCH, "cpu", 1)
+
+    alone = scoring.label_scores(model, PROMPTS, [LABELS] * len(PROMPTS), ignore)
+
+    for left, right in zip(together, alone, strict=True):
+        assert left == pytest.approx(right, abs=1e-4)
+
+
+def test_held_out_loss_is_the_completions_negative_log_probability(model: Any) -> None:
+    items = [Encoded(prompt, label) for prompt, label in zip(PROMPTS, [*LABELS, [7, 8]], strict=True)]
+
+    losses = scoring.held_out_losses(model, items, 100, ignore)
+
+    for item, (loss, count) in zip(items, losses, strict=True):
+        assert loss == pytest.approx(-naive_score(model, item.prompt, item.completion), abs=1e-4)
+        assert count == len(item.completion)
+
+
+def test_held_out_rows_are_cut_as_training_rows_are(model: Any) -> None:
+    losses = scoring.held_out_losses(model, [Encoded([5, 6, 7], [40, 41, 42, 2]), Encoded([5] * 9, [2])], 5, ignore)
+
+    assert losses[0] == (pytest.approx(-naive_score(model, [5, 6, 7], [40, 41]), abs=1e-4), 2)
+    assert losses[1] == (0.0, 0)
+
+
+def test_greedy_answers_follow_the_most_likely_tokens(model: Any) -> None:
+    import torch
+
+    answers = scoring.greedy_answers(model, PROMPTS, 3, frozenset([2]), ignore)
+
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        ids = list(prompt)
+        for _ in range(3):
+            with torch.inference_mode():
+                ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+            if ids[-1] == 2:
+                break
+        assert answer == [token for token in ids[len(prompt) :] if token != 2]
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory: pytest.TempPathFactory, base: Path) -> RunConfig:
+    """A run that learns which words are good, of all weights, up to its package."""
+    root = tmp_path_factory.mktemp("learned")
+    train = make_source(write_jsonl(root / "data" / "train.jsonl", make_rows(200)))
+    config = make_gated(root, base, items=60, train=(train,), method=Method(type="Full"), output_format="Merged")
+    training = config.training.model_copy(update={"max_steps": 48, "global_batch_size": 16, "learning_rate": 1e-2})
+    config = replace(config, training=training, checkpoint=Checkpoint(every_minutes=None, every_steps=None))
+    for stage in (Stage.PREPARE, Stage.TRAIN, Stage.PACKAGE):
+        result = run_stage(config, stage)
+        assert result.exit_code == ExitCode.DONE, result.message
+    return config
+
+
+@pytest.fixture(scope="module")
+def judged(learned: RunConfig) -> Any:
+    result = run_stage(learned, Stage.EVALUATE)
+    assert result.exit_code == ExitCode.DONE, result.message
+    return result
+
+
+def test_better_model_passes_its_gate(judged: Any) -> None:
+    gate = judged.evaluate.gates[0]
+
+    assert judged.evaluate.verdict == "Pass"
+    assert gate.candidate > 0.75 > gate.baseline
+    assert gate.p < 0.01
+    assert judged.evaluate.scores["gate"].macro_f1 > 0.75
+    assert judged.evaluate.scores["gate"].majority_rate == 0.5
+
+
+def test_verdict_names_the_packaged_manifest(judged: Any, learned: RunConfig) -> None:
+    assert judged.evaluate.artifact_digest == verify(Path(learned.paths.artifact)).digest()
+
+
+def test_probes_are_the_greedy_answers_to_gate_items(judged: Any) -> None:
+    probes = json.loads(Path(judged.evaluate.probes).read_text())
+
+    assert 40 <= len(probes) <= 50
+    assert {probe["answer"] for probe in probes} <= {"positive", "negative"}
+    assert probes[0]["prompt"].startswith("Sentiment of: ")
+    assert judged.evaluate.scores["gate"].parse_rate == 1.0
+
+
+def test_full_results_hold_every_item(judged: Any) -> None:
+    full = json.loads(Path(judged.uri).read_text())["suites"]["gate"]
+
+    assert len(full["candidate"]["label_scores"]) == len(full["baseline"]["losses"]) == len(full["documents"]) == 60
+
+
+def test_evaluation_tells_its_result_again(judged: Any, learned: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "load_model", None)
+
+    assert run_stage(learned, Stage.EVALUATE) == judged
+
+
+def test_baseline_is_scored_once_for_all_runs(judged: Any, learned: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    again = copy_work(learned, tmp_path)
+    again = replace(again, paths=again.paths.model_copy(update={"artifact": learned.paths.artifact}))
+    (tmp_path / "work" / "evaluate" / "manifest.json").unlink()
+    loaded: list[str] = []
+    load = models.load_model
+    monkeypatch.setattr(models, "load_model", lambda folder, uri, dtype: loaded.append(uri) or load(folder, uri, dtype))
+
+    result = run_stage(again, Stage.EVALUATE)
+
+    assert result.evaluate.gates == judged.evaluate.gates
+    assert loaded == [learned.paths.artifact], "the candidate alone is loaded"
+
+
+def test_tampered_artifact_is_not_evaluated(learned: RunConfig, tmp_path: Path) -> None:
+    import shutil
+
+    folder = Path(shutil.copytree(learned.paths.artifact, tmp_path / "models" / "tiny"))
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x7f")
+    config = replace(learned, paths=learned.paths.model_copy(update={"artifact": str(folder)}))
+
+    result = run_stage(config, Stage.EVALUATE)
+
+    assert result.exit_code == ExitCode.BUG
+    assert "verifies" in result.message
+
+
+def test_pinned_version_is_the_baseline_instead_of_the_base(learned: RunConfig, judged: Any, base: Path, tmp_path: Path) -> None:
+    evaluation = learned.evaluation.model_copy(
+        update={"baseline": Baseline(type="ModelVersion", name="tiny-v1", artifact=packaged(learned))}
+    )
+    config = replace(learned, evaluation=evaluation, paths=learned.paths.model_copy(update={"cache": str(tmp_path)}))
+    formatter = Formatter(models.load_tokenizer(base, "tiny"), frozenset([2]), "Chat")
+    suite = config.evaluation.suites[0]
+    prepared = prepare_suite(config, suite, "digest", Path(learned.paths.work) / "prepare" / "suites", formatter)
+
+    scores = score_baseline(config, base, "base digest", {"gate": prepared}, make_progress(tmp_path, Stage.EVALUATE))
+
+    own = json.loads(Path(judged.uri).read_text())["suites"]["gate"]["candidate"]
+    assert scores["gate"].model_dump(mode="json") == own, "the version itself scores as it did when it was the candidate"
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory: pytest.TempPathFactory, base: Path) -> RunConfig:
+    """A short LoRA run with a validation split, up to its package."""
+    config = make_config(tmp_path_factory.mktemp("adapted"), base, validation_fraction=0.25)
+    for stage in (Stage.PREPARE, Stage.TRAIN, Stage.PACKAGE):
+        result = run_stage(config, stage)
+        assert result.exit_code == ExitCode.DONE, result.message
+    return config
+
+
+def test_adapter_and_merged_package_score_alike(adapted: RunConfig, tmp_path: Path, base: Path) -> None:
+    write_merged(adapted, base, Path(adapted.paths.work) / "train" / "final", tmp_path)
+    plain = models.load_model(base, "tiny", "float32")
+    before = scoring.label_scores(plain, PROMPTS, [LABELS] * len(PROMPTS), ignore)
+    merged = models.load_model(tmp_path, "merged", "float32")
+    applied = models.load_adapter(plain, Path(adapted.paths.artifact))
+
+    left, right = (scoring.label_scores(one, PROMPTS, [LABELS] * len(PROMPTS), ignore) for one in (merged, applied))
+
+    assert flat(left) == pytest.approx(flat(right), rel=0.01)
+    assert flat(right) != pytest.approx(flat(before), rel=1e-4), "the adapter makes a difference"
+
+
+def flat(rows: list[list[float]]) -> list[float]:
+    return [value for row in rows for value in row]
+
+
+def test_package_holds_a_card_and_no_path_of_the_store(adapted: RunConfig) -> None:
+    folder = Path(adapted.paths.artifact)
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    assert files.keys() == {"adapter_model.safetensors", "adapter_config.json", "README.md", "manifest.json"}
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "pvc://models/base"
+    assert b"rows trained on | 30" in files["README.md"]
+    assert not [name for name, content in files.items() if str(folder.parent.parent).encode() in content]
+    assert run_stage(adapted, Stage.PACKAGE).package.manifest_digest == verify(folder).digest()
+
+
+def test_validation_split_without_gates_is_tested_for_a_lower_loss(adapted: RunConfig) -> None:
+    result = run_stage(adapted, Stage.EVALUATE)
+
+    gate = result.evaluate.gates[0]
+    assert (gate.suite, gate.metric, gate.rule, gate.verdict, gate.n) == ("validation", "Loss", "Superior", "Inconclusive", 10)
+    assert gate.difference < 0, "a lower loss"
+    assert "has 10 items and needs 400" in result.evaluate.message
+
+
+def test_run_without_gates_has_none(tmp_path: Path) -> None:
+    config = make_gated(tmp_path, tmp_path)
+    without = replace(config, evaluation=Evaluation(suites=config.evaluation.suites))
+
+    assert gates_of(without) == ()
+    assert gates_of(replace(config, validation_fraction=0.1)) == config.evaluation.gates
