@@ -47,7 +47,7 @@ async def run(settings: Settings) -> int:
     gc.collect()
     gc.freeze()  # what lives for ever need not be looked through again: shorter pauses
     gc.set_threshold(5000, 20, 50)
-    logger.info("Serving %s/%s on port %d.", settings.namespace, configuration.current.deployment, settings.public_port)
+    logger.info("Serving %s/%s on port %d.", configuration.current.namespace, configuration.current.deployment, settings.public_port)
     await stop.wait()
     logger.info("Stopping.")
     await gateway.stop()

@@ -45,7 +45,7 @@ class Guard:
         if kind == "lifespan":
             await self._app(scope, receive, send)
         elif kind != "http":
-            await _close(kind, send)
+            await _refuse(scope, send)
         elif (scope["method"], scope["path"]) in OPEN_PATHS:
             await self._app(scope, receive, send)
         elif not self._has_key(scope):
@@ -94,9 +94,14 @@ async def _answer(send: Send, status: int, body: bytes) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
-async def _close(kind: str, send: Send) -> None:
-    """A websocket that is closed before it is accepted is answered 403. Other protocols get nothing at all."""
-    if kind == "websocket":
+async def _refuse(scope: Scope, send: Send) -> None:
+    """Nothing allowed speaks another protocol than HTTP. Where a server cannot answer a websocket with a status, it answers 403."""
+    if scope["type"] != "websocket":
+        return
+    if "websocket.http.response" in (scope.get("extensions") or {}):
+        await send({"type": "websocket.http.response.start", "status": 401, "headers": [(b"content-length", b"0")]})
+        await send({"type": "websocket.http.response.body", "body": b""})
+    else:
         await send({"type": "websocket.close", "code": 1008})
 
 
