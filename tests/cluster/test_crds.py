@@ -157,6 +157,10 @@ REFUSED: dict[str, list[Manifest]] = {
         changed(MODEL_VERSION, "spec.evaluation.artifactDigest", "sha256:" + "1" * 64),
         changed(MODEL_VERSION, "spec.evaluation.artifactDigest", ...),
     ],
+    "options takes only async-scheduling, block-size,": [
+        changed(MODEL_DEPLOYMENT, "spec.engine.options", {"trust-remote-code": "true"}),
+        changed(MODEL_DEPLOYMENT, "spec.engine.options", {"dtype": "auto", "chat-template": "/etc/passwd"}),
+    ],
     "secretRef and volume exclude each other.": [
         changed(MODEL_DEPLOYMENT, "spec.gateway.capture.database.secretRef", {"name": "db"}),
     ],

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 
 from tuneloop_operator.api.definitions import NAME_RULE, Column, Definition, Scale, condition
+from tuneloop_operator.api.engineoptions import ENGINE_OPTIONS
 from tuneloop_operator.api.types import (
     NUMBER_PATTERN,
     Condition,
@@ -59,6 +60,15 @@ OptionValue = Annotated[str, Field(max_length=256)]
 
 class Engine(Model):
     """The vLLM engine."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            (
+                f"!has(self.options) || self.options.all(name, name in {list(ENGINE_OPTIONS)})",
+                f"options takes only {', '.join(ENGINE_OPTIONS)}: other engine flags are refused.",
+            ),
+        )
+    )
 
     image: str | None = Field(
         default=None, max_length=512, description="Image with vLLM. Absent: the operator's, pinned when a revision is made."
