@@ -29,6 +29,7 @@ from dev.demo import settings
 from dev.demo.packages import TEXTS, PackageError, fetch, packages_folder
 
 from tuneloop_gateway.canonical import canonical, normalise
+from tuneloop_gateway.curation import split_of
 
 ROOT = "vaderSentiment-3.3.2"
 LEXICON = f"{ROOT}/vaderSentiment/vader_lexicon.txt"
@@ -104,11 +105,9 @@ def labels_for(captured: Iterable[Mapping[str, object]], labelled: Iterable[Row]
 
 
 def halves(rows: Iterable[Row]) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
-    """Labelled rows as the gateway splits them, half to train on, half to gate with, by the document's hash."""
-    sides: tuple[list[Row], list[Row]] = ([], [])
-    for row in rows:
-        sides[hashlib.sha256(row.document.encode()).digest()[0] & 1].append(row)
-    return tuple(sides[0]), tuple(sides[1])
+    """Labelled rows as the gateway splits them by document: about half to train on, half to gate with."""
+    kept = tuple(rows)
+    return tuple(row for row in kept if split_of(row.document) == "train"), tuple(row for row in kept if split_of(row.document) == "gate")
 
 
 def write(files: Mapping[str, Iterable[Row]], folder: Path) -> None:
