@@ -11,6 +11,7 @@ import hashlib
 import os
 import subprocess
 from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -82,14 +83,36 @@ def _is_served(api: Api, path: str, collection: str) -> bool:
     return True
 
 
-@pytest.fixture
-def namespace(api: Api, request: pytest.FixtureRequest) -> Iterator[str]:
-    """A fresh namespace, deleted afterwards."""
-    digest = hashlib.sha256(f"{request.node.nodeid} {os.getpid()}".encode()).hexdigest()[:10]
-    name = f"test-{digest}"
+@contextmanager
+def fresh_namespace(api: Api, about: str) -> Iterator[str]:
+    """A namespace that is deleted afterwards."""
+    name = f"test-{hashlib.sha256(f'{about} {os.getpid()}'.encode()).hexdigest()[:10]}"
     api.call("POST", "/api/v1/namespaces", {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
     yield name
     api.call("DELETE", f"/api/v1/namespaces/{name}")
+
+
+@pytest.fixture
+def namespace(api: Api, request: pytest.FixtureRequest) -> Iterator[str]:
+    """A fresh namespace, deleted afterwards."""
+    with fresh_namespace(api, request.node.nodeid) as name:
+        yield name
+
+
+@pytest.fixture(scope="module")
+def shared_operator(api: Api, cluster_kubeconfig: str, request: pytest.FixtureRequest, tmp_path_factory: Any) -> Iterator[Start]:
+    """Starts one operator for all tests of a module, on all namespaces: `shared_operator(module=...)`."""
+    with fresh_namespace(api, request.node.nodeid) as name:
+        process = OperatorProcess(cluster_kubeconfig, name, tmp_path_factory.mktemp("operator") / "shared.log", "shared")
+        process.environment["TUNELOOP_WATCH_NAMESPACES"] = ""
+
+        def start(module: str = "tuneloop_operator", **more: str) -> OperatorProcess:
+            process.module = module
+            process.environment |= more
+            return process.start()
+
+        yield start
+        process.stop()
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import asyncio
 import json
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,8 +40,8 @@ class Faults:
     """Called before a write is forwarded; may block."""
     after_write: Callable[[Write], bool] = lambda write: True
     """Called after a write was carried out, before its answer is sent; False = the answer is lost."""
-    freeze_watches: bool = False
-    """Keep connections of watches open, and pass no byte."""
+    drop_events: bool = False
+    """Keep connections of watches open, and swallow what they bring."""
     writes: list[Write] = field(default_factory=list)
     statuses: list[tuple[Write, int]] = field(default_factory=list)
 
@@ -54,7 +55,7 @@ class FaultProxy:
         self._credentials = load_credentials({"KUBECONFIG": kubeconfig})
         self._loop = asyncio.new_event_loop()
         self._is_up = threading.Event()
-        self._watches: set[web.StreamResponse] = set()
+        self._watches: dict[web.StreamResponse, web.Request] = {}
         self._port = 0
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -88,6 +89,7 @@ class FaultProxy:
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
+        self._loop.set_default_executor(ThreadPoolExecutor(32))
         self._loop.run_until_complete(self._start())
         self._is_up.set()
         self._loop.run_forever()
@@ -113,8 +115,9 @@ class FaultProxy:
             await watch.write(line)
 
     async def _cut(self) -> None:
-        for watch in list(self._watches):
-            await watch.write_eof()
+        for request in list(self._watches.values()):
+            if request.transport is not None:
+                request.transport.abort()
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         faults = self.faults
@@ -157,14 +160,13 @@ class FaultProxy:
     async def _watch(self, request: web.Request, answer: aiohttp.ClientResponse) -> web.StreamResponse:
         response = web.StreamResponse(status=answer.status, headers={"Content-Type": "application/json"})
         await response.prepare(request)
-        self._watches.add(response)
+        self._watches[response] = request
         try:
             async for line in answer.content:
-                while self.faults.freeze_watches:  # noqa: ASYNC110 - set by another thread
-                    await asyncio.sleep(0.1)
-                await response.write(line)
+                if not self.faults.drop_events:
+                    await response.write(line)
         except (aiohttp.ClientError, ConnectionError):
             pass
         finally:
-            self._watches.discard(response)
+            self._watches.pop(response, None)
         return response

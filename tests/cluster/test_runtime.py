@@ -23,8 +23,14 @@ def widgets(api: Api) -> None:
     install(api, CRD)
 
 
+@pytest.fixture(scope="module")
+def toy(widgets: None, shared_operator: Start) -> OperatorProcess:
+    return shared_operator(module=TOY)
+
+
 @pytest.fixture
-def toy(start_operator: Start) -> OperatorProcess:
+def alone(start_operator: Start) -> OperatorProcess:
+    """An operator of the test's own, whose writes are counted."""
     return start_operator(module=TOY)
 
 
@@ -96,13 +102,13 @@ def test_an_edit_reaches_the_child_and_what_was_removed_goes(api: Api, namespace
         wait_for(lambda wanted=settings: data(api, namespace) == wanted)  # type: ignore[misc]
 
 
-def test_nothing_is_written_while_nothing_changes(api: Api, namespace: str, toy: OperatorProcess) -> None:
+def test_nothing_is_written_while_nothing_changes(api: Api, namespace: str, alone: OperatorProcess) -> None:
     api.create(widget("w", namespace, settings={"colour": "green"}, records=2, requeueAfter=0.2))
     settled(api, namespace)
-    before = quiet(toy)
-    passes = toy.metric("tuneloop_operator_passes_total")
-    wait_for(lambda: toy.metric("tuneloop_operator_passes_total") >= passes + 2)
-    assert writes(toy) == before
+    before = quiet(alone)
+    passes = alone.metric("tuneloop_operator_passes_total")
+    wait_for(lambda: alone.metric("tuneloop_operator_passes_total") >= passes + 2)
+    assert writes(alone) == before
 
 
 def test_a_restart_writes_nothing(api: Api, namespace: str, start_operator: Start) -> None:
@@ -136,10 +142,9 @@ def test_a_hand_edited_child_is_put_right_and_foreign_fields_stay(api: Api, name
             child = api.get("ConfigMap", namespace, "w-settings")
             assert child is not None
             assert child["metadata"]["labels"]["app.kubernetes.io/component"] == "settings"
-            return child["data"] == {"colour": "green"} and child["metadata"]["annotations"] == {"theirs": "1"}
+            return child.get("data") == {"colour": "green"} and child["metadata"]["annotations"] == {"theirs": "1"}
 
         wait_for(restored, 5)
-    quiet(toy)
 
 
 def test_a_child_without_its_label_or_owner_is_taken_back(api: Api, namespace: str, toy: OperatorProcess) -> None:
@@ -206,7 +211,7 @@ def test_what_must_exist_once_is_counted_first_and_outlives_its_maker(api: Api, 
     assert [bool(api.get("ConfigMap", namespace, f"w-record-{n}")) for n in (1, 2, 3, 4)] == [True, True, True, False]
 
 
-def test_conditions_of_others_stay(api: Api, namespace: str, toy: OperatorProcess) -> None:
+def test_conditions_of_others_stay(api: Api, namespace: str, alone: OperatorProcess) -> None:
     api.create(widget("w", namespace))
     settled(api, namespace)
     foreign = {"apiVersion": "tuneloop.dev/v1alpha1", "kind": "Widget", "metadata": {"name": "w", "namespace": namespace}}
@@ -216,13 +221,13 @@ def test_conditions_of_others_stay(api: Api, namespace: str, toy: OperatorProces
     edit(api, namespace, records=2)
     wait_for(lambda: (api.get("Widget", namespace, "w") or {})["status"]["records"] == 2)
     assert api.condition("Widget", namespace, "w", "Audited") == {"type": "Audited", "status": "True"}
-    before = quiet(toy)
+    before = quiet(alone)
     api.patch_status("Widget", namespace, "w", {"records": 7})  # ours, set by somebody else
     wait_for(lambda: (api.get("Widget", namespace, "w") or {})["status"]["records"] == 2)
-    assert quiet(toy) > before
+    assert quiet(alone) > before
 
 
-def test_of_a_job_only_suspend_is_changed(api: Api, namespace: str, toy: OperatorProcess) -> None:
+def test_of_a_job_only_suspend_is_changed(api: Api, namespace: str, alone: OperatorProcess) -> None:
     api.create(widget("w", namespace, image="example.invalid/one"))
     settled(api, namespace)
     uid = (api.get("Job", namespace, "w-work-1") or {})["metadata"]["uid"]
@@ -232,8 +237,8 @@ def test_of_a_job_only_suspend_is_changed(api: Api, namespace: str, toy: Operato
     assert job is not None
     assert job["metadata"]["uid"] == uid
     assert job["spec"]["template"]["spec"]["containers"][0]["image"] == "example.invalid/one"
-    quiet(toy)
-    assert toy.metric("tuneloop_operator_errors_total", **{"class": "refused"}) == 0
+    quiet(alone)
+    assert alone.metric("tuneloop_operator_errors_total", **{"class": "refused"}) == 0
 
 
 def test_an_event_is_written_once_per_change_of_state(api: Api, namespace: str, toy: OperatorProcess) -> None:
@@ -256,7 +261,7 @@ def test_a_burst_of_edits_ends_in_the_last_one(api: Api, namespace: str, toy: Op
     for n in (1, 2, 1, 3, 2, 4):
         api.patch("Widget", namespace, "w", {"spec": {"settings": {"n": str(n)}}})
     wait_for(lambda: data(api, namespace) == {"n": "4"})
-    quiet(toy)
+    settled(api, namespace)
     assert data(api, namespace) == {"n": "4"}
 
 
@@ -295,4 +300,4 @@ def test_probes_and_metrics_answer(api: Api, namespace: str, toy: OperatorProces
     assert toy.metric("tuneloop_operator_leader") == 1
     assert toy.metric("tuneloop_operator_passes_total", kind="Widget", outcome="changed") >= 1
     assert toy.metric("tuneloop_operator_api_requests_total", verb="create", code="201") >= 3
-    assert toy.metric("tuneloop_operator_cached_objects", kind="Widget") == 1
+    assert toy.metric("tuneloop_operator_cached_objects", kind="Widget") >= 1

@@ -40,13 +40,14 @@ Event = tuple[str, str, dict[str, Any]]
 
 
 class Backoffs:
-    """Endless, jittered, capped at 30 s. Without `__len__`: kopf gives up after the last of a sequence."""
+    """Endless, jittered, capped at 6 s, so that work goes on soon after an outage. Without `__len__`: kopf gives up after the last of a
+    sequence."""
 
     def __iter__(self) -> Iterator[float]:
         seconds = 0.5
         while True:
             yield seconds * (0.5 + random.random() / 2)
-            seconds = min(seconds * 2, 30.0)
+            seconds = min(seconds * 2, 6.0)
 
 
 class NoDiffs(DiffBaseStorage):

@@ -13,17 +13,29 @@ from typing import Any
 from tuneloop_operator.cluster.apply import Applier, Outcome
 from tuneloop_operator.cluster.cache import Object
 from tuneloop_operator.cluster.client import Cluster
-from tuneloop_operator.cluster.errors import AlreadyExists, ApiError, Conflict, Forbidden, NameConflict, NotFound, NotLeader, Unreachable
+from tuneloop_operator.cluster.errors import (
+    AlreadyExists,
+    ApiError,
+    Conflict,
+    Forbidden,
+    NameConflict,
+    NotFound,
+    NotLeader,
+    ServerError,
+    Unreachable,
+)
 from tuneloop_operator.cluster.registration import Registration
 from tuneloop_operator.domain.decision import Decision, Key
 from tuneloop_operator.runtime.logs import about
 from tuneloop_operator.runtime.metrics import Metrics
-from tuneloop_operator.runtime.queue import FIRST_BACKOFF, WakeQueue
+from tuneloop_operator.runtime.queue import FIRST_BACKOFF, LONGEST_BACKOFF, WakeQueue
 
 log = logging.getLogger(__name__)
 
 LONGEST_PASS = 120.0
 CONFLICT_BACKOFF = 0.05
+OUTAGE_BACKOFF = 5.0
+"""Longest backoff while the API server is away: no object's fault, and work shall go on soon after."""
 TAKEN_SECONDS = 30.0
 """How often a name that is taken is looked at, where the decision does not say."""
 IDLE_PAUSE = 1.0
@@ -62,11 +74,10 @@ class Passes:
         try:
             async with asyncio.timeout(LONGEST_PASS):
                 outcome = await self._pass(key)
-        except asyncio.CancelledError:
-            self.queue.done(key)
-            raise
         except Exception as error:  # noqa: BLE001 - whatever it was, the others go on
             outcome = await self._after(key, error)
+        finally:
+            self.queue.release(key)  # cancelled on the way
         self.metrics.passes.labels(key.kind, outcome).inc()
         self.metrics.pass_duration.labels(key.kind).observe(time.monotonic() - started)
 
@@ -130,8 +141,9 @@ class Passes:
             await self._refresh(key, error.key if isinstance(error, Conflict) else None)
             self.queue.failed(key, CONFLICT_BACKOFF)
             return "conflict"
-        seconds = self.queue.failed(key, FIRST_BACKOFF)
-        if isinstance(error, (ApiError, Unreachable)):
+        is_outage = isinstance(error, (ServerError, Unreachable, TimeoutError))
+        seconds = self.queue.failed(key, FIRST_BACKOFF, OUTAGE_BACKOFF if is_outage else LONGEST_BACKOFF)
+        if is_outage or isinstance(error, ApiError):
             log.warning("%s; again in %.1f s", error, seconds, extra=about(key))
         else:
             log.error("a pass failed; again in %.1f s", seconds, exc_info=error, extra=about(key))

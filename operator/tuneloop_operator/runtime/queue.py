@@ -73,12 +73,17 @@ class WakeQueue:
         elif requeue_after is not None:
             self._schedule(key, self._clock() + requeue_after)
 
-    def failed(self, key: Key, first: float = FIRST_BACKOFF) -> float:
-        """The pass did not go through: again after a backoff, which doubles from `first` with every failure in a row. Returns it."""
+    def release(self, key: Key) -> None:
+        """The pass was given up, by a worker that ends; nothing if its end was reported."""
+        self._end(key)
+
+    def failed(self, key: Key, first: float = FIRST_BACKOFF, longest: float = LONGEST_BACKOFF) -> float:
+        """The pass did not go through: again after a backoff, which doubles from `first` to `longest` with every failure in a row, less a
+        jitter of up to a half. Returns it."""
         self._end(key)
         self._woken.discard(key)  # the coming pass sees it all
         failures = self._failures[key] = self._failures.get(key, 0) + 1
-        seconds = min(first * 2.0 ** min(failures - 1, 16), LONGEST_BACKOFF) * (0.5 + self._jitter() / 2)
+        seconds = min(first * 2.0 ** min(failures - 1, 16), longest) * (0.5 + self._jitter() / 2)
         self._held_until[key] = self._clock() + seconds
         self._schedule(key, self._held_until[key])
         return seconds

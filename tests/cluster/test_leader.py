@@ -1,0 +1,145 @@
+"""Two operators, one Lease: who works, how soon the other takes over, and that a leader of yesterday changes nothing."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.cluster.conftest import Start, install
+from tests.cluster.faults import FaultProxy, Write
+from tests.cluster.harness import Api, wait_for
+from tests.cluster.toy import CRD, widget
+
+Object = dict[str, Any]
+TOY = "tests.cluster.toy"
+FAILOVER_SECONDS = 15.0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def widgets(api: Api) -> None:
+    install(api, CRD)
+
+
+@pytest.fixture
+def proxy(cluster_kubeconfig: str, tmp_path: Path) -> Iterator[FaultProxy]:
+    with FaultProxy(cluster_kubeconfig, tmp_path) as proxy:
+        yield proxy
+
+
+def children(api: Api, namespace: str) -> dict[tuple[str, str], tuple[str, str]]:
+    """Every object of the test with its UID and version; the Lease and the garbage of namespaces apart."""
+    found = {}
+    for kind in ("Widget", "ConfigMap", "Job"):
+        for obj in api.list(kind, namespace):
+            found[kind, obj["metadata"]["name"]] = (obj["metadata"]["uid"], obj["metadata"]["resourceVersion"])
+    found.pop(("ConfigMap", "kube-root-ca.crt"), None)
+    return found
+
+
+def made(api: Api, namespace: str, *names: str) -> bool:
+    return all(api.get("Job", namespace, f"{name}-work-1") for name in names)
+
+
+def test_only_the_leader_works_and_the_other_takes_over_when_it_dies(api: Api, namespace: str, start_operator: Start) -> None:
+    first = start_operator("first", module=TOY)
+    wait_for(lambda: first.metric("tuneloop_operator_leader") == 1)
+    second = start_operator("second", module=TOY)
+    api.create(widget("w", namespace))
+    wait_for(lambda: made(api, namespace, "w"))
+    assert second.metric("tuneloop_operator_leader") == second.metric("tuneloop_operator_passes_total") == 0
+    first.kill()
+    since = time.monotonic()
+    api.create(widget("v", namespace))
+    wait_for(lambda: made(api, namespace, "v"), FAILOVER_SECONDS)
+    assert time.monotonic() - since <= FAILOVER_SECONDS
+
+
+def test_a_leader_that_stops_properly_hands_over_at_once(api: Api, namespace: str, start_operator: Start) -> None:
+    first = start_operator("first", module=TOY)
+    wait_for(lambda: first.metric("tuneloop_operator_leader") == 1)
+    second = start_operator("second", module=TOY)
+    first.stop()
+    wait_for(lambda: second.metric("tuneloop_operator_leader") == 1, 5)
+
+
+def test_a_leader_without_an_api_server_steps_down_in_time_and_leads_again(
+    api: Api, namespace: str, start_operator: Start, proxy: FaultProxy
+) -> None:
+    alone = start_operator("alone", kubeconfig=proxy.kubeconfig, module=TOY)
+    wait_for(lambda: alone.metric("tuneloop_operator_leader") == 1)
+    proxy.refuse(True)
+    since = time.monotonic()
+    wait_for(lambda: alone.metric("tuneloop_operator_leader") == 0, 9)
+    assert time.monotonic() - since < 9, "before anybody else may lead"
+    assert alone.probe("/healthz")[0] == 200, "an API server that is down is no reason to restart"
+    proxy.refuse(False)
+    wait_for(lambda: alone.metric("tuneloop_operator_leader") == 1, 10)
+    api.create(widget("w", namespace))
+    wait_for(lambda: made(api, namespace, "w"), 10)
+
+
+class Hold:
+    """Holds the first write of each kind that the leader sends after `begin`, between the look at its Lease and the API server."""
+
+    def __init__(self, *wanted: tuple[str, str]) -> None:
+        self.wanted = wanted
+        self.held: dict[tuple[str, str], Write] = {}
+        self.is_on = False
+        self.release = threading.Event()
+
+    def __call__(self, write: Write) -> None:
+        if not self.is_on or self.release.is_set():
+            return
+        for method, part in self.wanted:
+            if write.method == method and part in write.path and (method, part) not in self.held:
+                self.held[method, part] = write
+                self.release.wait(60)
+                return
+
+
+def test_writes_of_a_stopped_leader_come_too_late_and_change_nothing(
+    api: Api, namespace: str, start_operator: Start, proxy: FaultProxy
+) -> None:
+    hold = Hold(("PATCH", "widgets/status-w"), ("PATCH", "configmaps/apply-w"), ("POST", "jobs"), ("DELETE", "configmaps/delete-w-extra-a"))
+    proxy.faults.before_write = hold
+    names = ("status-w", "apply-w", "create-w", "delete-w")
+    old = start_operator("old", kubeconfig=proxy.kubeconfig, module=TOY)
+    for name in names:
+        api.create(widget(name, namespace, settings={"n": "0"}, extras=["a"]))
+    wait_for(lambda: made(api, namespace, *names) and api.get("ConfigMap", namespace, "delete-w-extra-a"))
+    wait_for(lambda: old.metric("tuneloop_operator_queue_depth") == 0)
+    new = start_operator("new", module=TOY)
+
+    hold.is_on = True
+    api.patch("Widget", namespace, "status-w", {"spec": {"records": 1}})
+    api.patch("ConfigMap", namespace, "apply-w-settings", {"data": {"n": "by hand"}})
+    api.delete("Job", namespace, "create-w-work-1")
+    api.patch("Widget", namespace, "delete-w", {"spec": {"extras": []}})
+    wait_for(lambda: len(hold.held) == 4, what="one write of each kind on its way")
+    old.pause()
+
+    def taken_over() -> bool:
+        assert new.metric("tuneloop_operator_leader") == 1
+        assert (api.get("Widget", namespace, "status-w") or {})["status"]["records"] == 1
+        assert (api.get("ConfigMap", namespace, "apply-w-settings") or {})["data"] == {"n": "0"}
+        assert api.get("ConfigMap", namespace, "delete-w-extra-a") is None
+        return made(api, namespace, "create-w") and bool(api.get("ConfigMap", namespace, "status-w-record-1"))
+
+    wait_for(taken_over, 20)
+    wait_for(lambda: new.metric("tuneloop_operator_queue_depth") == 0)
+    before = children(api, namespace)
+    sent = len(proxy.faults.statuses)
+    hold.release.set()
+    old.resume()
+    wait_for(lambda: len(proxy.faults.statuses) >= sent + 4)
+    wait_for(lambda: old.metric("tuneloop_operator_leader") == 0)
+    time.sleep(3)  # whatever else it might want to write
+    late = {write.path.partition(f"{namespace}/")[2]: status for write, status in proxy.faults.statuses[sent:]}
+    gone = late.pop("configmaps/delete-w-extra-a")
+    assert gone in (404, 409)
+    assert late == {"widgets/status-w/status": 409, "configmaps/apply-w-settings": 409, "jobs": 409}
+    assert children(api, namespace) == before

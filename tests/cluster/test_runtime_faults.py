@@ -1,0 +1,139 @@
+"""The runtime on bad days: an API server that is away, slow, overloaded or forgetful, and a network that loses answers."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.cluster.conftest import Start, install
+from tests.cluster.faults import FaultProxy, Write
+from tests.cluster.harness import Api, OperatorProcess, wait_for
+from tests.cluster.toy import CRD, widget
+
+Object = dict[str, Any]
+RECOVERY_SECONDS = 10.0
+GONE: Object = {"type": "ERROR", "object": {"kind": "Status", "code": 410, "reason": "Expired", "message": "too old resource version"}}
+BROKEN: Object = {"type": "ERROR", "object": {"kind": "Status", "code": 500, "reason": "InternalError", "message": "a fault of the test"}}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def widgets(api: Api) -> None:
+    install(api, CRD)
+
+
+@pytest.fixture
+def proxy(cluster_kubeconfig: str, tmp_path: Path) -> Iterator[FaultProxy]:
+    with FaultProxy(cluster_kubeconfig, tmp_path) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def toy(api: Api, namespace: str, start_operator: Start, proxy: FaultProxy) -> OperatorProcess:
+    """The operator behind the proxy, with one Widget made."""
+    process = start_operator(kubeconfig=proxy.kubeconfig, module="tests.cluster.toy")
+    api.create(widget("w", namespace, settings={"n": "0"}))
+    wait_for(lambda: api.get("Job", namespace, "w-work-1"))
+    return process
+
+
+def follows(api: Api, namespace: str, n: int, timeout: float = RECOVERY_SECONDS) -> None:
+    """The child follows an edit."""
+    api.patch("Widget", namespace, "w", {"spec": {"settings": {"n": str(n)}}})
+    wait_for(lambda: (api.get("ConfigMap", namespace, "w-settings") or {}).get("data") == {"n": str(n)}, timeout)
+
+
+def test_an_outage_is_survived(api: Api, namespace: str, toy: OperatorProcess, proxy: FaultProxy) -> None:
+    proxy.refuse(True)
+    api.patch("Widget", namespace, "w", {"spec": {"settings": {"n": "1"}}})
+    time.sleep(8)
+    proxy.refuse(False)
+    wait_for(lambda: (api.get("ConfigMap", namespace, "w-settings") or {}).get("data") == {"n": "1"}, RECOVERY_SECONDS)
+    follows(api, namespace, 2)
+
+
+@pytest.mark.parametrize("status", [503, 403, 401])
+def test_refusals_are_survived(api: Api, namespace: str, toy: OperatorProcess, proxy: FaultProxy, status: int) -> None:
+    """503: the API server is overloaded; 403: its RBAC cache is cold, or the binding was revoked; 401: the token ran out."""
+    proxy.faults.answer = lambda method, path: (status, {})
+    proxy.send_to_watches(GONE)
+    api.patch("Widget", namespace, "w", {"spec": {"settings": {"n": "1"}}})
+    time.sleep(5)
+    proxy.faults.answer = lambda method, path: None
+    wait_for(lambda: (api.get("ConfigMap", namespace, "w-settings") or {}).get("data") == {"n": "1"}, RECOVERY_SECONDS)
+
+
+def test_a_throttled_write_waits_as_long_as_it_is_told(api: Api, namespace: str, toy: OperatorProcess, proxy: FaultProxy) -> None:
+    refused: list[float] = []
+
+    def answer(method: str, path: str) -> tuple[int, dict[str, str]] | None:
+        if method == "GET" or "/leases" in path or len(refused) >= 3:
+            return None
+        refused.append(time.monotonic())
+        return 429, {"Retry-After": "1"}
+
+    proxy.faults.answer = answer
+    follows(api, namespace, 1)
+    assert len(refused) == 3
+    assert all(later - earlier > 0.9 for earlier, later in itertools.pairwise(refused))
+
+
+def test_a_lost_answer_makes_nothing_twice(api: Api, namespace: str, toy: OperatorProcess, proxy: FaultProxy) -> None:
+    lost: set[tuple[str, str]] = set()
+
+    def lose_first(write: Write) -> bool:
+        is_first = (write.method, write.path) not in lost
+        lost.add((write.method, write.path))
+        return not is_first
+
+    proxy.faults.after_write = lose_first
+    api.create(widget("v", namespace, settings={"n": "0"}, records=2))
+    wait_for(lambda: api.get("ConfigMap", namespace, "v-record-2") and api.get("Job", namespace, "v-work-1"), RECOVERY_SECONDS)
+    names = sorted(c["metadata"]["name"] for c in api.list("ConfigMap", namespace) if c["metadata"]["name"].startswith("v-"))
+    assert names == ["v-record-1", "v-record-2", "v-settings"]
+    follows(api, namespace, 1)
+
+
+def test_a_watch_that_breaks_is_started_again_in_the_process(api: Api, namespace: str, toy: OperatorProcess, proxy: FaultProxy) -> None:
+    proxy.send_to_watches(BROKEN)
+    wait_for(lambda: toy.metric("tuneloop_operator_watch_restarts_total") >= 1)
+    follows(api, namespace, 1)
+    assert toy.process is not None
+    assert toy.process.poll() is None
+
+
+def test_what_went_while_no_watch_saw_it_is_swept_out(api: Api, namespace: str, toy: OperatorProcess, proxy: FaultProxy) -> None:
+    proxy.faults.drop_events = True
+    old = api.get("Job", namespace, "w-work-1")
+    assert old is not None
+    api.delete("Job", namespace, "w-work-1")
+    wait_for(lambda: api.get("Job", namespace, "w-work-1") is None)
+    proxy.faults.drop_events = False
+    proxy.send_to_watches(GONE)
+    wait_for(lambda: api.get("Job", namespace, "w-work-1"), RECOVERY_SECONDS, "the Job to be made again")
+    assert toy.metric("tuneloop_operator_swept_objects_total", kind="Job") == 1
+
+
+def test_an_event_that_comes_twice_or_late_changes_nothing(api: Api, namespace: str, toy: OperatorProcess, proxy: FaultProxy) -> None:
+    stale = api.get("Widget", namespace, "w")
+    follows(api, namespace, 1)
+    before = len(proxy.faults.writes)
+    for _ in range(3):
+        proxy.send_to_watches({"type": "MODIFIED", "object": stale})
+    time.sleep(2)
+    assert len(proxy.faults.writes) == before
+    assert (api.get("ConfigMap", namespace, "w-settings") or {})["data"] == {"n": "1"}
+
+
+def test_every_second_write_that_meets_a_conflict_is_tried_again(api: Api, namespace: str, toy: OperatorProcess, proxy: FaultProxy) -> None:
+    tries = iter(range(1000))
+
+    def answer(method: str, path: str) -> tuple[int, dict[str, str]] | None:
+        return (409, {}) if method != "GET" and "/leases" not in path and next(tries) % 2 == 0 else None
+
+    proxy.faults.answer = answer
+    for n in range(1, 4):
+        follows(api, namespace, n)
