@@ -168,6 +168,11 @@ async def _progress(cluster: Cluster, job: api.FineTuneJob, runs: list[StageRun]
 # --- what else wakes a job ---------------------------------------------------
 
 
+def _new_job(raw: dict[str, Any], cache: Cache) -> Iterable[Key]:
+    """A job that a ModelDeployment's pass has just made: an own write is no news to the queue."""
+    return [] if raw.get("status") else [Key(api.KIND, raw["metadata"]["namespace"], raw["metadata"]["name"])]
+
+
 def _jobs_of_version(raw: dict[str, Any], cache: Cache) -> Iterable[Key]:
     """The job that it was made by, so that it ends when its version is seen."""
     name = ((raw.get("spec") or {}).get("lineage") or {}).get("fineTuneJob")
@@ -189,6 +194,6 @@ REGISTRATION = Registration(
     observe=observe,
     decide=decide,
     children=CHILDREN,
-    watches={modelversion.KIND: _jobs_of_version, modeldeployment.KIND: _jobs_of_deployment},
+    watches={api.KIND: _new_job, modelversion.KIND: _jobs_of_version, modeldeployment.KIND: _jobs_of_deployment},
 )
 

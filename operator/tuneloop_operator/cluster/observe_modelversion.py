@@ -35,4 +35,14 @@ def _versions_of_deployment(raw: dict[str, Any], cache: Cache) -> Iterable[Key]:
             yield Key(modelversion.KIND, metadata["namespace"], version["metadata"]["name"])
 
 
-REGISTRATION = Registration(kind=modelversion.KIND, observe=observe, decide=decide, watches={modeldeployment.KIND: _versions_of_deployment})
+def _new_version(raw: dict[str, Any], cache: Cache) -> Iterable[Key]:
+    """A version that a job's pass has just made: an own write is no news to the queue."""
+    return [] if raw.get("status") else [Key(modelversion.KIND, raw["metadata"]["namespace"], raw["metadata"]["name"])]
+
+
+REGISTRATION = Registration(
+    kind=modelversion.KIND,
+    observe=observe,
+    decide=decide,
+    watches={modelversion.KIND: _new_version, modeldeployment.KIND: _versions_of_deployment},
+)

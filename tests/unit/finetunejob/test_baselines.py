@@ -46,7 +46,7 @@ def test_a_named_version_is_pinned_with_its_place_and_digest() -> None:
     assert baseline["name"] == "sentiment-v3"
     assert baseline["artifact"]["path"] == "/volumes/registry/sentiment/3"
     assert baseline["artifact"]["manifestDigest"] == OTHER
-    assert baseline["artifact"]["base"] == {"uri": "hf://org/base", "repository": "org/base", "revision": "abc"}
+    assert baseline["artifact"]["base"] == {"uri": "hf://org/base", "path": None, "repository": "org/base", "revision": "abc"}
 
 
 def test_only_evaluate_mounts_the_baselines_claim() -> None:
