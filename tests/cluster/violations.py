@@ -67,6 +67,8 @@ def _sentences(schema: Schema, path: str) -> Iterator[Violation]:
                 yield Violation(path, str(float(limit[1]) + 0.01), message)
             if "contains('..')" in text:
                 yield Violation(path, "pvc://claim/../other", message)
+        elif option := re.match(r"!\('([^']+)' in self\)", text):
+            yield Violation(path, {option[1]: "?"}, message)
         elif limit := re.match(r"self.all\(key, key.size\(\) <= (\d+)\)", text):
             yield Violation(path, {"x" * (int(limit[1]) + 1): "1"}, message)
 

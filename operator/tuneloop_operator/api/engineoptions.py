@@ -36,9 +36,9 @@ def option_problem(options: Mapping[str, str]) -> str | None:
     for name, value in sorted(options.items()):
         pattern = ENGINE_OPTIONS.get(name)
         if pattern is None:
-            return f"engine.options has no option '{name}'; it takes {', '.join(ENGINE_OPTIONS)}."
+            return f"Field engine.options has no '{name}'; it takes {', '.join(ENGINE_OPTIONS)}."
         if not re.fullmatch(pattern, value):
-            return f"engine.options.{name} cannot be '{value[:32]}'; it must match {pattern}."
+            return f"Field engine.options.{name} cannot be '{value[:32]}'; it must match {pattern}."
     return None
 
 
@@ -51,3 +51,26 @@ def option_arguments(options: Mapping[str, str]) -> list[str]:
         else:
             arguments += [f"--{name}", value]
     return arguments
+
+
+def option_rules() -> tuple[tuple[str, str], ...]:
+    """The same as CEL rules over the map `options`, each with what the user reads."""
+    names = ", ".join(ENGINE_OPTIONS)
+    known = (f"self.all(name, name in {list(ENGINE_OPTIONS)})", f"options takes only {names}: other engine flags are refused.")
+    values = (
+        (f"!('{name}' in self) || self['{name}'].matches('^({_cel(pattern)})$')", _sentence(name, pattern))
+        for name, pattern in ENGINE_OPTIONS.items()
+    )
+    return (known, *values)
+
+
+def _cel(pattern: str) -> str:
+    return pattern.replace("\\", "\\\\")
+
+
+def _sentence(name: str, pattern: str) -> str:
+    if pattern == FRACTION:
+        return f"options.{name} must be a number from 0 to 1, as a string, for example '0.9'."
+    if pattern in (INTEGER, POSITIVE):
+        return f"options.{name} must be a whole number{' above 0' if pattern == POSITIVE else ''}, as a string."
+    return f"options.{name} must be one of {', '.join(pattern.split('|'))}."

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 
 from tuneloop_operator.api.definitions import NAME_RULE, Column, Definition, Scale, condition
-from tuneloop_operator.api.engineoptions import ENGINE_OPTIONS
+from tuneloop_operator.api.engineoptions import option_rules
 from tuneloop_operator.api.types import (
     NUMBER_PATTERN,
     Condition,
@@ -61,15 +61,6 @@ OptionValue = Annotated[str, Field(max_length=256)]
 class Engine(Model):
     """The vLLM engine."""
 
-    model_config = ConfigDict(
-        json_schema_extra=rules(
-            (
-                f"!has(self.options) || self.options.all(name, name in {list(ENGINE_OPTIONS)})",
-                f"options takes only {', '.join(ENGINE_OPTIONS)}: other engine flags are refused.",
-            ),
-        )
-    )
-
     image: str | None = Field(
         default=None, max_length=512, description="Image with vLLM. Absent: the operator's, pinned when a revision is made."
     )
@@ -78,7 +69,9 @@ class Engine(Model):
     accelerator_resource: str = Field(default="nvidia.com/gpu", max_length=128, description="Resource name of the devices.")
     max_model_length: int | None = Field(default=None, ge=16, le=1_048_576, description="Longest prompt and answer together, in tokens.")
     options: Annotated[dict[Annotated[str, Field(max_length=64)], OptionValue], Field(max_length=32)] = Field(
-        default={}, description="Engine options by name, from an allow-list: dtype, max-num-seqs, gpu-memory-utilization, enforce-eager, …"
+        default={},
+        description="Engine options by name, from an allow-list: dtype, max-num-seqs, gpu-memory-utilization, enforce-eager, …",
+        json_schema_extra=rules(*option_rules()),
     )
     startup_timeout_seconds: int = Field(default=1200, ge=30, le=14_400, description="Time that a pod has until it is ready.")
     pod: PodOverrides = Field(default=PodOverrides(), description="Overrides for the engine's pods.")

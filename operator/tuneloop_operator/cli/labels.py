@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 ROWS_PER_REQUEST = 10_000
 BYTES_PER_REQUEST = 8 << 20
-MAX_LIMIT = 1_000_000
+MAX_LIMIT = 10_000
 LABELS_PATH = "/internal/labels"
 
 
@@ -35,7 +35,7 @@ def add_to(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
     label = commands.add_parser("label", help="export captured requests for labelling, and import the labels")
     actions = label.add_subparsers(required=True, metavar="ACTION")
     export = actions.add_parser("export", help="write captured requests as one JSON object a line; a person adds `label` to each")
-    export.add_argument("--uniform", action="store_true", help="draw uniformly from everything captured, as gates need it; else the newest")
+    export.add_argument("--uniform", action="store_true", help="draw uniformly, as gates need it; else the newest come first")
     export.add_argument("--limit", type=_limit, default=1000, help="rows at most (default: %(default)s)")
     export.add_argument("-o", "--output", type=Path, metavar="FILE", help="write here instead of to stdout")
     export.set_defaults(run=run_export)
@@ -61,7 +61,7 @@ def run_export(arguments: argparse.Namespace) -> None:
 
 
 async def _export(arguments: argparse.Namespace) -> list[str]:
-    query = f"{LABELS_PATH}?limit={arguments.limit}" + ("&uniform=1" if arguments.uniform else "")
+    query = f"{LABELS_PATH}?limit={arguments.limit}&uniform={int(arguments.uniform)}"
     rows: list[str] = []
     async with connect(arguments.deployment, arguments.namespace, arguments.url, arguments.token_file) as gateway:
         async for line in gateway.lines(query):
@@ -94,15 +94,15 @@ def run_import(arguments: argparse.Namespace) -> None:
 
 
 async def _import(arguments: argparse.Namespace, rows: list[LabelRow]) -> LabelReceipt:
-    accepted = unknown = sent = 0
-    receipt = LabelReceipt(accepted=0, unknown=0, train=0, gate=0)
+    total = LabelReceipt(accepted=0, unknown=0, train=0, gate=0)
+    sent = 0
     async with connect(arguments.deployment, arguments.namespace, arguments.url, arguments.token_file) as gateway:
         for batch in batches(rows):
             receipt = await _send(gateway, batch)
-            accepted, unknown, sent = accepted + receipt.accepted, unknown + receipt.unknown, sent + len(batch)
+            sums = {name: getattr(total, name) + getattr(receipt, name) for name in LabelReceipt.model_fields}
+            total, sent = total.model_copy(update=sums), sent + len(batch)
             _say(f"{sent:,} of {len(rows):,} labels sent")
-    # train and gate are totals of the deployment, so the last answer holds.
-    return receipt.model_copy(update={"accepted": accepted, "unknown": unknown})
+    return total
 
 
 async def _send(gateway: Gateway, batch: list[LabelRow]) -> LabelReceipt:
@@ -121,7 +121,7 @@ def read_labels(lines: Iterable[str], name: str) -> tuple[list[LabelRow], int]:
         if not line.strip():
             continue
         fields = _object(line, f"{name}:{number}")
-        if fields.get("label") in (None, ""):
+        if str(fields.get("label") or "").strip() == "":
             without += 1
             continue
         known = {key: fields[key] for key in ("id", "label", "document") if fields.get(key) is not None}

@@ -52,8 +52,8 @@ def application(play: Play) -> web.Application:
             return web.json_response({"error": {"message": "no token"}}, status=401)
         rows = [json.loads(line) for line in (await request.text()).splitlines()]
         play.posts.append(rows)
-        total = sum(map(len, play.posts))
-        return web.json_response({"accepted": len(rows) - 1, "unknown": 1, "train": total // 2, "gate": total - total // 2})
+        known = len(rows) - 1
+        return web.json_response({"accepted": known, "unknown": 1, "train": known // 2, "gate": known - known // 2})
 
     app = web.Application(client_max_size=1 << 26)
     app.router.add_get("/api/v1/namespaces/team/secrets/sentiment-keys", secret)
@@ -115,21 +115,21 @@ def test_the_namespace_is_the_kubeconfigs_where_none_is_given(play: Play, tmp_pa
     target = tmp_path / "rows.jsonl"
     assert main(["label", "export", "sentiment", "-o", str(target)]) == 0
     assert len(target.read_text().splitlines()) == 3
-    assert play.queries == [{"limit": "1000"}]
+    assert play.queries == [{"limit": "1000", "uniform": "0"}]
 
 
 def test_import_sends_labelled_rows_alone_and_adds_up_the_receipts(
     play: Play, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(labels, "ROWS_PER_REQUEST", 2)
-    exported = [{"id": f"r{n}", "text": "t", "answer": "a", "capturedAt": "", "label": "negative"} for n in range(5)]
-    file = write(tmp_path / "labels.jsonl", *exported, {"id": "r9", "label": ""}, {"id": "r10", "document": "d"})
+    monkeypatch.setattr(labels, "ROWS_PER_REQUEST", 3)
+    exported = [{"id": f"r{n}", "text": "t", "answer": "a", "capturedAt": "", "label": "negative"} for n in range(7)]
+    file = write(tmp_path / "labels.jsonl", *exported, {"id": "r9", "label": " "}, {"id": "r10", "document": "d"})
     assert main(["label", "import", "-n", "team", "sentiment", file]) == 0
-    assert [len(post) for post in play.posts] == [2, 2, 1]
+    assert [len(post) for post in play.posts] == [3, 3, 1]
     assert play.posts[0][0] == {"id": "r0", "label": "negative"}
     out, err = capsys.readouterr()
-    assert json.loads(out) == {"accepted": 2, "unknown": 3, "train": 2, "gate": 3}
-    assert "4 of 5 labels sent" in err
+    assert json.loads(out) == {"accepted": 4, "unknown": 3, "train": 2, "gate": 2}
+    assert "6 of 7 labels sent" in err
     assert "2 rows without a label passed over" in err
 
 
