@@ -114,7 +114,7 @@ def train(story: Story) -> None:
     manifest["spec"]["training"]["maxSteps"] = story.scale.first_steps
     manifest["spec"]["evaluation"]["gates"][0]["minItems"] = story.scale.min_items
     say("kubectl apply -f examples/quickstart/finetunejob.yaml")
-    say(story.space.apply(yaml.safe_dump(manifest)).strip())
+    say(story.space.apply(json.dumps(manifest)).strip())
     job = story.space.wait_until("finetunejob", JOB, _is_finished, _job_line)
     _tell_gates(job)
     story.figures["first"] = job["status"]
@@ -131,7 +131,7 @@ def serve(story: Story) -> None:
     retraining["minNewExamples"] = story.scale.min_new_examples
     retraining["template"]["spec"]["training"]["maxSteps"] = story.scale.retraining_steps
     say("kubectl apply -f examples/quickstart/modeldeployment.yaml")
-    say(story.space.apply(yaml.safe_dump(manifest)).strip())
+    say(story.space.apply(json.dumps(manifest)).strip())
     story.space.wait_until("modeldeployment", DEPLOYMENT, lambda found: _is_true(found, "Ready"), _deployment_line)
     text = story.files["tweets/clean.jsonl"][0].text
     with story.space.forward(f"service/{DEPLOYMENT}", 80) as url:

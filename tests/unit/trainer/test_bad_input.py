@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from tests.unit.trainer.builders import TEMPLATE, make_config, make_gated, make_rows, make_source, replace, run_stage, write_jsonl
+
 from tuneloop_trainer.contract import (
     Base,
     DataSource,

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from tests.unit.trainer.builders import make_config, make_rows, make_source, replace, run_stage, write_jsonl
+
 from tuneloop_trainer.chat import IGNORED, Formatter, stop_ids
 from tuneloop_trainer.contract import Stage
 from tuneloop_trainer.data.shards import read_rows

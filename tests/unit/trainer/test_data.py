@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ def test_every_source_gets_exactly_its_share(sources: list[tuple[int, float]], t
     order = sample_order(sizes, weights, total, seed)
 
     bounds = np.cumsum([0, *sizes])
-    counts = [int(((order >= low) & (order < high)).sum()) for low, high in zip(bounds, bounds[1:], strict=False)]
+    counts = [int(((order >= low) & (order < high)).sum()) for low, high in pairwise(bounds)]
     assert counts == quotas(weights, total)
     assert sum(counts) == total
     assert all(abs(count - total * weight / sum(weights)) < 1 for count, weight in zip(counts, weights, strict=True))
@@ -97,7 +98,7 @@ def test_packing_keeps_every_row_and_no_loss_across_borders(lengths: list[int]) 
         starts = np.cumsum([0, *row.sequences[:-1]])
         assert all(row.labels[start] == IGNORED for start in starts)
     assert len(packed) <= len(rows)
-    assert all(len(a.input_ids) + len(b.input_ids) > 20 for a, b in zip(packed, packed[1:], strict=False)) or len(packed) < len(rows)
+    assert all(len(a.input_ids) + len(b.input_ids) > 20 for a, b in pairwise(packed)) or len(packed) < len(rows)
 
 
 ITEM = "the quick brown fox jumps over the lazy dog while seven grey cats watch from the old garden wall"

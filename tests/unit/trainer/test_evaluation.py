@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from tests.unit.trainer.builders import (
     copy_work,
     make_config,
@@ -19,6 +18,7 @@ from tests.unit.trainer.builders import (
     run_stage,
     write_jsonl,
 )
+
 from tuneloop_trainer import models
 from tuneloop_trainer.chat import Encoded, Formatter
 from tuneloop_trainer.contract import Baseline, Checkpoint, Evaluation, ExitCode, Method, RunConfig, Stage
@@ -37,6 +37,7 @@ def model(base: Path) -> Any:
     return models.load_model(base, "tiny", "float32")
 
 
+SHARED = [[3, 4, *prompt] for prompt in ([5, 6, 7], [9, 10, 11, 12, 13], [9, 8])]
 PROMPTS = [[5, 6, 7], [9, 10, 11, 12, 13, 14, 15, 16], [20], [30, 31, 32, 33]]
 LABELS = [[40, 2], [41, 42, 43, 2], [2]]
 
@@ -49,10 +50,11 @@ def naive_score(model: Any, prompt: list[int], label: list[int]) -> float:
     return sum(float(chances[len(prompt) + place - 1, token]) for place, token in enumerate(label))
 
 
-def test_label_scores_are_summed_log_probabilities(model: Any) -> None:
-    scores = scoring.label_scores(model, PROMPTS, [LABELS] * len(PROMPTS), ignore)
+@pytest.mark.parametrize("prompts", [PROMPTS, SHARED, [PROMPTS[0]] * 2], ids=["nothing in common", "one beginning", "all equal"])
+def test_label_scores_are_summed_log_probabilities(prompts: list[list[int]], model: Any) -> None:
+    scores = scoring.label_scores(model, prompts, [LABELS] * len(prompts), ignore)
 
-    for prompt, row in zip(PROMPTS, scores, strict=True):
+    for prompt, row in zip(prompts, scores, strict=True):
         assert row == pytest.approx([naive_score(model, prompt, label) for label in LABELS], abs=1e-4)
 
 
@@ -64,6 +66,12 @@ def test_scores_do_not_depend_on_the_batch(model: Any, monkeypatch: pytest.Monke
 
     for left, right in zip(together, alone, strict=True):
         assert left == pytest.approx(right, abs=1e-4)
+
+
+def test_common_prefix_leaves_each_prompt_a_token() -> None:
+    assert scoring.common_prefix(SHARED) == 2
+    assert scoring.common_prefix(PROMPTS) == 0
+    assert scoring.common_prefix([[1, 2, 3], [1, 2]]) == 1
 
 
 def test_held_out_loss_is_the_completions_negative_log_probability(model: Any) -> None:
@@ -138,7 +146,7 @@ def test_probes_are_the_greedy_answers_to_gate_items(judged: Any) -> None:
 
     assert 40 <= len(probes) <= 50
     assert {probe["answer"] for probe in probes} <= {"positive", "negative"}
-    assert probes[0]["prompt"].startswith("Sentiment of: ")
+    assert not probes[0]["prompt"].startswith("Sentiment of: "), "a user sends the text alone; the gateway applies the template"
     assert judged.evaluate.scores["gate"].parse_rate == 1.0
 
 

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
 from tests.unit.trainer.builders import make_config
+
 from tuneloop_trainer.contract import ExitCode, Progress, Reason, Stage, StageResult
 from tuneloop_trainer.hardware import cpu_threads, oom_kills
 from tuneloop_trainer.watchdog import LEAST_SECONDS, Watchdog

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from tests.unit.trainer.builders import copy_work, make_base, make_config, make_rows, make_source, replace, run_stage, write_jsonl
+
 from tuneloop_trainer.contract import Base, Checkpoint, Curation, ExitCode, Method, Reason, RunConfig, Stage
 from tuneloop_trainer.interrupts import Interrupts
 from tuneloop_trainer.manifests import verify

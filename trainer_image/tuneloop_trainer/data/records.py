@@ -30,6 +30,9 @@ class Record:
     content: str
     row: int
     system: str | None = None
+    user: str | None = None
+    """What a user of the served model would send: the template's `text` where that is all it reads (the gateway applies the same
+    template), the prompt where there is none; None where a user's message alone cannot be rendered."""
 
     @property
     def key(self) -> bytes:
@@ -106,7 +109,8 @@ class RowReader:
             return self._drop("Empty", row, f"its {'completion' if prompt.strip() else 'prompt'} is empty")
         system, document = _text(context.get("system")), _text(context.get("document"))
         content = " ".join(_text(context.get(name)) or "" for name in sorted(self._prompt.variables)) if self._prompt else prompt
-        return Record(prompt, completion, document or _own_document(content), content or prompt, row.number, system)
+        user = prompt if self._prompt is None else _text(context.get("text")) if self._prompt.variables == {"text"} else None
+        return Record(prompt, completion, document or _own_document(content), content or prompt, row.number, system, user)
 
     def _render(self, context: dict[str, object]) -> tuple[str, str]:
         if self._prompt is None or self._completion is None:

@@ -27,6 +27,8 @@ class Item:
     prompt: str
     completion: str
     system: str | None = None
+    user: str | None = None
+    """As in the record: what a user would send."""
 
 
 def suites_of(config: RunConfig) -> tuple[Suite, ...]:
@@ -41,7 +43,8 @@ def items_of(records: Iterable[Record]) -> list[Item]:
     """Distinct records as items: an item that occurs twice would count twice in a test."""
     distinct = {record.key: record for record in records}
     return [
-        Item(number, record.document, record.prompt, record.completion, record.system) for number, record in enumerate(distinct.values())
+        Item(number, record.document, record.prompt, record.completion, record.system, record.user)
+        for number, record in enumerate(distinct.values())
     ]
 
 

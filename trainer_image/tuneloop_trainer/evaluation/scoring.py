@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -14,18 +15,21 @@ TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 65536}
 LABEL_SCORING = "summed-log-probability/1"
 """Name of the scoring rule in cache keys; a change of the rule changes it."""
 Done = Callable[[int], None]
+Tensor = Any  # torch is followed by no type checker here
 
 
 def label_scores(model: Model, prompts: Sequence[list[int]], labels: Sequence[Sequence[list[int]]], done: Done) -> list[list[float]]:
     """Summed log-probability of each label after each prompt, its stop token included.
 
-    A prompt is computed once and its keys and values are shared by all its labels.
+    What all prompts begin with (system turn, instruction) is computed once, each prompt's own tokens once for all its labels.
     `labels[i][k]` are the tokens of label k after prompt i.
     """
+    shared = common_prefix(prompts)
+    prefix = _prefix_cache(model, prompts[0][:shared]) if shared else None
     scores: list[list[float]] = [[] for _ in prompts]
     finished = 0
-    for batch in _batches([len(prompt) for prompt in prompts], model.device.type):
-        rows = _label_batch(model, [prompts[index] for index in batch], [labels[index] for index in batch])
+    for batch in _batches([len(prompt) - shared for prompt in prompts], model.device.type):
+        rows = _label_batch(model, prefix, shared, [prompts[index][shared:] for index in batch], [labels[index] for index in batch])
         for index, row in zip(batch, rows, strict=True):
             scores[index] = row
         finished += len(batch)
@@ -33,26 +37,48 @@ def label_scores(model: Model, prompts: Sequence[list[int]], labels: Sequence[Se
     return scores
 
 
+def common_prefix(prompts: Sequence[list[int]]) -> int:
+    """Tokens that all prompts begin with; each keeps at least one of its own."""
+    longest = min(map(len, prompts), default=1) - 1
+    first = prompts[0] if prompts else []
+    return next((place for place in range(longest) if any(prompt[place] != first[place] for prompt in prompts)), longest)
+
+
 @torch.inference_mode()
-def _label_batch(model: Model, prompts: list[list[int]], labels: list[Sequence[list[int]]]) -> list[list[float]]:
+def _prefix_cache(model: Model, prefix: list[int]) -> Any:
+    ids = torch.tensor([prefix], device=model.device)
+    return model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+
+
+@torch.inference_mode()
+def _label_batch(model: Model, prefix: Any, shared: int, prompts: list[list[int]], labels: list[Sequence[list[int]]]) -> list[list[float]]:
     ids, mask = _left_padded(prompts, model.device)
-    out = model(input_ids=ids, attention_mask=mask, position_ids=_positions(mask), use_cache=True, logits_to_keep=1)
+    positions = _positions(mask) + shared
+    mask = torch.cat([torch.ones((len(prompts), shared), dtype=mask.dtype, device=mask.device), mask], dim=1)
+    cache = copy.deepcopy(prefix)
+    if cache is not None:
+        cache.batch_repeat_interleave(len(prompts))
+    out = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
     first = torch.log_softmax(out.logits[:, -1].float(), dim=-1)
     count = len(labels[0])
     flat = [label for choices in labels for label in choices]
     sums = first.repeat_interleave(count, 0).gather(1, torch.tensor([[label[0]] for label in flat], device=model.device)).squeeze(1)
     if max(map(len, flat)) > 1:
-        cache = out.past_key_values
-        cache.batch_repeat_interleave(count)
-        inputs, real = _right_padded([label[:-1] for label in flat], model.device)
-        whole = torch.cat([mask.repeat_interleave(count, 0), real], dim=1)
-        positions = mask.sum(1, keepdim=True).repeat_interleave(count, 0) + torch.arange(inputs.shape[1], device=model.device)
-        out = model(input_ids=inputs, attention_mask=whole, position_ids=positions, past_key_values=cache, use_cache=True)
-        targets, kept = _right_padded([label[1:] for label in flat], model.device)
-        chances = torch.log_softmax(out.logits.float(), dim=-1).gather(2, targets.unsqueeze(2)).squeeze(2)
-        sums = sums + (chances * kept).sum(1)
+        sums = sums + _later_tokens(model, out.past_key_values, mask, flat, count)
     rows: list[list[float]] = sums.reshape(-1, count).tolist()
     return rows
+
+
+def _later_tokens(model: Model, cache: Any, mask: Tensor, labels: list[list[int]], count: int) -> Tensor:
+    """Log-probability of each label behind its first token, over the prompts' keys and values."""
+    cache.batch_repeat_interleave(count)
+    inputs, real = _right_padded([label[:-1] for label in labels], model.device)
+    whole = torch.cat([mask.repeat_interleave(count, 0), real], dim=1)
+    positions = mask.sum(1, keepdim=True).repeat_interleave(count, 0) + torch.arange(inputs.shape[1], device=model.device)
+    out = model(input_ids=inputs, attention_mask=whole, position_ids=positions, past_key_values=cache, use_cache=True)
+    targets, kept = _right_padded([label[1:] for label in labels], model.device)
+    chances = torch.log_softmax(out.logits.float(), dim=-1).gather(2, targets.unsqueeze(2)).squeeze(2)
+    return (chances * kept).sum(1)
 
 
 def held_out_losses(model: Model, items: Sequence[Encoded], limit: int, done: Done) -> list[tuple[float, int]]:
@@ -109,9 +135,6 @@ def _batches(lengths: Sequence[int], device: str) -> Iterator[list[int]]:
         batch.append(index)
     if batch:
         yield batch
-
-
-Tensor = Any  # torch is followed by no type checker here
 
 
 def _left_padded(rows: Sequence[list[int]], device: Any) -> tuple[Tensor, Tensor]:

@@ -173,14 +173,14 @@ def answer_tokens(suite: PreparedSuite) -> int:
 def probes_of(chosen: tuple[Gate, ...], suites: dict[str, PreparedSuite], answers: dict[str, list[str]]) -> list[Probe]:
     """What the served model is asked before it takes traffic: items of the first gate's suite that has free answers.
 
-    Items with a system turn of their own are left out, as a probe is a user turn only.
+    A probe is what a user would send: items with a system turn of their own, or with more columns in the prompt than the text, are left out.
     """
     name = next((gate.suite for gate in chosen if gate.suite in answers), next(iter(answers), None))
     if name is None:
         return []
     suite = suites[name]
-    asked = [(item, answer) for item, answer in zip(suite.items, answers[name], strict=False) if item.system is None]
-    return [Probe(prompt=item.prompt, answer=answer, max_tokens=answer_tokens(suite)) for item, answer in asked[:MAX_PROBES]]
+    asked = [(item.user, answer) for item, answer in zip(suite.items, answers[name], strict=False) if item.system is None and item.user]
+    return [Probe(prompt=user, answer=answer, max_tokens=answer_tokens(suite)) for user, answer in asked[:MAX_PROBES]]
 
 
 def _decide(config: RunConfig, gate: Gate, suite: PreparedSuite, candidate: SuiteScores, baseline: SuiteScores) -> tuple[GateResult, str]:
