@@ -91,6 +91,8 @@ def _conditions(found: Findings, now: datetime) -> list[Condition]:
 def _available(found: Findings, now: datetime) -> Claim:
     """The URL answers: a gateway is ready, works by a configuration with a stable revision, and that has a ready engine."""
     snapshot, rollout = found.snapshot, found.rollout
+    if any((key.kind, key.name) == ("Service", snapshot.name) for key in snapshot.conflicts):
+        return _conflict(snapshot)
     if rollout.stable is None:
         return _nothing_serves(found)
     if not snapshot.ready_gateways:
@@ -135,9 +137,7 @@ def _ready(found: Findings, available: Claim) -> Claim:
     """Available, and what the spec asks for is what answers."""
     snapshot, rollout, target = found.snapshot, found.rollout, found.rollout.target
     if snapshot.conflicts:
-        taken = ", ".join(f"{key.kind} {key.name}" for key in snapshot.conflicts[:4])
-        message = f"{taken} exists and belongs to somebody else. Rename or delete it, or give this deployment another name."
-        return Claim(False, R.NAME_CONFLICT, message, is_stalled=True)
+        return _conflict(snapshot)
     if rollout.failure is not None:
         return _broken(rollout.failure, R.ROLLING_OUT, "")
     if not available.holds:
@@ -152,6 +152,12 @@ def _ready(found: Findings, available: Claim) -> Claim:
         return Claim(True, target.reason, target.message)
     assert rollout.stable is not None  # it is available
     return Claim(True, R.SERVING, f"Version {rollout.stable.pinned.version} takes all traffic.")
+
+
+def _conflict(snapshot: Snapshot) -> Claim:
+    taken = ", ".join(f"{key.kind} {key.name}" for key in snapshot.conflicts[:4])
+    message = f"{taken} exists and belongs to somebody else. Rename or delete it, or give this deployment another name."
+    return Claim(False, R.NAME_CONFLICT, message, is_stalled=True)
 
 
 def _keeps_serving(found: Findings) -> bool:

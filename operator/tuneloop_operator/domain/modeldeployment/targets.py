@@ -132,5 +132,8 @@ def _known(snapshot: Snapshot) -> str:
 def _rejected_text(rejected: Revision, stable: Revision | None) -> str:
     verdict = rejected.verdict
     assert verdict is not None  # rejected revisions have one
+    number = rejected.pinned.version
+    if stable is not None and stable.pinned.version == number:
+        return f"Version {number} was rejected under the new spec ({verdict.reason}): {verdict.message} It serves on under the old one."
     serving = f" Version {stable.pinned.version} serves on." if stable is not None else ""
-    return f"Version {rejected.pinned.version} was rejected here ({verdict.reason}): {verdict.message}{serving}"
+    return f"Version {number} was rejected here ({verdict.reason}): {verdict.message}{serving}"
