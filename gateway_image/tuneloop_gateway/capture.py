@@ -23,8 +23,6 @@ from tuneloop_gateway.proxy import Exchange
 logger = logging.getLogger(__name__)
 BATCH = 200
 BATCH_SECONDS = 0.25
-SLICE = 8
-"""Rows prepared before requests get the loop again."""
 TRIES = 3
 CURATED_DAYS = 180
 SWEEP_SECONDS = 3600.0
@@ -74,14 +72,13 @@ class Capture:
         self._metrics.dropped(reason, rows)
 
     async def prepare(self) -> None:
-        """Turns exchanges into rows, a few at a time. Runs for ever; goes on while the database is away."""
+        """Turns exchanges into rows, one at a time. Runs for ever; goes on while the database is away."""
         while True:
             await self._wake.wait()
             self._wake.clear()
             while self._ended:
-                for _ in range(min(SLICE, len(self._ended))):
-                    await self._prepare_one(self._ended.popleft())
-                await asyncio.sleep(0)
+                await self._prepare_one(self._ended.popleft())
+                await asyncio.sleep(0)  # requests come first
 
     async def _prepare_one(self, exchange: Exchange) -> None:
         redact = self._configuration.current.capture.personal_data == "Redact"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from collections import Counter
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -58,6 +60,15 @@ def test_features_are_unique_sorted_buckets_of_any_text(text: str) -> None:
     assert len(row) >= 1
     assert list(row) == sorted(set(row.tolist()))
     assert int(row.max()) < BUCKETS
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(st.characters(max_codepoint=300), min_size=3, max_size=80))
+def test_trigrams_are_hashed_by_crc32_with_a_prefix_of_their_own(text: str) -> None:
+    lowered = text.lower()
+    grams = {crc32(("c" + lowered[i : i + 3]).encode()) % BUCKETS for i in range(len(lowered) - 2)}
+    words = {crc32(("w" + token).encode()) % BUCKETS for token in re.findall(r"\w+|[^\w\s]", lowered)}
+    assert set(features(text).tolist()) == grams | words
 
 
 # --- the detector ----------------------------------------------------------------
