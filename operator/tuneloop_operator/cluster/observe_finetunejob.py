@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
@@ -28,6 +29,7 @@ CHILDREN = ("Job", "Pod", "ConfigMap", "NetworkPolicy")
 MUTE_SECONDS = 3.0
 """A Job without a pod, or a pod without a word for so long, is asked after in the events."""
 MAX_EVENTS = 20
+NEWS_SECONDS = 180.0
 MESSAGE_LIMIT = 2000
 
 
@@ -123,9 +125,14 @@ async def _with_warnings(cluster: Cluster, run: StageRun, now: datetime) -> Stag
     if subject is None:
         return run
     raw = await cluster.list("Event", run.job.metadata.namespace, fields={"involvedObject.uid": subject, "type": "Warning"})
-    events = [WarningEvent.model_validate(event) for event in raw[-MAX_EVENTS:]]
-    bounded = tuple(event.model_copy(update={"message": event.message[:MESSAGE_LIMIT]}) for event in events)
-    return StageRun(**(run.__dict__ | {"warnings": bounded}))
+    events = [event for event in map(WarningEvent.model_validate, raw) if run.pod is None or _is_news(event, now)]
+    newest = sorted(events, key=lambda event: event.last_timestamp or "", reverse=True)[:MAX_EVENTS]
+    return replace(run, warnings=tuple(event.model_copy(update={"message": event.message[:MESSAGE_LIMIT]}) for event in newest))
+
+
+def _is_news(event: WarningEvent, now: datetime) -> bool:
+    """Kubelet repeats what still holds; what it said of a volume that has long been mounted holds no longer."""
+    return event.last_timestamp is None or times.seconds_between(event.last_timestamp, now) < NEWS_SECONDS
 
 
 def _mute_subject(run: StageRun, now: datetime) -> str | None:

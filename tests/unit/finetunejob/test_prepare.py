@@ -37,7 +37,7 @@ def test_refused_input_is_looked_at_again_every_five_minutes_and_stays_stalled_m
     decision = world.settle()
     assert decision.requeue_after == 300
     events = len(world.events)
-    for number in (2, 3, 4):
+    for number in range(2, 9):
         world.wait(300)
         world.settle()
         assert world.current().number == number
@@ -46,7 +46,7 @@ def test_refused_input_is_looked_at_again_every_five_minutes_and_stays_stalled_m
         world.ends(failed(Stage.PREPARE, 10, Reason.DATA_INVALID, NO_COLUMN))
         world.settle()
     assert len(world.events) == events
-    assert [run.number for run in world.snapshot().of(Stage.PREPARE)] == [3, 4]
+    assert [run.number for run in world.snapshot().of(Stage.PREPARE)] == [4, 5, 6, 7, 8]
 
 
 def test_a_source_that_was_mended_goes_on_by_itself() -> None:
@@ -95,15 +95,38 @@ def test_an_edit_of_the_run_policy_replaces_nothing() -> None:
     assert list(world.runs) == ["tweets-prepare-1"]
 
 
-def test_a_bug_in_prepare_is_not_tried_again_by_itself() -> None:
+@pytest.mark.parametrize("code", [1, 137, None])
+def test_whatever_else_prepare_fails_of_is_looked_at_again_at_the_same_pace(code: int | None) -> None:
+    """A gateway that is away for a while must not end a retraining."""
+    world = World(job=make_job(make_spec(runPolicy={"maxRestarts": 0})))
+    world.settle()
+    while world.job.status.phase != "Stalled":
+        world.ends(None, code)
+        world.settle()
+    assert world.condition("Stalled") is not None
+    made = len(world.made)
+    world.wait(299)
+    world.settle()
+    assert len(world.made) == made
+    world.wait(1)
+    world.settle()
+    assert world.job.status.phase == "Stalled"
+    world.ends(prepared())
+    world.settle()
+    assert world.current().stage is Stage.TRAIN
+
+
+def test_a_prepare_that_is_lost_again_and_again_is_not_restarted_for_ever() -> None:
     world = World()
     world.settle()
-    world.ends(failed(Stage.PREPARE, 1, Reason.INTERNAL_ERROR, "KeyError: 'x'"))
+    for _ in range(3):
+        world.ends(None, None)
+        world.wait(300)
+        world.settle()
+        assert world.job.status.phase == "Preparing"
+    world.ends(None, None)
     world.settle()
-    assert world.condition("Stalled") == ("True", "InternalError")
-    world.wait(10_000)
-    world.settle()
-    assert list(world.runs) == ["tweets-prepare-1"]
+    assert world.condition("Stalled") == ("True", "RestartLimit")
 
 
 def test_training_pins_what_prepare_found_and_the_spec_from_then_on() -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from tuneloop_operator.api.conditions import JobReason
 from tuneloop_operator.domain import times
-from tuneloop_operator.domain.finetunejob.attempts import Active, Done, Due, Over
+from tuneloop_operator.domain.finetunejob.attempts import Active, Done, Due, Over, judge
 from tuneloop_operator.domain.finetunejob.blockers import blocker, claim_missing
 from tuneloop_operator.domain.finetunejob.case import Case, Standing
-from tuneloop_operator.domain.finetunejob.outcomes import Outcome, ended_at, outcome, result
+from tuneloop_operator.domain.finetunejob.outcomes import ended_at, outcome
 from tuneloop_trainer.contract import Stage
 
 LOOK_AGAIN = 300.0
@@ -100,34 +100,29 @@ def _going(case: Case, stage: Stage, active: Active) -> Standing:
 
 
 def _replace_outdated(case: Case) -> None:
-    """Attempts that were asked for something else are ended, and of the ended ones all but the newest two go."""
+    """Attempts that were asked for something else go; of the others, those that no count of failures needs any more."""
     current = case.runs(Stage.PREPARE)
     outdated = [run for run in case.snapshot.of(Stage.PREPARE) if run not in current]
     ended = [run for run in current if not outcome(run).is_active]
-    case.delete += [run.target for run in (*outdated, *ended[:-2])]
+    needed = case.job.spec.run_policy.max_restarts + 2
+    case.delete += [run.target for run in (*outdated, *ended[:-needed])]
 
 
 def _refusal(case: Case) -> Standing | None:
-    """What the newest finished look at the same input came to, if that was a refusal."""
-    finished = [run for run in case.runs(Stage.PREPARE) if not outcome(run).is_active]
-    if not finished or outcome(finished[-1]) is not Outcome.INVALID:
-        return None
-    said = result(finished[-1])
-    reason = JobReason(said.reason.value) if said is not None and said.reason is not None else JobReason.DATA_INVALID
-    message = said.message if said is not None and said.message else "Stage prepare refused its input."
-    return _stalled(reason, message)
+    """What the finished looks at the same input came to, if that was no good."""
+    finished = tuple(run for run in case.runs(Stage.PREPARE) if not outcome(run).is_active)
+    verdict = judge(Stage.PREPARE, finished, case.job.spec.run_policy.max_restarts)
+    return _stalled(verdict, LOOK_AGAIN) if isinstance(verdict, Over) else None
 
 
 def _refused(case: Case, over: Over) -> Standing:
-    """Stalled until the spec or the retry annotation changes; data and models may change where they lie, so they are looked at again."""
-    if over.outcome is not Outcome.INVALID:
-        return _stalled(over.reason, over.message, None)
+    """Stalled until the spec or the retry annotation changes. Data, models and gateways may change where they are, so the stage, which
+    takes no device, looks again every few minutes."""
     left = LOOK_AGAIN - times.seconds_between(ended_at(over.run), case.now)
     if left <= 0:
         case.start(Stage.PREPARE)
-        left = LOOK_AGAIN
-    return _stalled(over.reason, over.message, left)
+    return _stalled(over, left if left > 0 else LOOK_AGAIN)
 
 
-def _stalled(reason: JobReason, message: str, requeue_after: float | None = LOOK_AGAIN) -> Standing:
-    return Standing("Stalled", reason, message, is_stalled=True, succeeded=False, requeue_after=requeue_after)
+def _stalled(over: Over, requeue_after: float) -> Standing:
+    return Standing("Stalled", over.reason, over.message, is_stalled=True, succeeded=False, requeue_after=requeue_after)
