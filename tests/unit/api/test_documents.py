@@ -67,4 +67,5 @@ def test_architecture_names_files_that_exist() -> None:
         if found:
             folder = PACKAGES[found[1]]
             for name in re.findall(r"`([a-z_*/.]+)`", cells[1]):
-                assert list(folder.glob(f"**/{name.rstrip('/')}")), name
+                path = name.rstrip("/")
+                assert [*folder.glob(f"**/{path}"), *ROOT.glob(f"charts/**/{path}")], name
