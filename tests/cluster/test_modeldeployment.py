@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -132,5 +133,134 @@ def test_a_deployment_comes_into_service_and_moves_on_to_the_next_version(operat
     config = stage.gateway.config()
     assert config is not None
     assert [(r.version, r.weight) for r in config.revisions] == [(2, 100)]
-    outcomes = {r["data"]["version"]: r["metadata"]["annotations"]["tuneloop.dev/outcome"] for r in api.list("ControllerRevision", namespace)}
-    assert outcomes == {1: "Promoted", 2: "Promoted"}
+    assert [record(api, namespace, number)["tuneloop.dev/outcome"] for number in (1, 2)] == ["Promoted", "Promoted"]
+
+
+def test_pods_come_from_what_was_pinned_and_pass_the_restricted_policy(operator: OperatorProcess, stage: Stage, api: Api, namespace: str) -> None:
+    api.call("PATCH", f"/api/v1/namespaces/{namespace}", RESTRICTED, "application/merge-patch+json")
+    stage.serve()
+    pods = {p["metadata"]["labels"]["app.kubernetes.io/component"]: p for p in api.list("Pod", namespace)}
+    assert set(pods) == {"engine", "gateway"}
+    engine = pods["engine"]["spec"]
+    assert engine["initContainers"][0]["command"][1:] == ["/etc/tuneloop/guard/engine_guard.py", "verify", "/volumes/models/sentiment/v1", digest(1)]
+    assert all(mount["readOnly"] for mount in engine["containers"][0]["volumeMounts"] if mount["mountPath"].startswith("/volumes"))
+    guard = api.get("ConfigMap", namespace, stage.engine(1))
+    assert guard is not None
+    assert "class Guard" in guard["data"]["engine_guard.py"]
+    for pod in pods.values():
+        assert pod["spec"]["automountServiceAccountToken"] is False
+        assert pod["spec"]["enableServiceLinks"] is False
+
+
+RESTRICTED = {"metadata": {"labels": {"pod-security.kubernetes.io/enforce": "restricted", "pod-security.kubernetes.io/enforce-version": "latest"}}}
+
+
+def test_a_mismatch_keeps_the_new_version_out(operator: OperatorProcess, stage: Stage, api: Api, namespace: str) -> None:
+    stage.serve()
+    stage.gateway.probe = {"status": "Done", "asked": 50, "agreed": 47}
+    api.create(version(namespace, 2))
+    stage.start_engine(2)
+    ready = stage.wait("Ready", "True", "RolledBack")
+    assert "answered 47 of 50 probe items" in ready["message"]
+    wait_for(lambda: record(api, namespace, 2).get("tuneloop.dev/outcome") == "Rejected", what="the verdict on record")
+    assert record(api, namespace, 2)["tuneloop.dev/probes"] == "47/50"
+    wait_for(lambda: len(api.list("Deployment", namespace)) == 2, what="the engine of version 2 to go")
+    events = [e["reason"] for e in api.list("Event", namespace) if e["involvedObject"]["name"] == NAME]
+    assert "Rejected" in events
+
+
+@pytest.mark.parametrize(
+    ("trouble", "reason"),
+    [
+        (lambda play, pod: play.unschedulable(pod), "Unschedulable"),
+        (lambda play, pod: play.wait_in_container(pod, "ImagePullBackOff", "no such image."), "ImagePullFailed"),
+    ],
+)
+def test_what_stands_in_the_way_is_named_and_goes_away_by_itself(
+    operator: OperatorProcess, stage: Stage, api: Api, namespace: str, trouble: Any, reason: str
+) -> None:
+    stage.serve()
+    api.create(version(namespace, 2))
+    pod = stage.play.pod(stage.engine(2))
+    trouble(stage.play, pod)
+    stage.wait("Stalled", "True", reason)
+    stage.wait("Available", "True", "Serving")
+    stage.play.run(pod)
+    wait_for(lambda: stage.status()["stable"]["version"] == 2, what="version 2 to take over")
+    assert api.condition("ModelDeployment", namespace, NAME, "Stalled") is None
+
+
+def record(api: Api, namespace: str, number: int) -> dict[str, str]:
+    """Annotations of a version's revision."""
+    revision = next(r for r in api.list("ControllerRevision", namespace) if r["data"]["version"] == number)
+    annotations: dict[str, str] = revision["metadata"].get("annotations", {})
+    return annotations
+
+
+def test_a_taken_name_is_a_condition_and_never_overwritten(operator: OperatorProcess, stage: Stage, api: Api, namespace: str) -> None:
+    foreign = {"apiVersion": "v1", "kind": "Service", "metadata": {"name": NAME, "namespace": namespace}, "spec": {"ports": [{"port": 1}]}}
+    api.create(foreign)
+    api.create(version(namespace, 1))
+    api.create(deployment(namespace))
+    stalled = stage.wait("Stalled", "True", "NameConflict")
+    assert f"Service {NAME}" in stalled["message"]
+    stage.wait("Available", "False", "NameConflict")
+    found = api.get("Service", namespace, NAME)
+    assert found is not None
+    assert [port["port"] for port in found["spec"]["ports"]] == [1]
+    api.delete("Service", namespace, NAME)
+    stage.start_engine(1)
+    stage.start_gateway()
+    stage.api.wait_for_condition("ModelDeployment", namespace, NAME, "Ready", "True", "Serving", timeout=60)
+
+
+def test_scale_is_a_subresource_and_makes_no_revision(operator: OperatorProcess, stage: Stage, api: Api, namespace: str) -> None:
+    stage.serve()
+    api.patch("ModelDeployment", namespace, NAME, {"spec": {"replicas": 3}}, "scale")
+    wait_for(lambda: stage.status()["replicas"] == 3, what="three engine pods")
+    scale = api.call("GET", f"/apis/tuneloop.dev/v1alpha1/namespaces/{namespace}/modeldeployments/{NAME}/scale")
+    assert scale["status"]["replicas"] == 3
+    assert len(api.list("Pod", namespace, scale["status"]["selector"].replace(",", "%2C"))) == 3
+    assert len(api.list("ControllerRevision", namespace)) == 1
+
+
+def test_captured_data_survives_the_deployment_and_all_else_goes(operator: OperatorProcess, stage: Stage, api: Api, namespace: str) -> None:
+    stage.serve()
+    api.delete("ModelDeployment", namespace, NAME)
+    for kind in ("Deployment", "ConfigMap", "Service", "ControllerRevision", "NetworkPolicy", "Role", "RoleBinding", "ServiceAccount", "Secret"):
+        wait_for(lambda kind=kind: not _ours(api, kind, namespace), what=f"no {kind} to be left")
+    claim = api.get("PersistentVolumeClaim", namespace, f"{NAME}-data")
+    assert claim is not None
+    assert "ownerReferences" not in claim["metadata"]
+    api.create(deployment(namespace))  # takes the claim up again
+    stage.start_engine(1)
+    stage.start_gateway()
+    stage.wait("Ready", "True", "Serving")
+
+
+def _ours(api: Api, kind: str, namespace: str) -> list[Object]:
+    return api.list(kind, namespace, "app.kubernetes.io/managed-by=tuneloop")
+
+
+def test_a_served_deployment_is_quiet_and_a_restart_writes_nothing(
+    operator: OperatorProcess, start_operator: Start, stage: Stage, api: Api, namespace: str
+) -> None:
+    stage.serve()
+    wait_for(lambda: not _changed(api, namespace, 3.0), what="three seconds without a write")
+    before = versions(api, namespace)
+    operator.stop()
+    start_operator(identity="operator-b")
+    assert not _changed(api, namespace, 6.0)
+    assert versions(api, namespace) == before
+
+
+def versions(api: Api, namespace: str) -> dict[str, str]:
+    """Versions of everything that the operator writes."""
+    kinds = ("ModelDeployment", "ModelVersion", "Deployment", "ConfigMap", "Service", "ControllerRevision", "NetworkPolicy", "Role", "Secret")
+    return {f"{kind}/{o['metadata']['name']}": o["metadata"]["resourceVersion"] for kind in kinds for o in api.list(kind, namespace)}
+
+
+def _changed(api: Api, namespace: str, seconds: float) -> bool:
+    before = versions(api, namespace)
+    time.sleep(seconds)
+    return versions(api, namespace) != before
