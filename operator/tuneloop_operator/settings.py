@@ -13,7 +13,9 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    namespace: str = Field(default="tuneloop-system", description="Namespace of the operator itself: its Lease, and who may reach gateways and trainers.")
+    namespace: str = Field(
+        default="tuneloop-system", description="Namespace of the operator itself: its Lease, and who may reach gateways and trainers."
+    )
     watch_namespaces: tuple[str, ...] = Field(default=(), description="Namespaces to watch; empty = all.")
     identity: str = Field(default="operator", description="Holder of the Lease; the pod's name.")
     leader_election: bool = True
@@ -25,7 +27,9 @@ class Settings(BaseModel):
     image_pull_policy: str = "IfNotPresent"
     pod_user: int | None = Field(default=65532, description="runAsUser of trainer, gateway and engine pods; None = the platform's choice.")
     fs_group: int | None = Field(default=65532, description="One fsGroup per namespace, so that stages and engines share files.")
-    prometheus_url: str | None = Field(default=None, description="Prometheus that monitoring.source: Prometheus reads, e.g. http://prometheus.monitoring:9090.")
+    prometheus_url: str | None = Field(
+        default=None, description="Prometheus that monitoring.source: Prometheus reads, e.g. http://prometheus.monitoring:9090."
+    )
     prometheus_token_file: str | None = None
     cluster_domain: str = "cluster.local"
     workers: int = 8
