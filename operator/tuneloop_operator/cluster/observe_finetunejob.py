@@ -151,7 +151,7 @@ async def _missing_claims(cluster: Cluster, job: api.FineTuneJob, runs: list[Sta
     """Looked for before the first pod; later the scheduler says it."""
     if runs or job.status.started_at is not None or job.status.finished_at is not None or job.spec.run_policy.suspend:
         return ()
-    claims = training.all_claims(job, run_config(job, job.status.resolved, settings))
+    claims = training.all_claims(job, run_config(job, job.status.resolved))
     found = [await cluster.get("PersistentVolumeClaim", job.metadata.namespace, claim) for claim in claims]
     return tuple(claim for claim, raw in zip(claims, found, strict=True) if raw is None)
 

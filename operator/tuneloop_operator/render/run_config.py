@@ -8,7 +8,6 @@ from tuneloop_gateway.contract import INTERNAL_PORT
 from tuneloop_operator.api import finetunejob as api
 from tuneloop_operator.api.types import Source
 from tuneloop_operator.render import names
-from tuneloop_operator.settings import Settings
 from tuneloop_trainer import contract
 
 FEEDBACK_PATH = "/etc/tuneloop/feedback"
@@ -20,7 +19,7 @@ CHECKPOINT_MINUTES = 10.0
 GENERATED_FOLDERS = ("runs", "models", "cache")
 
 
-def run_config(job: api.FineTuneJob, resolved: api.Resolved, settings: Settings, micro_batch: int | None = None) -> contract.RunConfig:
+def run_config(job: api.FineTuneJob, resolved: api.Resolved, micro_batch: int | None = None) -> contract.RunConfig:
     """The file that all stages of a run read; `micro_batch` is set after an attempt that was out of memory."""
     spec = job.spec
     return contract.RunConfig(
@@ -32,12 +31,12 @@ def run_config(job: api.FineTuneJob, resolved: api.Resolved, settings: Settings,
         loss=spec.objective.sft.loss if spec.objective.sft is not None else "CompletionOnly",
         prompt_format=spec.prompt_format,
         method=_method(spec.method),
-        train=tuple(_data_source(job, source, settings) for source in spec.data.train),
+        train=tuple(_data_source(job, source) for source in spec.data.train),
         validation_fraction=float(spec.data.validation.fraction) if spec.data.validation is not None else 0.0,
         curation=contract.Curation(deduplicate=spec.data.curation.deduplicate, decontaminate=spec.data.curation.decontaminate),
         training=_training(spec, micro_batch),
         checkpoint=_checkpoint(spec.checkpoint),
-        evaluation=_evaluation(job, resolved, settings),
+        evaluation=_evaluation(job, resolved),
         model=spec.output.model,
         output_format=output_format(spec),
         image=resolved.image or "",
@@ -110,7 +109,7 @@ def _checkpoint(asked: api.Checkpoint) -> contract.Checkpoint:
 
 
 def _rows(
-    job: api.FineTuneJob, source: Source | None, feedback: api.FeedbackRef | None, split: Literal["train", "gate"], settings: Settings
+    job: api.FineTuneJob, source: Source | None, feedback: api.FeedbackRef | None, split: Literal["train", "gate"]
 ) -> contract.DataSource:
     """Where rows come from, without how they are read."""
     if source is not None:
@@ -118,10 +117,9 @@ def _rows(
     if feedback is None:
         raise ValueError("exactly one of source and feedback must be set")
     name = feedback.deployment
-    host = f"{names.gateway(name)}.{job.metadata.namespace}.svc.{settings.cluster_domain}"
     export = contract.FeedbackExport(
         deployment=name,
-        url=f"http://{host}:{INTERNAL_PORT}/internal/export",
+        url=f"{names.gateway_url(name, job.metadata.namespace)}:{INTERNAL_PORT}/internal/export",
         token_file=f"{FEEDBACK_PATH}/{name}/{INTERNAL_TOKEN}",
         split=split,
     )
@@ -136,8 +134,8 @@ def _columns(columns: api.Columns) -> dict[str, str]:
     return columns.model_dump(exclude_none=True)
 
 
-def _data_source(job: api.FineTuneJob, source: api.DataSource, settings: Settings) -> contract.DataSource:
-    rows = _rows(job, source.source, source.feedback, "train", settings)
+def _data_source(job: api.FineTuneJob, source: api.DataSource) -> contract.DataSource:
+    rows = _rows(job, source.source, source.feedback, "train")
     read = {"columns": _columns(source.columns), "template": _template(source.template), "weight": float(source.weight)}
     return rows.model_copy(update=read)
 
@@ -145,9 +143,9 @@ def _data_source(job: api.FineTuneJob, source: api.DataSource, settings: Setting
 # --- evaluation --------------------------------------------------------------
 
 
-def _evaluation(job: api.FineTuneJob, resolved: api.Resolved, settings: Settings) -> contract.Evaluation:
+def _evaluation(job: api.FineTuneJob, resolved: api.Resolved) -> contract.Evaluation:
     plan = job.spec.evaluation
-    suites = tuple(_suite(job, suite, settings) for suite in plan.suites)
+    suites = tuple(_suite(job, suite) for suite in plan.suites)
     gates = tuple(map(_gate, plan.gates))
     if not gates and job.spec.data.validation is not None:
         # A validation split without gates gets the default one: better than the baseline on held-out loss.
@@ -159,11 +157,11 @@ def _evaluation(job: api.FineTuneJob, resolved: api.Resolved, settings: Settings
     return contract.Evaluation(suites=suites, gates=gates, baseline=_baseline(resolved.baseline))
 
 
-def _suite(job: api.FineTuneJob, suite: api.Suite, settings: Settings) -> contract.Suite:
+def _suite(job: api.FineTuneJob, suite: api.Suite) -> contract.Suite:
     if suite.dataset is None:
         return contract.Suite(name=suite.name, type=suite.type, metrics=suite.metrics)
     dataset = suite.dataset
-    rows = _rows(job, dataset.source, dataset.feedback, "gate", settings)
+    rows = _rows(job, dataset.source, dataset.feedback, "gate")
     source = rows.model_copy(update={"columns": _columns(dataset.columns), "template": _template(dataset.template)})
     return contract.Suite(name=suite.name, type=suite.type, source=source, labels=dataset.labels, metrics=suite.metrics)
 

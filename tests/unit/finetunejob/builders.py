@@ -74,7 +74,8 @@ def prepared(**changes: Any) -> StageResult:
         shards_digest="d" * 64,
         prompt_probe_sha256="e" * 64,
     )
-    return StageResult(stage=Stage.PREPARE, exit_code=0, prepare=summary.model_copy(update=changes))
+    summary = summary.model_copy(update=changes)
+    return StageResult(stage=Stage.PREPARE, exit_code=0, uri="/volumes/models/runs/x/prepare/card.json", prepare=summary)
 
 
 def trained(step: int = 12) -> StageResult:

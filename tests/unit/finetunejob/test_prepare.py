@@ -136,6 +136,7 @@ def test_training_pins_what_prepare_found_and_the_spec_from_then_on() -> None:
     assert status.resolved.base_digest == BASE_DIGEST
     assert status.data is not None
     assert (status.data.rows_kept, status.data.dropped) == (1100, {"Duplicate": 100})
+    assert status.data.report_uri == "pvc://models/runs/x/prepare/card.json"
 
 
 def test_rows_of_the_hub_are_refused_with_the_field_that_names_them() -> None:

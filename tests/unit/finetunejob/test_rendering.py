@@ -179,7 +179,7 @@ def test_the_policy_admits_the_operators_namespace_to_the_progress_port_alone() 
 
 def test_a_validation_split_without_gates_gets_the_default_gate() -> None:
     spec = make_spec(data={"train": [{"source": {"uri": "pvc://d/x"}}], "validation": {"fraction": "0.2"}}, evaluation={})
-    evaluation = run_config(make_job(spec), Resolved(), SETTINGS).evaluation
+    evaluation = run_config(make_job(spec), Resolved()).evaluation
     assert [(gate.suite, gate.metric, gate.rule) for gate in evaluation.gates] == [("validation", "Loss", "Superior")]
     assert [(suite.name, suite.type, suite.metrics) for suite in evaluation.suites] == [("validation", "Validation", ("Loss",))]
     assert evaluation.baseline.type == "Base"
@@ -187,7 +187,7 @@ def test_a_validation_split_without_gates_gets_the_default_gate() -> None:
 
 @pytest.mark.parametrize(("method", "rate", "output"), [("LoRA", 2e-4, "Adapter"), ("Full", 2e-5, "Merged")])
 def test_defaults_follow_the_method(method: str, rate: float, output: str) -> None:
-    config = run_config(make_job(make_spec(method={"type": method})), Resolved(), SETTINGS)
+    config = run_config(make_job(make_spec(method={"type": method})), Resolved())
     assert (config.training.learning_rate, config.output_format) == (rate, output)
     assert (config.checkpoint.every_minutes, config.checkpoint.every_steps) == (10, None)
 
@@ -207,7 +207,7 @@ SPECS = st.builds(
 def test_rendering_is_total_and_the_same_each_time(spec: dict[str, Any]) -> None:
     assert FineTuneJobSpec.model_validate(spec)
     job, resolved = make_job(spec), Resolved(image="i")
-    config = run_config(job, resolved, SETTINGS)
+    config = run_config(job, resolved)
     text = training.config_map(job, config)["data"]["config.json"]
     assert RunConfig.model_validate_json(text) == config  # what the trainer reads is what was meant
     for stage in Stage:

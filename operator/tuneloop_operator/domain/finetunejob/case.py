@@ -68,7 +68,7 @@ class Case:
 
     def config(self, micro_batch: int | None = None) -> RunConfig:
         if micro_batch not in self._configs:
-            self._configs[micro_batch] = run_config(self.job, self.resolved, self.settings, micro_batch)
+            self._configs[micro_batch] = run_config(self.job, self.resolved, micro_batch)
         return self._configs[micro_batch]
 
     def input_hash(self, stage: Stage) -> str:
