@@ -117,3 +117,10 @@ def pvc_path(uri: str) -> str:
     """`pvc://claim/a/b` -> `/volumes/claim/a/b`."""
     claim, path = parse_pvc(uri)
     return f"{claim_mount(claim)}/{path}".rstrip("/")
+
+
+def pvc_uri(path: str | None) -> str | None:
+    """`/volumes/claim/a/b` -> `pvc://claim/a/b`; None for what lies on no claim."""
+    if path is None or not path.startswith(claim_mount("")) or ".." in path:
+        return None
+    return "pvc://" + path.removeprefix(claim_mount(""))

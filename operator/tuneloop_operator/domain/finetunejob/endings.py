@@ -10,7 +10,7 @@ from tuneloop_operator.domain.finetunejob.case import Case, Standing
 from tuneloop_operator.domain.finetunejob.folding import fold
 from tuneloop_operator.domain.finetunejob.resolve import moved_baseline, spec_content
 from tuneloop_operator.domain.finetunejob.stages import advance
-from tuneloop_operator.render import versions
+from tuneloop_operator.render import names, versions
 from tuneloop_trainer.contract import Stage
 
 VERDICT_REASONS = {
@@ -92,11 +92,9 @@ def _approval(case: Case) -> versions.Approval:
 
 def _probes_uri(case: Case, path: str | None) -> str | None:
     """A path inside this run's store as a uri; anything else is not believed."""
-    if path is None or ".." in path:
-        return None
-    claim, _, rest = path.removeprefix("/volumes/").partition("/")
-    inside = path.startswith((case.config().paths.work + "/", case.config().paths.artifact + "/"))
-    return f"pvc://{claim}/{rest}"[:512] if inside else None
+    folders = case.config().paths
+    uri = names.pvc_uri(path)
+    return uri if uri is not None and path is not None and path.startswith((f"{folders.work}/", f"{folders.artifact}/")) else None
 
 
 def _succeeded(case: Case, made: ModelVersion) -> Standing:

@@ -14,6 +14,7 @@ from tuneloop_operator.api.finetunejob import (
     ScoreStatus,
 )
 from tuneloop_operator.domain import times
+from tuneloop_operator.render import names
 from tuneloop_trainer.contract import (
     EvaluateSummary,
     GateResult,
@@ -49,7 +50,7 @@ def data_status(summary: PrepareSummary, result: StageResult) -> DataStatus:
         truncated=summary.truncated,
         validation_rows=summary.validation_rows,
         supervised_share=f"{min(max(summary.supervised_share, 0.0), 1.0):.4f}",
-        report_uri=result.uri[:512] if result.uri is not None else None,
+        report_uri=_report_uri(result),
     )
 
 
@@ -117,8 +118,13 @@ def evaluation_status(summary: EvaluateSummary, result: StageResult) -> Evaluati
         artifact_digest=summary.artifact_digest,
         gates=tuple(map(_gate, summary.gates[:16])),
         scores=tuple(_score(suite, score) for suite, score in sorted(summary.scores.items())[:MAX_SUITES]),
-        report_uri=result.uri[:512] if result.uri is not None else None,
+        report_uri=_report_uri(result),
     )
+
+
+def _report_uri(result: StageResult) -> str | None:
+    uri = names.pvc_uri(result.uri)
+    return uri[:512] if uri is not None else None
 
 
 def verdict_sentence(evaluation: EvaluationStatus) -> str:
