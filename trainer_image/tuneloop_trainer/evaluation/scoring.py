@@ -11,7 +11,8 @@ import torch
 from tuneloop_trainer.chat import Encoded
 from tuneloop_trainer.models import Model
 
-TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 65536}
+TOKENS_PER_BATCH = {"cpu": 512, "cuda": 65536}
+"""On a CPU small batches stay in its caches: measured at a fifth less time an item than with four times as many tokens."""
 LABEL_SCORING = "summed-log-probability/1"
 """Name of the scoring rule in cache keys; a change of the rule changes it."""
 Done = Callable[[int], None]
