@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from tests.cluster.harness import Api
+
 from tuneloop_gateway.contract import INTERNAL_PORT, GatewayConfig
 
 

@@ -104,7 +104,9 @@ class Stage:
         self.wait("Ready", "True", "Serving")
 
 
-def test_a_deployment_comes_into_service_and_moves_on_to_the_next_version(operator: OperatorProcess, stage: Stage, api: Api, namespace: str) -> None:
+def test_a_deployment_comes_into_service_and_moves_on_to_the_next_version(
+    operator: OperatorProcess, stage: Stage, api: Api, namespace: str
+) -> None:
     api.create(deployment(namespace))
     stage.wait("Ready", "False", "NoApprovedVersion")
     assert {c["type"] for c in stage.status()["conditions"]} == {
@@ -136,13 +138,20 @@ def test_a_deployment_comes_into_service_and_moves_on_to_the_next_version(operat
     assert [record(api, namespace, number)["tuneloop.dev/outcome"] for number in (1, 2)] == ["Promoted", "Promoted"]
 
 
-def test_pods_come_from_what_was_pinned_and_pass_the_restricted_policy(operator: OperatorProcess, stage: Stage, api: Api, namespace: str) -> None:
+def test_pods_come_from_what_was_pinned_and_pass_the_restricted_policy(
+    operator: OperatorProcess, stage: Stage, api: Api, namespace: str
+) -> None:
     api.call("PATCH", f"/api/v1/namespaces/{namespace}", RESTRICTED, "application/merge-patch+json")
     stage.serve()
     pods = {p["metadata"]["labels"]["app.kubernetes.io/component"]: p for p in api.list("Pod", namespace)}
     assert set(pods) == {"engine", "gateway"}
     engine = pods["engine"]["spec"]
-    assert engine["initContainers"][0]["command"][1:] == ["/etc/tuneloop/guard/engine_guard.py", "verify", "/volumes/models/sentiment/v1", digest(1)]
+    assert engine["initContainers"][0]["command"][1:] == [
+        "/etc/tuneloop/guard/engine_guard.py",
+        "verify",
+        "/volumes/models/sentiment/v1",
+        digest(1),
+    ]
     assert all(mount["readOnly"] for mount in engine["containers"][0]["volumeMounts"] if mount["mountPath"].startswith("/volumes"))
     guard = api.get("ConfigMap", namespace, stage.engine(1))
     assert guard is not None
@@ -152,7 +161,9 @@ def test_pods_come_from_what_was_pinned_and_pass_the_restricted_policy(operator:
         assert pod["spec"]["enableServiceLinks"] is False
 
 
-RESTRICTED = {"metadata": {"labels": {"pod-security.kubernetes.io/enforce": "restricted", "pod-security.kubernetes.io/enforce-version": "latest"}}}
+RESTRICTED = {
+    "metadata": {"labels": {"pod-security.kubernetes.io/enforce": "restricted", "pod-security.kubernetes.io/enforce-version": "latest"}}
+}
 
 
 def test_a_mismatch_keeps_the_new_version_out(operator: OperatorProcess, stage: Stage, api: Api, namespace: str) -> None:
@@ -227,7 +238,17 @@ def test_scale_is_a_subresource_and_makes_no_revision(operator: OperatorProcess,
 def test_captured_data_survives_the_deployment_and_all_else_goes(operator: OperatorProcess, stage: Stage, api: Api, namespace: str) -> None:
     stage.serve()
     api.delete("ModelDeployment", namespace, NAME)
-    for kind in ("Deployment", "ConfigMap", "Service", "ControllerRevision", "NetworkPolicy", "Role", "RoleBinding", "ServiceAccount", "Secret"):
+    for kind in (
+        "Deployment",
+        "ConfigMap",
+        "Service",
+        "ControllerRevision",
+        "NetworkPolicy",
+        "Role",
+        "RoleBinding",
+        "ServiceAccount",
+        "Secret",
+    ):
         wait_for(lambda kind=kind: not _ours(api, kind, namespace), what=f"no {kind} to be left")
     claim = api.get("PersistentVolumeClaim", namespace, f"{NAME}-data")
     assert claim is not None
@@ -256,7 +277,17 @@ def test_a_served_deployment_is_quiet_and_a_restart_writes_nothing(
 
 def versions(api: Api, namespace: str) -> dict[str, str]:
     """Versions of everything that the operator writes."""
-    kinds = ("ModelDeployment", "ModelVersion", "Deployment", "ConfigMap", "Service", "ControllerRevision", "NetworkPolicy", "Role", "Secret")
+    kinds = (
+        "ModelDeployment",
+        "ModelVersion",
+        "Deployment",
+        "ConfigMap",
+        "Service",
+        "ControllerRevision",
+        "NetworkPolicy",
+        "Role",
+        "Secret",
+    )
     return {f"{kind}/{o['metadata']['name']}": o["metadata"]["resourceVersion"] for kind in kinds for o in api.list(kind, namespace)}
 
 

@@ -17,7 +17,9 @@ LINEAGE: Object = {
     "baseModel": {"uri": "pvc://models/base"},
     "data": {"train": [{"source": {"uri": "pvc://datasets/tweets.jsonl"}, "template": TEMPLATE}]},
     "evaluation": {
-        "suites": [{"name": "held-out", "type": "Dataset", "dataset": {"source": {"uri": "pvc://datasets/gate.jsonl"}, "template": TEMPLATE}}],
+        "suites": [
+            {"name": "held-out", "type": "Dataset", "dataset": {"source": {"uri": "pvc://datasets/gate.jsonl"}, "template": TEMPLATE}}
+        ],
         "gates": [{"suite": "held-out", "metric": "Accuracy", "rule": "Superior", "minItems": 300}],
     },
     "output": {"model": "sentiment", "store": {"uri": "pvc://models/store"}, "format": "Merged"},

@@ -105,7 +105,7 @@ def _server(deployment: ModelDeployment, version: ModelVersion, image: str, moun
         # `python3 -m` imports from here; PYTHONPATH is the image's own business.
         "workingDir": GUARD_PATH,
         "args": _arguments(engine, version),
-        "env": _environment(version, on_cpu=on_cpu),
+        "env": _environment(version, engine.startup_timeout_seconds, on_cpu=on_cpu),
         "ports": [{"name": "http", "containerPort": ENGINE_PORT}],
         "resources": pods.resources({"cpu": "500m", "memory": "4Gi"}, engine.pod.resources, devices),
         "securityContext": pods.container_security(),
@@ -167,11 +167,12 @@ def _lora_rank(version: ModelVersion) -> int:
     return next((size for size in LORA_RANKS if size >= wanted), LORA_RANKS[-1])
 
 
-def _environment(version: ModelVersion, *, on_cpu: bool) -> list[Json]:
+def _environment(version: ModelVersion, startup_seconds: int, *, on_cpu: bool) -> list[Json]:
     base = version.spec.base
     from_hub = version.spec.artifact.format == "Adapter" and base is not None and base.source.uri.startswith("hf://")
     variables = [
         *pods.scratch_environment(),
+        pods.value("VLLM_ENGINE_READY_TIMEOUT_S", str(startup_seconds)),
         pods.value("PYTHONDONTWRITEBYTECODE", "1"),
         pods.value("TUNELOOP_ENGINE_KEY_FILE", f"{SECRETS_PATH}/engine-key"),
         pods.value("VLLM_NO_USAGE_STATS", "1"),

@@ -6,6 +6,7 @@ from datetime import datetime, timedelta
 
 import pytest
 from tests.unit.modeldeployment.world import LINEAGE_SPEC, NOW, RETRAINED, World, alarm, make_job, make_version
+
 from tuneloop_gateway.contract import DriftReport, DriftStatus, FeedbackReport
 from tuneloop_operator.api.finetunejob import FineTuneJobSpec
 from tuneloop_operator.domain.decision import Decision

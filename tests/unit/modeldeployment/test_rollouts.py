@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from tests.unit.modeldeployment.world import World, make_version
+
 from tuneloop_gateway.contract import ProbeState
 
 

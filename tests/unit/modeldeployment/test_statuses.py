@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from tests.unit.modeldeployment.world import World, make_version
+
 from tuneloop_gateway.contract import ProbeState
 from tuneloop_operator.domain.decision import Key
 
@@ -131,8 +132,12 @@ def degraded_replica() -> World:
 
 STATES: dict[str, Callable[[], World]] = {
     "A pinned version does not exist": lambda: served(spec={"model": {"name": "sentiment", "version": 9}}),
-    "A pinned version is not approved": lambda: served(spec={"model": {"name": "sentiment", "version": 1}}, versions=[make_version(1, approval="Pending")]),
-    "The model has no approved and verified version yet": lambda: served(versions=[make_version(1, verified=False), make_version(2, approval="Pending")]),
+    "A pinned version is not approved": lambda: served(
+        spec={"model": {"name": "sentiment", "version": 1}}, versions=[make_version(1, approval="Pending")]
+    ),
+    "The model has no approved and verified version yet": lambda: served(
+        versions=[make_version(1, verified=False), make_version(2, approval="Pending")]
+    ),
     "An engine option has a value that it does not take": lambda: served(spec={"engine": {"options": {"dtype": "int1"}}}),
     "An adapter does not name its base": lambda: served(
         versions=[make_version(1, base=None, artifact=make_version(1).spec.artifact.model_dump(by_alias=True) | {"format": "Adapter"})]

@@ -8,7 +8,14 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from tuneloop_gateway.contract import (
-    DriftReport, DriftStatus, FeedbackReport, GatewayConfig, GatewayState, ProbeState, RevisionReport, RevisionState,
+    DriftReport,
+    DriftStatus,
+    FeedbackReport,
+    GatewayConfig,
+    GatewayState,
+    ProbeState,
+    RevisionReport,
+    RevisionState,
 )  # fmt: skip
 from tuneloop_operator.api.finetunejob import FineTuneJob
 from tuneloop_operator.api.kubernetes import Deployment, Pod
@@ -38,7 +45,12 @@ LINEAGE_SPEC: Json = {
     "data": {"train": [{"source": {"uri": "pvc://datasets/tweets.jsonl"}, "columns": {"text": "tweet"}, "template": TEMPLATE}]},
     "training": {"maxSteps": 12},
     "evaluation": {
-        "suites": [{"name": "held-out", "dataset": {"source": {"uri": "pvc://datasets/gate.jsonl"}, "template": TEMPLATE, "labels": ["good", "bad"]}}],
+        "suites": [
+            {
+                "name": "held-out",
+                "dataset": {"source": {"uri": "pvc://datasets/gate.jsonl"}, "template": TEMPLATE, "labels": ["good", "bad"]},
+            }
+        ],
         "gates": [{"suite": "held-out", "rule": "Superior", "minItems": 300}],
         "baseline": {"type": "Base"},
     },
@@ -74,7 +86,9 @@ def make_job(name: str, *, succeeded: str | None = None, reason: str = "Training
 
 
 MONITORED: Json = {"monitoring": {"drift": {"size": 500}}}
-RETRAINED: Json = MONITORED | {"retraining": {"triggers": [{"type": "Drift"}], "minNewExamples": 200, "cooldownSeconds": 3600, "maxRunsPerMonth": 3}}
+RETRAINED: Json = MONITORED | {
+    "retraining": {"triggers": [{"type": "Drift"}], "minNewExamples": 200, "cooldownSeconds": 3600, "maxRunsPerMonth": 3}
+}
 
 
 @dataclass
@@ -105,11 +119,11 @@ class World:
     """The gateway takes up a new configuration at once."""
     applied: GatewayConfig | None = None
     warm: bool = True
-    probe: ProbeState = ProbeState(status="Done", asked=50, agreed=50)
+    probe: ProbeState = field(default_factory=lambda: ProbeState(status="Done", asked=50, agreed=50))
     in_flight: dict[str, int] = field(default_factory=dict)
     drift: DriftReport | None = None
     """None: monitoring, and nothing found."""
-    feedback: FeedbackReport = FeedbackReport()
+    feedback: FeedbackReport = field(default_factory=FeedbackReport)
     prometheus: Any = None
     reads_prometheus: bool = False
 
@@ -183,7 +197,13 @@ class World:
 
     @property
     def deployment(self) -> ModelDeployment:
-        metadata = {"name": self.name, "namespace": "shop", "uid": "mdep-uid", "generation": self.generation, "annotations": self.annotations}
+        metadata = {
+            "name": self.name,
+            "namespace": "shop",
+            "uid": "mdep-uid",
+            "generation": self.generation,
+            "annotations": self.annotations,
+        }
         spec = {"model": {"name": "sentiment"}} | self.spec
         return ModelDeployment.model_validate({"metadata": metadata, "spec": spec, "status": self.status})
 
@@ -286,5 +306,11 @@ def _observed(config_map: Json) -> ObservedConfig:
 def alarm(epoch: str = "0", effect: float = 0.3) -> DriftReport:
     """A latched alarm."""
     return DriftReport(
-        status=DriftStatus.ALARM, epoch=epoch, log_evidence=15.2, log_threshold=11.5, effect=effect, pairs=321, detected_at="2026-01-15T12:30:00Z"
+        status=DriftStatus.ALARM,
+        epoch=epoch,
+        log_evidence=15.2,
+        log_threshold=11.5,
+        effect=effect,
+        pairs=321,
+        detected_at="2026-01-15T12:30:00Z",
     )

@@ -38,7 +38,7 @@ def decide(snapshot: Snapshot, settings: Settings, now: datetime) -> Decision:
         status=status,
         create=(*secret, *retraining.create),
         apply=objects,
-        delete=_unwanted(snapshot, objects),
+        delete=_unwanted(snapshot, rollout, objects),
         events=events(snapshot, rollout, status),
         requeue_after=_next_look(snapshot, rollout, configured, retraining.again_in, settings),
     )
@@ -47,9 +47,7 @@ def decide(snapshot: Snapshot, settings: Settings, now: datetime) -> Decision:
 # --- objects -----------------------------------------------------------------
 
 
-def _objects(
-    snapshot: Snapshot, rollout: Rollout, epoch: Epoch, configured: Configured | None, settings: Settings
-) -> tuple[Manifest, ...]:
+def _objects(snapshot: Snapshot, rollout: Rollout, epoch: Epoch, configured: Configured | None, settings: Settings) -> tuple[Manifest, ...]:
     """Records first: what became of a revision is written before traffic follows it."""
     deployment = snapshot.deployment
     records = [render_revision(revision, snapshot.name, deployment.metadata.namespace) for revision in rollout.revisions]
@@ -94,20 +92,17 @@ def _gateway(snapshot: Snapshot, rollout: Rollout, epoch: Epoch, configured: Con
     ]
 
 
-def _unwanted(snapshot: Snapshot, objects: tuple[Manifest, ...]) -> tuple[Target, ...]:
+def _unwanted(snapshot: Snapshot, rollout: Rollout, objects: tuple[Manifest, ...]) -> tuple[Target, ...]:
     """Children that nothing asks for any more; an engine not before the last gateway has let go of it."""
     namespace = snapshot.deployment.metadata.namespace
     wanted = {Key(manifest["kind"], namespace, manifest["metadata"]["name"]) for manifest in objects}
-    held = {names.engine(snapshot.name, hashed) for hashed in _held(snapshot)}
+    live = {revision.pinned.engine_hash for revision in rollout.live}
+    held = {names.engine(snapshot.name, hashed) for hashed in snapshot.engines if hashed not in live and not is_released(snapshot, hashed)}
     return tuple(
         target
         for target in snapshot.owned
         if target.key not in wanted and target.key.name not in held and target.key.kind not in NEVER_PRUNED
     )
-
-
-def _held(snapshot: Snapshot) -> list[str]:
-    return [hashed for hashed in snapshot.engines if not is_released(snapshot, hashed)]
 
 
 # --- time --------------------------------------------------------------------

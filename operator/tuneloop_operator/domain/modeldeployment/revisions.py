@@ -92,5 +92,6 @@ def _check(deployment: ModelDeployment, version: ModelVersion) -> None:
     if problem is not None:
         raise Invalid(DeploymentReason.INVALID_OPTION.value, problem)
     if version.spec.artifact.format == "Adapter" and version.spec.base is None:
-        message = f"ModelVersion {version.metadata.name} is an adapter without spec.base: record the base model that it belongs to in a new version."
+        name = version.metadata.name
+        message = f"ModelVersion {name} is an adapter without spec.base: record the base model that it belongs to in a new version."
         raise Invalid(DeploymentReason.NOT_SERVABLE.value, message)

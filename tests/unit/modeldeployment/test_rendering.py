@@ -1,0 +1,281 @@
+"""The manifests of a deployment's children; whole, as golden files, and where it matters most, by what they must say."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tests.unit.modeldeployment.world import DIGEST, LINEAGE_SPEC, World, make_version
+
+from tuneloop_gateway.contract import GatewayConfig
+from tuneloop_operator.api.engineoptions import ENGINE_OPTIONS, option_arguments, option_problem
+from tuneloop_operator.render.revisions import decoded, encoded
+from tuneloop_operator.settings import Settings
+
+GOLDEN = Path(__file__).parents[2] / "golden" / "modeldeployment"
+ADAPTER = {"artifact": {"uri": "pvc://adapters/v1", "manifestDigest": DIGEST, "format": "Adapter", "sizeBytes": 5}}
+FULL: dict[str, Any] = {
+    "engine": {
+        "image": "vllm:1",
+        "replicas": 2,
+        "acceleratorsPerReplica": 2,
+        "maxModelLength": 512,
+        "options": {"dtype": "bfloat16", "enforce-eager": "true", "enable-prefix-caching": "false"},
+        "startupTimeoutSeconds": 600,
+        "pod": {
+            "nodeSelector": {"gpu": "a"},
+            "labels": {"team": "x", "tuneloop.dev/engine": "mine"},
+            "resources": {"limits": {"memory": "8Gi"}},
+        },
+    },
+    "gateway": {
+        "replicas": 2,
+        "auth": {"apiKeys": {"secretRef": {"name": "api-keys"}, "requestsPerMinute": 60}},
+        "capture": {
+            "sampleRate": "0.5",
+            "personalData": "Keep",
+            "retentionDays": 7,
+            "database": {"secretRef": {"name": "db", "key": "dsn"}},
+        },
+        "feedback": {"maxShareOfOneSubject": "0.1"},
+        "pod": {"tolerations": [{"key": "k", "operator": "Exists"}]},
+    },
+    "monitoring": {"drift": {"size": 500, "falseAlarmEveryRequests": 1000, "horizonDays": "2", "mixOverSeconds": 60}},
+}
+
+
+def smallest() -> World:
+    return World(spec={"engine": {"acceleratorsPerReplica": 0}}, settings=Settings(engine_cpu_image="vllm-cpu:1"))
+
+
+def fullest() -> World:
+    return World(spec=FULL, gateways=2)
+
+
+@pytest.mark.parametrize(("name", "make"), [("smallest", smallest), ("fullest", fullest)])
+def test_the_manifests_are_those_of_the_golden_file(name: str, make: Any) -> None:
+    """UPDATE_GOLDEN=1 writes the files anew."""
+    world = make()
+    world.settle()
+    shown = [_readable(manifest) for _, manifest in sorted(world.objects.items())]
+    text = yaml.safe_dump_all(shown, sort_keys=False, width=140)
+    path = GOLDEN / f"{name}.yaml"
+    if os.environ.get("UPDATE_GOLDEN"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    assert path.read_text() == text
+
+
+def _readable(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What a record pins, readable: it must not change by chance either."""
+    shown = json.loads(json.dumps(manifest))
+    if shown["kind"] == "ControllerRevision":
+        pinned = decoded(shown["data"])
+        assert pinned is not None
+        shown["data"]["pinned"] = pinned.model_dump(mode="json", by_alias=True, exclude={"template"})
+    return dict(shown)
+
+
+def engine_of(world: World) -> dict[str, Any]:
+    world.step()
+    deployment = next(m for (kind, name), m in world.objects.items() if kind == "Deployment" and name != "tweets-gateway")
+    return dict(deployment["spec"]["template"]["spec"])
+
+
+def arguments(world: World) -> list[str]:
+    return list(engine_of(world)["containers"][0]["args"])
+
+
+def test_an_adapter_is_served_as_a_module_on_its_base_with_a_rank_that_vllm_takes() -> None:
+    args = arguments(World(versions=[make_version(1, **ADAPTER)]))
+    assert args[:9] == [
+        "--model", "/volumes/models/base", "--served-model-name", "sentiment-base", "--enable-lora", "--max-lora-rank", "16",
+        "--lora-modules", "sentiment=/volumes/adapters/v1",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("rank", "served"), [(1, "8"), (8, "8"), (9, "16"), (300, "320"), (512, "512")])
+def test_the_rank_is_rounded_up(rank: int, served: str) -> None:
+    lineage = {
+        "fineTuneJob": "t",
+        "fineTuneJobUid": "1",
+        "configDigest": DIGEST,
+        "spec": LINEAGE_SPEC | {"method": {"lora": {"rank": rank}}},
+    }
+    args = arguments(World(versions=[make_version(1, lineage=lineage, **ADAPTER)]))
+    assert args[args.index("--max-lora-rank") + 1] == served
+
+
+def test_a_base_on_the_hub_is_pinned_to_its_commit_and_may_be_fetched() -> None:
+    base = {"source": {"uri": "hf://org/base", "revision": "abc"}}
+    spec = engine_of(World(versions=[make_version(1, base=base, **ADAPTER)]))
+    assert spec["containers"][0]["args"][:4] == ["--model", "org/base", "--revision", "abc"]
+    assert "HF_HUB_OFFLINE" not in {variable["name"] for variable in spec["containers"][0]["env"]}
+
+
+def test_the_model_is_verified_before_the_engine_may_read_it() -> None:
+    spec = engine_of(World())
+    assert spec["initContainers"][0]["command"] == [
+        "python3", "/etc/tuneloop/guard/engine_guard.py", "verify", "/volumes/models/sentiment/v1", "sha256:" + f"{1:064x}",
+    ]  # fmt: skip
+    assert spec["initContainers"][0]["image"] == spec["containers"][0]["image"]
+
+
+def test_the_engine_gets_its_own_key_alone_and_no_secret_stands_in_a_manifest() -> None:
+    world = World()
+    world.step()
+    spec = engine_of(world)
+    secret = next(volume["secret"] for volume in spec["volumes"] if volume["name"] == "secrets")
+    assert secret["items"] == [{"key": "engine-key", "path": "engine-key"}]
+    (made,) = world.created
+    assert made["stringData"] == {"engine-key": "a", "internal-token": "b", "feedback-key": "c"}
+    assert made["metadata"]["ownerReferences"][0]["uid"] == "mdep-uid"
+    world.settle()
+    assert world.created == [made]
+
+
+def test_requests_may_end_before_the_engine_does() -> None:
+    spec = engine_of(World())
+    args, container = spec["containers"][0]["args"], spec["containers"][0]
+    drain = int(args[args.index("--shutdown-timeout") + 1])
+    assert spec["terminationGracePeriodSeconds"] > drain + container["lifecycle"]["preStop"]["sleep"]["seconds"]
+
+
+def test_the_startup_probe_allows_what_the_spec_allows() -> None:
+    probe = engine_of(World(spec={"engine": {"startupTimeoutSeconds": 90}}))["containers"][0]["startupProbe"]
+    assert probe["periodSeconds"] * probe["failureThreshold"] == 90
+
+
+def test_a_users_label_cannot_take_a_pod_out_of_its_policy() -> None:
+    world = fullest()
+    world.step()
+    engine = next(m for (kind, name), m in world.objects.items() if kind == "Deployment" and name != "tweets-gateway")
+    labels = engine["spec"]["template"]["metadata"]["labels"]
+    assert labels["team"] == "x"
+    assert labels["tuneloop.dev/engine"] != "mine"
+
+
+def test_sqlite_has_one_writer_and_a_retained_claim_has_no_owner() -> None:
+    world = World()
+    world.step()
+    assert world.objects["Deployment", "tweets-gateway"]["spec"]["strategy"] == {"type": "Recreate"}
+    assert world.objects["PersistentVolumeClaim", "tweets-data"]["metadata"]["ownerReferences"] == []
+    world = World(spec={"gateway": {"capture": {"database": {"volume": {"retentionPolicy": "Delete"}}}}})
+    world.step()
+    assert "ownerReferences" not in world.objects["PersistentVolumeClaim", "tweets-data"]["metadata"]
+
+
+def test_a_claim_is_never_pruned() -> None:
+    world = World()
+    world.settle()
+    world.spec = {"gateway": {"capture": {"database": {"secretRef": {"name": "db"}}}}}
+    world.settle()
+    assert ("PersistentVolumeClaim", "tweets-data") in world.objects
+
+
+def test_budgets_go_with_the_second_replica() -> None:
+    world = fullest()
+    world.settle()
+    world.spec = FULL | {"engine": FULL["engine"] | {"replicas": 1}, "gateway": FULL["gateway"] | {"replicas": 1}}
+    world.settle()
+    assert not [name for kind, name in world.objects if kind == "PodDisruptionBudget"]
+
+
+# --- configuration -----------------------------------------------------------
+
+
+def test_the_generation_grows_with_the_content_and_only_then() -> None:
+    world = World()
+    world.settle()
+    generation = world.config.generation
+    world.settle()
+    assert world.config.generation == generation == world.status["configGeneration"]
+    world.spec = {"gateway": {"capture": {"retentionDays": 3}}}
+    world.settle()
+    assert world.config.generation == generation + 1
+
+
+def test_a_lost_configuration_is_written_again_with_a_higher_generation() -> None:
+    world = World()
+    world.settle()
+    before = world.config
+    del world.objects["ConfigMap", "tweets-gateway"]
+    world.settle()
+    assert world.config == before.model_copy(update={"generation": before.generation + 1})
+
+
+def test_every_setting_of_the_spec_reaches_the_gateway() -> None:
+    world = fullest()
+    world.settle()
+    config = world.config
+    assert config.require_key is True
+    assert config.limits.requests_per_minute == 60
+    assert (config.capture.sample_rate, config.capture.personal_data, config.capture.retention_days) == (0.5, "Keep", 7)
+    assert config.max_share_of_one_subject == 0.1
+    assert config.drift is not None
+    assert (config.drift.size, config.drift.false_alarm_every_requests, config.drift.horizon_days, config.drift.mix_over_seconds) == (
+        500,
+        1000,
+        2,
+        60,
+    )
+
+
+def test_the_configuration_holds_no_field_that_is_default() -> None:
+    """A gateway that is older than the operator refuses fields that it does not know."""
+    world = World()
+    world.settle()
+    assert set(json.loads(world.config_text())) == {"generation", "namespace", "deployment", "model", "revisions"}
+    assert GatewayConfig.model_validate_json(world.config_text()).capture.sample_rate == 1.0
+
+
+# --- engine options ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"trust-remote-code": "true"}, "has no 'trust-remote-code'"),
+        ({"dtype": "bfloat16 --trust-remote-code"}, "dtype cannot be"),
+        ({"max-num-seqs": "0"}, "max-num-seqs cannot be"),
+        ({"gpu-memory-utilization": "1.5"}, "cannot be"),
+        ({"enforce-eager": "True\n"}, "cannot be"),
+    ],
+)
+def test_what_is_not_on_the_list_is_refused(options: dict[str, str], said: str) -> None:
+    problem = option_problem(options)
+    assert problem is not None
+    assert said in problem
+
+
+def test_options_become_arguments_in_order_and_false_flags_are_negated() -> None:
+    options = {"seed": "1", "enforce-eager": "true", "enable-prefix-caching": "false"}
+    assert option_problem(options) is None
+    assert option_arguments(options) == ["--no-enable-prefix-caching", "--enforce-eager", "--seed", "1"]
+
+
+def test_no_option_is_one_that_is_ours_to_set() -> None:
+    ours = {
+        argument.removeprefix("--") for argument in arguments(World(versions=[make_version(1, **ADAPTER)])) if argument.startswith("--")
+    }
+    assert not ours & set(ENGINE_OPTIONS)
+
+
+def test_what_a_record_pins_is_read_back_as_it_was() -> None:
+    world = fullest()
+    world.step()
+    data = next(m["data"] for (kind, _), m in world.objects.items() if kind == "ControllerRevision")
+    pinned = decoded(data)
+    assert pinned is not None
+    assert encoded(pinned) == data
+    assert list(data) == sorted(data)
+    assert all(isinstance(value, int) or (isinstance(value, str) and value.isascii()) for value in data.values())
+
+
+@pytest.mark.parametrize("data", [{}, {"pinned": "x"}, {"pinned": None}, {"pinned": "e30="}])
+def test_a_record_of_another_shape_is_none(data: dict[str, Any]) -> None:
+    assert decoded(data) is None
