@@ -144,9 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
               f" {s.alarms} of {options.runs} runs alarmed (95 % upper bound {s.alarm_share_upper:.2%})")  # fmt: skip
     delays = {share: [delay(domains, share, 10_000.0, rng) for _ in range(20)] for share in (1.0, 0.5)}
     medians = {share: statistics.median(d if d is not None else math.inf for d in found) for share, found in delays.items()}
-    print(
-        f"Another domain at c = 10000, median requests to the alarm: {medians[1.0]:.0f} where all requests change, {medians[0.5]:.0f} at half."
-    )
+    print(f"Another domain, c = 10000: requests to the alarm (median) {medians[1.0]:.0f} where all change, {medians[0.5]:.0f} at half.")
     result = {"source": domains.name, "runs": options.runs, "pairs": pairs, "seconds": round(time.monotonic() - started, 1)}
     for s in summaries:
         name = f"c{s.c:.0f}"

@@ -7,7 +7,7 @@ The operator writes one `GatewayConfig` as JSON under the key `config.json` of a
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -65,7 +65,7 @@ class Prompt(Model):
     max_tokens: int | None = None
 
 
-class RevisionState(str, Enum):
+class RevisionState(StrEnum):
     CANDIDATE = "Candidate"
     """Probed and warmed up; takes no user traffic unless its weight says so."""
     STABLE = "Stable"
@@ -165,7 +165,7 @@ class RevisionReport(Model):
     in_flight: int = 0
 
 
-class DriftStatus(str, Enum):
+class DriftStatus(StrEnum):
     OFF = "Off"
     COLLECTING = "Collecting"
     """The reference is being sampled."""

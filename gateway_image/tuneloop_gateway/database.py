@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -13,6 +14,7 @@ from sqlalchemy import Boolean, Column, Double, Index, Integer, LargeBinary, Met
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.schema import CreateSchema
 
 logger = logging.getLogger(__name__)
 SECONDS = 8.0
@@ -101,12 +103,24 @@ def database_url(url_file: Path, data_path: Path) -> URL:
     return url.set(drivername=drivers.get(url.drivername, url.drivername))
 
 
-class Database:
-    """Connections, opened when first needed and again after any failure. The schema is made by the first to come."""
+def schema_of(deployment: str) -> str:
+    """A PostgreSQL name (63 bytes) for `<namespace>/<name>`; both are made of letters, digits, hyphens and dots."""
+    name = deployment.replace("/", "_")
+    return name if len(name) <= 63 else f"{name[:46]}_{hashlib.sha256(name.encode()).hexdigest()[:16]}"
 
-    def __init__(self, url: URL, *, seconds: float = SECONDS) -> None:
+
+class Database:
+    """Connections, opened when first needed and again after any failure. The tables are made by the first to come.
+
+    On PostgreSQL they lie in a schema of the deployment's own, so that several deployments may share one database.
+    """
+
+    def __init__(self, url: URL, deployment: str, *, seconds: float = SECONDS) -> None:
         self._sqlite, self._seconds = url.get_backend_name() == "sqlite", seconds
-        arguments: dict[str, Any] = {"timeout": 2.0} if self._sqlite else {"timeout": 5.0, "command_timeout": seconds}
+        self._schema = schema_of(deployment)
+        arguments: dict[str, Any] = {"timeout": 2.0}
+        if not self._sqlite:
+            arguments = {"timeout": 5.0, "command_timeout": seconds, "server_settings": {"search_path": f'"{self._schema}"'}}
         pool: dict[str, Any] = {} if self._sqlite else {"pool_size": 3, "max_overflow": 2, "pool_timeout": 3}
         self.engine: AsyncEngine = create_async_engine(url, connect_args=arguments, pool_pre_ping=not self._sqlite, **pool)
         if self._sqlite:
@@ -134,6 +148,8 @@ class Database:
             if self._ready:
                 return
             async with self.engine.begin() as connection:
+                if not self._sqlite:
+                    await connection.execute(CreateSchema(self._schema, if_not_exists=True))
                 await connection.run_sync(metadata.create_all)
             self._ready = True
             logger.info("The capture database is ready.")

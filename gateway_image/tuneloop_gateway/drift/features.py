@@ -27,7 +27,8 @@ def features(text: str) -> Features:
     if not len(rows):
         return np.zeros(1, np.uint16)
     rows.sort()
-    return rows[np.concatenate(([True], rows[1:] != rows[:-1]))]
+    unique: Features = rows[np.concatenate(([True], rows[1:] != rows[:-1]))]
+    return unique
 
 
 def _trigrams(text: str) -> Features:

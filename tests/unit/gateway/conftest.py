@@ -1,9 +1,13 @@
-"""A gateway in the test's own loop: real servers on 127.0.0.1, a real SQLite file."""
+"""A gateway in the test's own loop: real servers on 127.0.0.1, a real SQLite file.
+
+With TUNELOOP_TEST_DATABASE_URL set (postgresql://…, an empty database of its own) the tests of feedback and of monitoring run on that.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +16,13 @@ from typing import Any
 import aiohttp
 import pytest
 from aiohttp.test_utils import unused_port
+from sqlalchemy.schema import DropSchema
 from tests.unit.gateway.engines import FakeEngine
 
 from tuneloop_gateway.app import Gateway
 from tuneloop_gateway.configuration import Configuration
 from tuneloop_gateway.contract import GatewayConfig, GatewayState
+from tuneloop_gateway.database import Database, database_url
 from tuneloop_gateway.settings import Settings
 
 TOKEN = "internal-secret"
@@ -30,6 +36,9 @@ def make_revision(name: str = "r1", service: str = "svc", **more: Any) -> dict[s
 def make_config(*revisions: dict[str, Any], generation: int = 1, **more: Any) -> dict[str, Any]:
     own = {"generation": generation, "namespace": "team", "deployment": "tweets", "model": "sentiment"}
     return {**own, "revisions": list(revisions or (make_revision(),)), **more}
+
+
+on_sqlite_alone = pytest.mark.skipif("TUNELOOP_TEST_DATABASE_URL" in os.environ, reason="looks at SQLite itself")
 
 
 async def eventually(holds: Callable[[], object], seconds: float = 10) -> None:
@@ -88,6 +97,12 @@ Start = Callable[..., Awaitable[Running]]
 async def start(tmp_path: Path) -> AsyncIterator[Start]:
     """`await start(config, endpoints)` starts a gateway; all are stopped at the end."""
     running: list[Running] = []
+    if (url := os.environ.get("TUNELOOP_TEST_DATABASE_URL")) and not (tmp_path / "url").exists():
+        (tmp_path / "url").write_text(url)
+        database = Database(database_url(tmp_path / "url", tmp_path), "team/tweets")
+        async with database.engine.begin() as connection:
+            await connection.execute(DropSchema("team_tweets", cascade=True, if_exists=True))
+        await database.close()
 
     async def start_one(
         config: dict[str, Any] | None = None, endpoints: Mapping[str, tuple[str, ...]] | None = None, keys: Mapping[str, str] | None = None,

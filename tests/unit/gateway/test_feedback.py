@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from tests.unit.gateway.conftest import INTERNAL, Running, Start, make_config
+from tests.unit.gateway.conftest import INTERNAL, Running, Start, make_config, on_sqlite_alone
 from tests.unit.gateway.engines import FakeEngine
 
 from tuneloop_gateway.contract import FEEDBACK_HEADER, ExportRow
@@ -101,6 +101,7 @@ async def test_a_preference_names_two_answers_that_were_given(keyed: Running) ->
     assert (await say(keyed, token=better, preference={"over": "made up"}))[0] == 400
 
 
+@on_sqlite_alone
 async def test_feedback_that_cannot_be_stored_is_not_lost_silently(keyed: Running) -> None:
     token = await token_of(keyed)
     keyed.gateway.database._seconds = 0.1

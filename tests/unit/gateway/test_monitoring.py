@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from tests.unit.gateway.conftest import INTERNAL, Running, Start, eventually, make_config
+from tests.unit.gateway.conftest import INTERNAL, Running, Start, eventually, make_config, on_sqlite_alone
 from tests.unit.gateway.engines import FakeEngine
 
 from tuneloop_gateway.contract import DriftStatus
@@ -122,6 +122,7 @@ async def test_without_drift_settings_nothing_is_watched(gateway: Running) -> No
     assert "tuneloop_drift_alarm{" not in await gateway.metrics()
 
 
+@on_sqlite_alone
 async def test_no_text_is_kept_in_the_detectors_state(start: Start, engine: FakeEngine) -> None:
     gateway = await start(make_config(drift=drift(), capture={"sampleRate": 0}), {"svc": (engine.address,)})
     await loaded(gateway)

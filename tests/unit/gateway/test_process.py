@@ -19,7 +19,9 @@ from aiohttp.test_utils import unused_port
 from tests.unit.gateway.conftest import make_config
 from tests.unit.gateway.engines import FakeEngine, chat_events, stream_of
 
+from tuneloop_gateway.__main__ import run
 from tuneloop_gateway.contract import DriftStatus, GatewayState
+from tuneloop_gateway.settings import Settings
 
 REFERENCE, HELD_OUT = 1600, 1000
 
@@ -38,7 +40,8 @@ class Process:
             "HOST": "127.0.0.1", "PUBLIC_PORT": self.port, "INTERNAL_PORT": self.internal_port, "DRAIN_DELAY_SECONDS": 0.3,
             "ENDPOINTS": json.dumps({"svc": [engine.address]}), **{name: folder / path for name, path in paths.items()},
         }  # fmt: skip
-        self._environment = {**os.environ, **{f"TUNELOOP_GATEWAY_{name}": str(value) for name, value in settings.items()}}
+        inherited = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+        self._environment = {**inherited, **{f"TUNELOOP_GATEWAY_{name}": str(value) for name, value in settings.items()}}
 
     async def start(self) -> None:
         command = (sys.executable, "-m", "tuneloop_gateway")
@@ -96,11 +99,10 @@ async def test_sigterm_ends_the_process_after_its_last_request(tmp_path: Path, e
 
 
 async def test_a_process_without_its_secrets_does_not_start(tmp_path: Path, engine: FakeEngine) -> None:
-    process = Process(tmp_path, make_config(), engine)
+    Process(tmp_path, make_config(), engine)
     (tmp_path / "secrets" / "feedback-key").unlink()
-    await process.start()
-    async with asyncio.timeout(20):
-        assert await process.process.wait() == 1
+    settings = Settings(config_path=tmp_path / "config.json", secrets_path=tmp_path / "secrets", data_path=tmp_path)
+    assert await run(settings) == 1
 
 
 async def test_what_was_captured_survives_a_crash(tmp_path: Path, engine: FakeEngine) -> None:

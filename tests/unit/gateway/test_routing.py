@@ -51,7 +51,8 @@ async def test_a_connection_that_the_engine_closed_while_idle_costs_no_request(g
     assert (await gateway.ask())[0] == 200
 
 
-async def test_replicas_that_all_shed_load_give_503_with_retry_after(gateway: Running, engine: FakeEngine) -> None:
+async def test_replicas_that_all_shed_load_give_503_with_retry_after(start: Start, engine: FakeEngine) -> None:
+    gateway = await start(endpoints={"svc": (engine.address,)}, wait_seconds=10)
     engine.reply = status(503)
     code, body, headers = await gateway.ask()
     assert (code, body["error"]["code"], headers["Retry-After"]) == (503, "upstream_unavailable", "5")
