@@ -173,7 +173,8 @@ def answer_tokens(suite: PreparedSuite) -> int:
 def probes_of(chosen: tuple[Gate, ...], suites: dict[str, PreparedSuite], answers: dict[str, list[str]]) -> list[Probe]:
     """What the served model is asked before it takes traffic: items of the first gate's suite that has free answers.
 
-    A probe is what a user would send: items with a system turn of their own, or with more columns in the prompt than the text, are left out.
+    A probe is what a user would send: items with a system turn of their own, or whose prompt has more columns than the text,
+    are left out.
     """
     name = next((gate.suite for gate in chosen if gate.suite in answers), next(iter(answers), None))
     if name is None:

@@ -13,7 +13,8 @@ from tuneloop_trainer.data.schedule import Order, by_length_within_batches, samp
 from tuneloop_trainer.errors import StageError
 from tuneloop_trainer.stages.outputs import run_key
 
-TOKENS_PER_MICRO_BATCH = {"cpu": 4096, "cuda": 16384}
+TOKENS_PER_MICRO_BATCH = {"cpu": 512, "cuda": 16384}
+"""On a CPU, rows of like length in small groups cost a tenth less time than the whole batch at once, and half the memory."""
 
 
 @dataclass(frozen=True)
