@@ -45,6 +45,7 @@ async def observe(key: Key, cluster: Cluster, settings: Settings, now: datetime)
     return FineTuneJobSnapshot(
         job=job,
         runs=tuple(runs),
+        began_with=_began_with(cluster.cache, job, runs),
         versions=_versions(cluster.cache, job, deployment),
         deployment=deployment,
         missing_claims=await _missing_claims(cluster, job, runs, settings),
@@ -86,6 +87,14 @@ def _stage_run(cache: Cache, raw: dict[str, Any]) -> StageRun | None:
         manifest=raw,
         pods=tuple(sorted(pods, key=lambda pod: (pod.metadata.creation_timestamp, pod.metadata.name))),
     )
+
+
+def _began_with(cache: Cache, job: api.FineTuneJob, runs: list[StageRun]) -> str | None:
+    name = FineTuneJobSnapshot.first_configured(runs)
+    if job.status.started_at is None or job.status.finished_at is not None or name is None:
+        return None
+    raw = cache.get("ConfigMap", job.metadata.namespace, name)
+    return ((raw or {}).get("data") or {}).get(training.CONFIG_FILE)
 
 
 def _deployment(cache: Cache, job: api.FineTuneJob) -> ModelDeployment | None:

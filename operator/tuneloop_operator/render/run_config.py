@@ -16,11 +16,10 @@ INTERNAL_TOKEN = "internal-token"
 VALIDATION_SUITE = "validation"
 LEARNING_RATES = {"LoRA": 2e-4, "Full": 2e-5}
 CHECKPOINT_MINUTES = 10.0
-GENERATED_FOLDERS = ("runs", "models", "cache")
 
 
-def run_config(job: api.FineTuneJob, resolved: api.Resolved, micro_batch: int | None = None) -> contract.RunConfig:
-    """The file that all stages of a run read; `micro_batch` is set after an attempt that was out of memory."""
+def run_config(job: api.FineTuneJob, resolved: api.Resolved) -> contract.RunConfig:
+    """The file that all stages of a run read."""
     spec = job.spec
     return contract.RunConfig(
         namespace=job.metadata.namespace,
@@ -34,7 +33,7 @@ def run_config(job: api.FineTuneJob, resolved: api.Resolved, micro_batch: int | 
         train=tuple(_data_source(job, source) for source in spec.data.train),
         validation_fraction=float(spec.data.validation.fraction) if spec.data.validation is not None else 0.0,
         curation=contract.Curation(deduplicate=spec.data.curation.deduplicate, decontaminate=spec.data.curation.decontaminate),
-        training=_training(spec, micro_batch),
+        training=_training(spec),
         checkpoint=_checkpoint(spec.checkpoint),
         evaluation=_evaluation(job, resolved),
         model=spec.output.model,
@@ -83,13 +82,12 @@ def _method(method: api.Method) -> contract.Method:
     return contract.Method(type="LoRA", lora=settings)
 
 
-def _training(spec: api.FineTuneJobSpec, micro_batch: int | None) -> contract.Training:
+def _training(spec: api.FineTuneJobSpec) -> contract.Training:
     asked = spec.training
     return contract.Training(
         epochs=float(asked.epochs),
         max_steps=asked.max_steps,
         global_batch_size=asked.global_batch_size,
-        micro_batch_size=micro_batch,
         learning_rate=float(asked.learning_rate) if asked.learning_rate is not None else LEARNING_RATES[spec.method.type],
         warmup_steps=asked.warmup_steps,
         max_sequence_length=asked.max_sequence_length,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import PurePosixPath
 
@@ -10,9 +11,10 @@ from tuneloop_operator.render import names, pods
 from tuneloop_operator.render.pods import Json
 from tuneloop_operator.render.run_config import FEEDBACK_PATH, INTERNAL_TOKEN
 from tuneloop_operator.settings import Settings
-from tuneloop_trainer.contract import CONFIG_PATH, PROGRESS_PORT, RunConfig, Stage
+from tuneloop_trainer.contract import CONFIG_PATH, PROGRESS_PORT, Baseline, RunConfig, Stage
 
 CONTAINER = "stage"
+CONFIG_FILE = PurePosixPath(CONFIG_PATH).name
 HUB_TOKEN = "token"
 """Key of the hub's token in a `secretRef`."""
 REQUESTS = {
@@ -35,23 +37,37 @@ def job_labels(job: FineTuneJob, component: str = "trainer") -> dict[str, str]:
 # --- configuration -----------------------------------------------------------
 
 
-def config_map(job: FineTuneJob, config: RunConfig) -> Json:
+def config_map(job: FineTuneJob, text: str) -> Json:
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",
-        "metadata": {"name": config_map_name(job, config), "namespace": job.metadata.namespace, "labels": job_labels(job)},
+        "metadata": {"name": config_map_name(job, text), "namespace": job.metadata.namespace, "labels": job_labels(job)},
         "immutable": True,
-        "data": {PurePosixPath(CONFIG_PATH).name: _config_text(config)},
+        "data": {CONFIG_FILE: text},
     }
 
 
-def config_map_name(job: FineTuneJob, config: RunConfig) -> str:
-    return names.job_config(job.metadata.name, names.short_hash(_config_text(config), 8))
+def config_map_name(job: FineTuneJob, text: str) -> str:
+    return names.job_config(job.metadata.name, names.short_hash(text, 8))
 
 
-def _config_text(config: RunConfig) -> str:
-    # With nulls: an absent field would be read as its default, and `checkpoint.everyMinutes` has one.
+def config_text(config: RunConfig) -> str:
+    """With nulls: an absent field would be read as its default, and `checkpoint.everyMinutes` has one."""
     return config.model_dump_json(by_alias=True)
+
+
+def edited_text(text: str, micro_batch: int | None, baseline: Baseline) -> str:
+    """The configuration that a run began with, but for what may differ between its attempts.
+
+    Edited as JSON: the run's image is pinned, and a trainer of then refuses fields that this operator's contract has gained since.
+    """
+    content = json.loads(text)
+    if content["training"]["microBatchSize"] == micro_batch and content["evaluation"]["baseline"]["name"] == baseline.name:
+        return text
+    content["training"]["microBatchSize"] = micro_batch
+    if content["evaluation"]["baseline"]["name"] != baseline.name:
+        content["evaluation"]["baseline"] = baseline.model_dump(mode="json", by_alias=True)
+    return json.dumps(content, separators=(",", ":"), ensure_ascii=False)
 
 
 # --- network -----------------------------------------------------------------
@@ -85,10 +101,14 @@ def stage_job(
     stage: Stage,
     number: int,
     input_hash: str,
+    text: str,
     from_step: int = 0,
     with_devices: bool = True,
 ) -> Json:
-    """One attempt of one stage. It is never retried by Kubernetes but for disruptions, which are nobody's fault."""
+    """One attempt of one stage. It is never retried by Kubernetes but for disruptions, which are nobody's fault.
+
+    `config` says which claims it needs; `text` is what it reads.
+    """
     labels = job_labels(job) | {names.STAGE_LABEL: stage.value, names.ATTEMPT_LABEL: str(number)}
     job_only = {names.INPUT_LABEL: input_hash, names.RETRY_HASH_LABEL: retry_hash(job), names.FROM_STEP_LABEL: str(from_step)}
     return {
@@ -112,7 +132,7 @@ def stage_job(
                     {"action": "FailJob", "onExitCodes": {"containerName": CONTAINER, "operator": "NotIn", "values": [0]}},
                 ]
             },
-            "template": _pod(job, resolved, config, settings, stage, labels, with_devices),
+            "template": _pod(job, resolved, config, settings, stage, labels, config_map_name(job, text), with_devices),
         },
     }
 
@@ -130,11 +150,18 @@ def retry_hash(job: FineTuneJob) -> str:
 
 
 def _pod(
-    job: FineTuneJob, resolved: Resolved, config: RunConfig, settings: Settings, stage: Stage, labels: dict[str, str], with_devices: bool
+    job: FineTuneJob,
+    resolved: Resolved,
+    config: RunConfig,
+    settings: Settings,
+    stage: Stage,
+    labels: dict[str, str],
+    configuration: str,
+    with_devices: bool,
 ) -> Json:
     compute = job.spec.compute
     sized = stage in SIZED_STAGES and with_devices
-    volumes, mounts = _volumes(job, config, stage)
+    volumes, mounts = _volumes(job, config, stage, configuration)
     container = {
         "name": CONTAINER,
         "image": resolved.image,
@@ -173,9 +200,9 @@ def _environment(job: FineTuneJob, stage: Stage) -> list[Json]:
     return env
 
 
-def _volumes(job: FineTuneJob, config: RunConfig, stage: Stage) -> tuple[list[Json], list[Json]]:
+def _volumes(job: FineTuneJob, config: RunConfig, stage: Stage, configuration: str) -> tuple[list[Json], list[Json]]:
     folder = str(PurePosixPath(CONFIG_PATH).parent)
-    volumes = [*pods.scratch_volumes(), pods.config_volume("config", config_map_name(job, config))]
+    volumes = [*pods.scratch_volumes(), pods.config_volume("config", configuration)]
     mounts = [*pods.scratch_mounts(), pods.read_only_mount("config", folder)]
     claim_volumes, claim_mounts = pods.claim_mounts(written=[store_claim(job)], read=read_claims(job, config, stage))
     if stage is Stage.PREPARE:

@@ -156,11 +156,13 @@ class World:
     def snapshot(self) -> FineTuneJobSnapshot:
         order = list(Stage)
         runs = sorted(self.runs.values(), key=lambda run: (order.index(run.stage), run.number))
+        first = FineTuneJobSnapshot.first_configured(runs) if self.job.status.started_at is not None else None
         children = [run.target for run in runs]
         children += [Target(Key(kind, "team", name), f"uid-{name}") for kind, _, name in (place.partition("/") for place in self.others)]
         return FineTuneJobSnapshot(
             job=self.job,
             runs=tuple(runs),
+            began_with=self.others[f"ConfigMap/{first}"]["data"]["config.json"] if first is not None else None,
             versions=tuple(self.versions.values()),
             deployment=self.deployment,
             missing_claims=self.missing_claims if not runs else (),

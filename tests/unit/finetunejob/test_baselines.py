@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
-from tests.unit.finetunejob.builders import DIGEST, World, evaluated, make_job, make_spec
+from tests.unit.finetunejob.builders import DIGEST, World, evaluated, make_job, make_spec, packaged, trained
 
 from tuneloop_operator.api.modeldeployment import ModelDeployment
 from tuneloop_operator.api.modelversion import ModelVersion
@@ -150,3 +151,19 @@ def test_the_operators_upgrade_changes_no_image_of_a_job_that_trains() -> None:
     world.wait(60)
     world.settle()
     assert world.current().manifest["spec"]["template"]["spec"]["containers"][0]["image"] == "registry.example/trainer:1"
+
+
+def test_the_operators_upgrade_changes_nothing_of_what_a_running_jobs_stages_read() -> None:
+    """A later contract may have fields that the pinned trainer would refuse, and other defaults."""
+    world = World().up_to(Stage.TRAIN)
+    place = next(place for place in world.others if place.startswith("ConfigMap"))
+    of_another_version = json.loads(world.others[place]["data"]["config.json"]) | {"aField": "of the version that it began with"}
+    world.others[place] = world.others[place] | {"data": {"config.json": json.dumps(of_another_version)}}
+    world.ends(None, 11)
+    world.settle()
+    second = world.config(world.current())
+    assert second == of_another_version | {"training": of_another_version["training"] | {"microBatchSize": 8}}
+    for result in (trained(), packaged()):
+        world.ends(result)
+        world.settle()
+        assert world.config(world.current()) == of_another_version

@@ -47,7 +47,7 @@ class Case:
     apply: list[Manifest] = field(default_factory=list)
     create: list[Manifest] = field(default_factory=list)
     delete: list[Target] = field(default_factory=list)
-    _configs: dict[int | None, RunConfig] = field(default_factory=dict)
+    _config: RunConfig | None = None
     _hashes: dict[Stage, str] = field(default_factory=dict)
 
     @property
@@ -60,16 +60,22 @@ class Case:
 
     def learn(self, **changes: Any) -> None:
         if changes.keys() & {"resolved", "artifact"}:
-            self._configs.clear()
+            self._config = None
             self._hashes.clear()
         self.status = self.status.model_copy(update=changes)
 
     # --- configuration ---
 
-    def config(self, micro_batch: int | None = None) -> RunConfig:
-        if micro_batch not in self._configs:
-            self._configs[micro_batch] = run_config(self.job, self.resolved, micro_batch)
-        return self._configs[micro_batch]
+    def config(self) -> RunConfig:
+        """As it would be rendered now; what a run reads is `config_text`."""
+        if self._config is None:
+            self._config = run_config(self.job, self.resolved)
+        return self._config
+
+    def config_text(self, micro_batch: int | None = None) -> str:
+        """What a stage reads: once training has begun, what it began with, whatever this version of the operator would render."""
+        began_with = self.snapshot.began_with or training.config_text(self.config())
+        return training.edited_text(began_with, micro_batch, self.config().evaluation.baseline)
 
     def input_hash(self, stage: Stage) -> str:
         """What an attempt of the stage is asked to do. Training and packaging cannot be asked for anything else once they have begun."""
@@ -82,8 +88,9 @@ class Case:
             case Stage.PREPARE:
                 return self.config().model_dump(mode="json")
             case Stage.EVALUATE:
-                baseline = self.config().evaluation.baseline.model_dump(mode="json")
-                return [baseline, self.status.artifact.manifest_digest if self.status.artifact is not None else None]
+                pinned, artifact = self.resolved.baseline, self.status.artifact
+                baseline = [pinned.name, pinned.manifest_digest] if pinned is not None else None
+                return [baseline, artifact.manifest_digest if artifact is not None else None]
         return stage.value
 
     def micro_batch(self) -> int | None:
@@ -143,19 +150,20 @@ class Case:
     def start(self, stage: Stage, *, with_devices: bool = True) -> None:
         """Make the next attempt of a stage."""
         number = self.next_number(stage)
-        config = self.config(self.micro_batch() if stage is Stage.TRAIN else None)
+        text = self.config_text(self.micro_batch() if stage is Stage.TRAIN else None)
         manifest = training.stage_job(
             self.job,
             self.resolved,
-            config,
+            self.config(),
             self.settings,
             stage=stage,
             number=number,
             input_hash=self.input_hash(stage),
+            text=text,
             from_step=self.reached_step if stage is Stage.TRAIN else 0,
             with_devices=with_devices,
         )
-        self.apply += [training.progress_policy(self.job, self.settings), training.config_map(self.job, config), manifest]
+        self.apply += [training.progress_policy(self.job, self.settings), training.config_map(self.job, text), manifest]
         if stage is Stage.PREPARE:
             self.learn(prepare_runs=number)
         if stage is Stage.TRAIN:

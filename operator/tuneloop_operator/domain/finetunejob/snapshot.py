@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tuneloop_operator.api.finetunejob import FineTuneJob
@@ -33,6 +34,12 @@ class StageRun:
     """Read only where the Job makes no headway and its pods do not say why."""
 
     @property
+    def config_map(self) -> str | None:
+        """Name of the ConfigMap that its pods read."""
+        volumes = self.manifest["spec"]["template"]["spec"].get("volumes") or ()
+        return next((volume["configMap"]["name"] for volume in volumes if "configMap" in volume), None)
+
+    @property
     def pod(self) -> Pod | None:
         """The newest."""
         return self.pods[-1] if self.pods else None
@@ -50,6 +57,8 @@ class FineTuneJobSnapshot:
     job: FineTuneJob
     runs: tuple[StageRun, ...] = ()
     """Ordered by stage and number."""
+    began_with: str | None = None
+    """The configuration that training began with, once it has."""
     versions: tuple[ModelVersion, ...] = ()
     """Of the job's model, in its namespace."""
     deployment: ModelDeployment | None = None
@@ -62,6 +71,12 @@ class FineTuneJobSnapshot:
     """Children's names that somebody else has taken."""
     children: tuple[Target, ...] = ()
     """Everything that the job controls."""
+
+    @staticmethod
+    def first_configured(runs: Sequence[StageRun]) -> str | None:
+        """Name of the ConfigMap that training began with: its first attempt's, or that of the prepare before it."""
+        latest_prepare = [run for run in runs if run.stage is Stage.PREPARE][-1:]
+        return next((run.config_map for run in (*(run for run in runs if run.stage is Stage.TRAIN), *latest_prepare)), None)
 
     def of(self, stage: Stage) -> tuple[StageRun, ...]:
         return tuple(run for run in self.runs if run.stage is stage)
