@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from tuneloop_operator.api.conditions import DeploymentCondition, DeploymentReason
-from tuneloop_operator.api.types import Condition
+from tuneloop_operator.api.types import Condition, ConditionStatus
 from tuneloop_operator.domain import conditions
 from tuneloop_operator.domain.decision import EventNote
 from tuneloop_operator.domain.modeldeployment.rollouts import Rollout
@@ -13,6 +13,8 @@ from tuneloop_operator.domain.modeldeployment.snapshot import Snapshot
 
 C, R = DeploymentCondition, DeploymentReason
 ALARMING = {(C.STALLED.value, "True"), (C.DEGRADED.value, "True"), (C.AVAILABLE.value, "False"), (C.DRIFT_DETECTED.value, "True")}
+QUIET = (R.NOT_MONITORED, R.NOT_NEEDED, R.HEALTHY)
+ON_THE_WAY = (R.STARTING, R.ROLLING_OUT)
 BAD_NEWS = {R.GATE_FAILED.value, R.RETRAINING_FAILED.value, R.BUDGET_EXHAUSTED.value, R.NO_TEMPLATE.value}
 TOLD = (C.AVAILABLE, C.READY, C.STALLED, C.DEGRADED, C.DRIFT_DETECTED, C.RETRAINING_NEEDED)
 
@@ -21,7 +23,12 @@ def events(snapshot: Snapshot, rollout: Rollout, status: dict[str, Any]) -> tupl
     """At most one of each sentence, verdicts first."""
     after = [Condition.model_validate(item) for item in status["conditions"]]
     notes = [*_verdicts(snapshot, rollout), *_turns(snapshot.deployment.status.conditions, after)]
-    return tuple({(note.reason, note.message): note for note in notes}.values())
+    told: dict[tuple[str, str], EventNote] = {}
+    for note in notes:
+        known = told.setdefault((note.reason, note.message), note)
+        if known.type == "Normal":
+            told[note.reason, note.message] = note  # of two conditions that say the same, the worse news
+    return tuple(told.values())
 
 
 def _verdicts(snapshot: Snapshot, rollout: Rollout) -> list[EventNote]:
@@ -47,11 +54,13 @@ def _turns(before: tuple[Condition, ...], after: list[Condition]) -> list[EventN
         if new is None or (old is not None and (old.status, old.reason) == (new.status, new.reason)):
             continue
         is_first = old is None and (new.type, new.status.value) not in ALARMING
-        if not is_first and new.reason not in (R.NOT_MONITORED, R.NOT_NEEDED, R.HEALTHY):
+        is_said_by_ready = new.type == C.AVAILABLE and new.status is ConditionStatus.TRUE
+        if not is_first and not is_said_by_ready and new.reason not in QUIET:
             notes.append(EventNote(_severity(new), new.reason, new.message))
     return notes
 
 
 def _severity(condition: Condition) -> Literal["Normal", "Warning"]:
-    is_bad = (condition.type, condition.status.value) in ALARMING or condition.reason in BAD_NEWS
+    is_alarming = (condition.type, condition.status.value) in ALARMING and condition.reason not in ON_THE_WAY
+    is_bad = is_alarming or condition.reason in BAD_NEWS
     return "Warning" if is_bad else "Normal"
