@@ -17,6 +17,7 @@ from tuneloop_gateway.canonical import MAX_CHARS, canonical, redact_personal_dat
 from tuneloop_gateway.configuration import Configuration
 from tuneloop_gateway.contract import CaptureReport
 from tuneloop_gateway.database import Database, Unavailable, captured, corrections, feedback, labels
+from tuneloop_gateway.inbound import Inbound
 from tuneloop_gateway.metrics import Metrics
 from tuneloop_gateway.proxy import Exchange
 
@@ -28,6 +29,7 @@ CURATED_DAYS = 180
 SWEEP_SECONDS = 3600.0
 SWEEP_ROWS = 500
 LARGE_ANSWER_BYTES = 32 << 10
+MAX_QUEUED_BYTES = 64 << 20
 
 Row = dict[str, Any]  # column -> value, as SQLAlchemy wants it
 
@@ -40,7 +42,7 @@ class Capture:
         self._ended: deque[Exchange] = deque()
         self._rows: deque[Row] = deque()
         self._wake, self._rows_wake = asyncio.Event(), asyncio.Event()
-        self._captured = self._dropped = self._busy = 0
+        self._captured = self._dropped = self._busy = self._bytes = 0
         self.new_rows = 0
         """Grows with every stored row."""
 
@@ -60,10 +62,14 @@ class Capture:
         """Never blocks: a full queue drops and counts."""
         if exchange.status != 200 or not exchange.inbound.text:
             return
-        if self.pending >= self._configuration.current.capture.queue_size:
+        inbound = exchange.inbound
+        exchange.inbound = Inbound(inbound.path, {}, inbound.text[:MAX_CHARS], inbound.stream)  # a queue of whole bodies would be gigabytes
+        size = exchange.kept_bytes + len(exchange.inbound.text)
+        if self.pending >= self._configuration.current.capture.queue_size or self._bytes + size > MAX_QUEUED_BYTES:
             if exchange.keep:
                 self._drop("queue_full", 1)
             return
+        self._bytes += size
         self._ended.append(exchange)
         self._wake.set()
 
@@ -77,7 +83,9 @@ class Capture:
             await self._wake.wait()
             self._wake.clear()
             while self._ended:
-                await self._prepare_one(self._ended.popleft())
+                exchange = self._ended.popleft()
+                self._bytes -= exchange.kept_bytes + len(exchange.inbound.text)
+                await self._prepare_one(exchange)
                 await asyncio.sleep(0)  # requests come first
 
     async def _prepare_one(self, exchange: Exchange) -> None:

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 MAX_ATTEMPTS = 20
 MAX_OVERLOADED = 3
 """A replica that sheds load is no reason to add to it."""
-MAX_INSPECTED_BYTES = 4 << 20
+MAX_INSPECTED_BYTES = 2 << 20
 MAX_KEPT_BYTES = 512 << 10
 """Of an answer, for capture."""
 TAIL_BYTES = 4096
@@ -138,14 +138,16 @@ class Proxy:
         target: Target | None = await self._router.wait()
         tried: set[Endpoint] = set()
         attempts = overloaded = 0
-        give_up_at = time.monotonic() + self._router.wait_seconds
+        give_up_at: float | None = None
         while target is not None:
             try:
                 return await self._attempt(request, exchange, target)
             except TryElsewhere as failure:
                 attempts, overloaded = attempts + 1, overloaded + failure.overloaded
                 tried.add(target.endpoint)
-                if attempts >= MAX_ATTEMPTS or overloaded >= MAX_OVERLOADED or time.monotonic() > give_up_at:
+                now = time.monotonic()
+                give_up_at = give_up_at or now + self._router.wait_seconds
+                if attempts >= MAX_ATTEMPTS or overloaded >= MAX_OVERLOADED or now > give_up_at:
                     break
                 self._metrics.retried(target.revision.name)
                 target = await self._router.again(tried) or await self._router.wait()

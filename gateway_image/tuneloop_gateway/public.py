@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import secrets
 import time
@@ -20,6 +21,7 @@ from tuneloop_gateway.metrics import Metrics
 from tuneloop_gateway.proxy import Exchange, Proxy
 from tuneloop_gateway.tokens import FeedbackToken, sign
 
+logger = logging.getLogger(__name__)
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
 
@@ -48,11 +50,12 @@ class Public:
         app.router.add_get("/healthz", self.health)
         app.router.add_get("/readyz", self.ready)
         app.router.add_route("*", "/{path:.*}", self.unknown)
-        app.on_response_prepare.append(self._close_while_stopping)
+        app.on_response_prepare.append(self._complete_headers)
         return app
 
-    async def _close_while_stopping(self, _: web.Request, response: web.StreamResponse) -> None:
-        """Clients with open connections shall look for another replica."""
+    async def _complete_headers(self, _: web.Request, response: web.StreamResponse) -> None:
+        """No versions for those who look for holes; and clients with open connections shall look for another replica at the end."""
+        response.headers["Server"] = "tuneloop"
         if self.stopping:
             response.force_close()
             response.headers["Connection"] = "close"
@@ -95,6 +98,10 @@ class Public:
             if refused.code not in ("upstream_timeout", "upstream_refused", "upstream_unavailable"):  # counted with their revision
                 self._metrics.request("", f"{refused.status // 100}xx", "refused")
             return render_error(refused, {"x-request-id": request_id})
+        except Exception:
+            # A bug answers like everything else, and its client learns the request's id.
+            logger.exception("Request %s failed.", request_id)
+            return render_error(Refused(500, "The gateway failed.", code="internal_error"), {"x-request-id": request_id})
         finally:
             self.in_flight -= 1
 

@@ -116,8 +116,8 @@ def answer(body: dict[str, Any]) -> Reply:
     return reply
 
 
-def stream_of(*chunks: bytes, gate: asyncio.Event | None = None, break_after: int | None = None) -> Reply:
-    """Sends each chunk by itself; with a gate, waits for it between one and the next; may break off."""
+def stream_of(*chunks: bytes, gate: asyncio.Event | None = None, first: int = 1, break_after: int | None = None) -> Reply:
+    """Sends each chunk by itself; with a gate, waits for it before each after the `first`; may break off."""
 
     async def reply(request: web.Request, _: dict[str, Any]) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
@@ -127,7 +127,7 @@ def stream_of(*chunks: bytes, gate: asyncio.Event | None = None, break_after: in
                 assert request.transport is not None
                 request.transport.abort()
                 return response
-            if gate is not None and number:
+            if gate is not None and number >= first:
                 await gate.wait()
                 gate.clear()
             await response.write(chunk)

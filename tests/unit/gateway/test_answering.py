@@ -10,7 +10,7 @@ from aiohttp import ClientPayloadError, web
 from tests.unit.gateway.conftest import Running, Start, eventually, make_config, make_revision
 from tests.unit.gateway.engines import FakeEngine, chat_answer, chat_events, status, stream_of
 
-from tuneloop_gateway.contract import FEEDBACK_HEADER, REVISION_HEADER
+from tuneloop_gateway.contract import FEEDBACK_HEADER, REVISION_HEADER, Metric
 
 
 async def test_an_answer_comes_back_byte_for_byte_with_the_gateways_headers(gateway: Running, engine: FakeEngine) -> None:
@@ -88,6 +88,14 @@ async def test_a_client_that_goes_away_cancels_the_engines_work(gateway: Running
     assert (state.revisions[0].errors, state.revisions[0].in_flight) == (0, 0)
 
 
+async def test_a_client_that_leaves_in_the_middle_of_a_stream_ends_it_at_the_engine(gateway: Running, engine: FakeEngine) -> None:
+    engine.replies = [stream_of(*chat_events("a", "b", "c"), gate=asyncio.Event(), first=2)]
+    async with gateway.chat(stream=True) as response:
+        assert b"a" in await response.content.readany()
+        response.close()
+    await eventually(lambda: engine.cancelled)
+
+
 async def test_a_stream_that_breaks_is_not_taken_for_a_whole_one(gateway: Running, engine: FakeEngine) -> None:
     engine.replies = [stream_of(*chat_events("a", "b"), break_after=3)]
     with pytest.raises(ClientPayloadError):
@@ -135,6 +143,8 @@ async def test_metrics_tell_what_happened_per_revision_and_nothing_about_users(g
     assert f'tuneloop_gateway_requests_total{{code="2xx",{own}}} 1.0' in text
     assert 'tuneloop_gateway_tokens_total{deployment="tweets",kind="completion",namespace="team",revision="r1"} 3.0' in text
     assert "secret" not in text
+    known = {value for name, value in vars(Metric).items() if name.isupper()}
+    assert {line.split()[2].removesuffix("_total") for line in text.splitlines() if line.startswith("# TYPE")} <= known
 
 
 async def test_running_requests_end_before_the_gateway_does(start: Start, engine: FakeEngine) -> None:

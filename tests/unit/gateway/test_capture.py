@@ -130,6 +130,17 @@ async def test_a_full_queue_drops_and_counts(start: Start, engine: FakeEngine) -
     assert 'capture_dropped_total{deployment="tweets",namespace="team",reason="queue_full"} 7.0' in await gateway.metrics()
 
 
+async def test_large_texts_in_the_queue_are_bounded_by_their_bytes(
+    start: Start, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(capture_module, "MAX_QUEUED_BYTES", 20_000)
+    gateway = await start(endpoints={"svc": (engine.address,)})
+    await asyncio.gather(*(gateway.ask("x" * 15_000) for _ in range(4)))
+    await gateway.captured()
+    report = gateway.gateway.capture.report()
+    assert (report.captured + report.dropped, report.captured) == (4, 0)
+
+
 async def test_what_is_past_its_retention_is_deleted(gateway: Running) -> None:
     for text in ("old", "new"):
         await gateway.ask(text)
