@@ -121,7 +121,7 @@ def score(base: Path, adapter: Path, rows: Mapping[str, Sequence[data.Row]]) -> 
 
 
 def _hits(model: Any, formatter: Formatter, rows: Sequence[data.Row]) -> Hits:
-    """Compares the labels' first tokens, which differ: the trainer's scoring goes on to the stop token, and takes three times as long."""
+    """Compares the labels' first tokens, which differ; the trainer's scoring goes on to the stop token, in a second pass."""
     import torch
 
     encoded = [formatter.encode(settings.PROMPT.replace("{{ text }}", row.text), row.label) for row in rows]
@@ -201,6 +201,18 @@ def _majority(rows: Sequence[data.Row]) -> float:
     return round(max(positive, 1 - positive), 4)
 
 
+def table(lines: Sequence[str]) -> str:
+    """The figures of an output file as the table of RESULTS-pilot.md."""
+    head = ("seed", "old: first", "second", "up/down", "lower", "new: first", "second", "up/down", "p", "n", "both pass")
+    body = [head, ("---",) * len(head)]
+    for result in sorted(map(json.loads, lines), key=lambda result: int(result["seed"])):
+        old, new = result["old"], result["new"]
+        pairs = [(f"{suite['before']:.3f}", f"{suite['after']:.3f}", f"{suite['up']}/{suite['down']}") for suite in (old, new)]
+        verdict = "yes" if result["both"] else "no"
+        body.append((str(result["seed"]), *pairs[0], f"{old['lower']:+.3f}", *pairs[1], f"{new['p']:.0e}", str(new["n"]), verdict))
+    return "\n".join(f"| {' | '.join(row)} |" for row in body)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
@@ -208,8 +220,12 @@ def main() -> None:
     parser.add_argument("--first-steps", type=int, default=settings.FIRST_STEPS)
     parser.add_argument("--steps", type=int, default=settings.RETRAINING_STEPS)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--table", action="store_true", help="print the figures in --out as a table, and run nothing")
     parser.add_argument("--gates-only", action="store_true", help="do not score the held-out documents")
     options = parser.parse_args()
+    if options.table:
+        print(table(options.out.read_text(encoding="utf-8").splitlines()))
+        return
     rate = float(settings.LEARNING_RATE)
     plan = Plan(options.first_steps, options.steps, rate, settings.LORA_RANK, settings.LORA_ALPHA, options.threads, not options.gates_only)
     corpus = data.read_corpus(fetch(TEXTS, packages_folder()))

@@ -1,6 +1,6 @@
 """The demo's choices in one place: what is classified, which shift drifts in, how much of it, and how long is trained.
 
-They were fixed by a pilot over five seeds (`bench/pilot.py`, figures in `bench/RESULTS-pilot.md`). Change them only with it.
+They were fixed by a pilot (`bench/pilot.py`; its figures, seed by seed, are in `bench/RESULTS-pilot.md`). Change them only with it.
 """
 
 from __future__ import annotations
