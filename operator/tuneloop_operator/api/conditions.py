@@ -63,6 +63,7 @@ class JobReason(StrEnum):
     CLAIM_NOT_FOUND = "ClaimNotFound"
     QUOTA_EXCEEDED = "QuotaExceeded"
     UNSCHEDULABLE = "Unschedulable"
+    VOLUME_NOT_SHARED = "VolumeNotShared"
     IMAGE_PULL_FAILED = "ImagePullFailed"
     OUT_OF_MEMORY = "OutOfMemory"
     NON_FINITE_LOSS = "NonFiniteLoss"

@@ -70,6 +70,20 @@ def test_a_claim_that_vanished_is_told_apart_from_a_lack_of_nodes() -> None:
     assert world.condition("Succeeded") == ("Unknown", "ClaimNotFound")
 
 
+def test_a_claim_of_another_node_is_told_with_the_remedy() -> None:
+    world = World()
+    world.settle()
+    text = "0/2 nodes are available: 2 node(s) had volume node affinity conflict."
+    world.pod_is(None, conditions=[{"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": text}])
+    world.settle()
+    assert world.condition("Succeeded") == ("Unknown", "VolumeNotShared")
+    assert "ReadWriteMany" in world.message()
+    world.pod_is({"waiting": {"reason": "ContainerCreating", "message": ""}})
+    world.warn("FailedAttachVolume", 'Multi-Attach error for volume "pvc-1" Volume is already used by pod(s) other')
+    world.settle()
+    assert world.condition("Succeeded") == ("Unknown", "VolumeNotShared")
+
+
 def test_a_used_up_quota_is_told_from_the_jobs_events() -> None:
     world = World()
     world.settle()

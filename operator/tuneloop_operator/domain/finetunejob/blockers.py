@@ -59,6 +59,8 @@ def _unschedulable(pod: Pod) -> Blocker:
     text = scheduled.message if scheduled is not None else ""
     if (claim := MISSING_CLAIM.search(text)) is not None:
         return claim_missing((claim[1],))
+    if "volume node affinity conflict" in text:
+        return _not_shared(text)
     message = f"No node takes the pod: {_quote(text)}. Free devices or add nodes, or ask for less in spec.compute."
     return Blocker(JobReason.UNSCHEDULABLE, message)
 
@@ -78,9 +80,16 @@ def _waiting(pod: Pod, waiting: Waiting) -> Blocker | None:
 def _mounting(run: StageRun) -> Blocker | None:
     """A Secret or claim that a volume names is told by events only."""
     for event in run.warnings:
+        if "Multi-Attach error" in event.message:
+            return _not_shared(event.message)
         if event.reason in ("FailedMount", "FailedAttachVolume"):
             return _missing_secret(event.message) or Blocker(JobReason.PENDING, f"A volume cannot be mounted: {_quote(event.message)}.")
     return None
+
+
+def _not_shared(text: str) -> Blocker:
+    remedy = "Use a ReadWriteMany claim, or bind all pods to the claim's node by compute.pod.nodeSelector."
+    return Blocker(JobReason.VOLUME_NOT_SHARED, f"A claim can be mounted on another node only: {_quote(text)}. {remedy}")
 
 
 def _missing_secret(text: str) -> Blocker | None:
