@@ -96,7 +96,7 @@ class Process:
             return
         if self.progress.collecting:
             self._collect(text, now)
-        elif self.remaining > 0 and self.buffer.admits():
+        elif self.remaining > 0 and self.buffer.admits(now):
             self.buffer.add(features(text), now)
             self._test(now)
 

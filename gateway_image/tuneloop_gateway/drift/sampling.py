@@ -55,17 +55,18 @@ class MixingBuffer:
         self._raised_at = float("-inf")
         self._rng = rng
 
-    def admits(self) -> bool:
+    def admits(self, now: float) -> bool:
+        """Whether the row that came now shall be added. Asked for every row, before its features are computed."""
+        self._expire(now)
+        if len(self.rows) < self.capacity // 4 and self.share < 1:
+            self.share = min(1.0, self.share * 2)
+            self._raised_at = now
         return self.share >= 1 or self._rng.random() < self.share
 
     def add(self, row: Features, now: float) -> None:
-        self._expire(now)
         self.rows.append(Waiting(row, now, self.share))
         if len(self.rows) > self.capacity:
             self._thin()
-        elif len(self.rows) < self.capacity // 4 and self.share < 1:
-            self.share = min(1.0, self.share * 2)
-            self._raised_at = now
 
     def _thin(self) -> None:
         """Halves the share of new rows, and of old ones above it."""

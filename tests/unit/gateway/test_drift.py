@@ -171,7 +171,7 @@ def test_a_mixing_buffer_draws_evenly_from_its_window_even_when_it_had_to_thin()
         rng = random.Random(seed)
         buffer = MixingBuffer(100.0, 64, rng)
         for i in range(4000):  # 40 rows a second
-            if buffer.admits():
+            if buffer.admits(i / 40):
                 buffer.add(np.array([i // 1000], np.uint16), i / 40)
         row = buffer.draw()
         assert row is not None
@@ -180,9 +180,22 @@ def test_a_mixing_buffer_draws_evenly_from_its_window_even_when_it_had_to_thin()
     assert 110 < early < 190  # 150 expected
 
 
+def test_a_row_counts_alike_whether_it_came_in_busy_or_in_quiet_hours() -> None:
+    quiet = 0
+    for seed in range(400):
+        buffer = MixingBuffer(100.0, 64, random.Random(seed))
+        for at in (*(i / 40 for i in range(4000)), *(100 + i / 2 for i in range(120))):
+            if buffer.admits(at):
+                buffer.add(np.array([at >= 100], np.uint16), at)
+        row = buffer.draw()
+        quiet += row is not None and int(row[0])
+    assert 12 < quiet < 45  # 120 of the 1,720 rows of the window are from the quiet minute: 28 expected, without the weights some 65
+
+
 def test_rows_older_than_the_window_are_not_drawn() -> None:
     buffer = MixingBuffer(10.0, 64, random.Random(1))
     buffer.add(np.array([1], np.uint16), 0.0)
+    assert buffer.admits(11.0)
     buffer.add(np.array([2], np.uint16), 11.0)
     assert [int(r[0]) for r in (buffer.draw(), buffer.draw()) if r is not None] == [2]
 
