@@ -77,6 +77,8 @@ def _download(base: Base, folder: Path) -> None:
                 raise Invalid(f"Model {base.uri} may not be read with this token.", Reason.ACCESS_DENIED) from error
             raise
         _remove_download_notes(temporary)
+        if (folder / MANIFEST).is_file():
+            return  # another run of the store was faster
         publish(temporary, folder, "model", {"uri": base.uri, "revision": base.revision})
     log.info("downloaded %s to the shared cache", base.uri)
 

@@ -18,6 +18,12 @@ def cpu_threads(configured: int | None = None, cgroup: Path = CGROUP) -> int:
     return max(1, min(usable, round(quota))) if quota is not None else usable
 
 
+def use_threads(configured: int | None) -> None:
+    import torch
+
+    torch.set_num_threads(cpu_threads(configured))
+
+
 def _quota(cgroup: Path) -> float | None:
     try:
         limit, period = (cgroup / "cpu.max").read_text().split()[:2]

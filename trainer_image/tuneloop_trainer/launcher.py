@@ -14,7 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,13 +90,24 @@ class Launcher:
             config = RunConfig.model_validate_json(self._at.config.read_bytes())
         except (OSError, ValidationError) as error:
             return self._tell(None, self._failure(ExitCode.BUG, f"The run's configuration cannot be read: {error}"))
-        server = ProgressServer(self._at.port, self._progress)
-        server.start()
-        try:
+        with self._serving():
             oom_kills = hardware.oom_kills()
             code, stalled = self._watch(self._start(config), config)
             killed_for_memory = (hardware.oom_kills() or 0) > (oom_kills or 0)
             return self._tell(config, self._conclude(code, stalled, killed_for_memory))
+
+    @contextmanager
+    def _serving(self) -> Iterator[None]:
+        """Answer progress meanwhile. A port that is taken costs the progress, not the stage."""
+        try:
+            server = ProgressServer(self._at.port, self._progress)
+        except OSError as error:
+            log.error("port %d cannot be served, there will be no progress: %s", self._at.port, error.strerror)
+            yield
+            return
+        server.start()
+        try:
+            yield
         finally:
             server.stop()
 
@@ -148,12 +160,15 @@ class Launcher:
         return self._failure(ExitCode.BUG, f"The worker ended with {how} and left no result; its log has the cause.")
 
     def _tell(self, config: RunConfig | None, result: StageResult) -> int:
-        if config is not None:
-            write_result(Path(config.paths.work) / f"{self._stage.value}-result.json", result)
         try:
             write_termination(self._at.termination, result)
         except OSError as error:
             log.error("the termination message cannot be written: %s", error)
+        try:
+            if config is not None:
+                write_result(Path(config.paths.work) / f"{self._stage.value}-result.json", result)
+        except OSError as error:
+            log.error("the result cannot be written to the store: %s", error)
         log.info("stage=%s exit_code=%d reason=%s %s", self._stage.value, result.exit_code, result.reason, result.message)
         return result.exit_code
 
@@ -167,7 +182,8 @@ class Launcher:
     def _forward(self, number: int, frame: object) -> None:
         self._terminated = True
         if self._worker is not None:
-            os.kill(self._worker.pid, signal.SIGTERM)
+            with suppress(ProcessLookupError):
+                os.kill(self._worker.pid, signal.SIGTERM)
 
 
 def worker_environment(inherited: Mapping[str, str], scratch: Path, config: RunConfig) -> dict[str, str]:

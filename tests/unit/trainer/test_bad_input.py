@@ -9,6 +9,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from tests.unit.trainer.builders import TEMPLATE, make_config, make_gated, make_rows, make_source, replace, run_stage, write_jsonl
 
@@ -232,15 +234,16 @@ def test_truncated_rows_are_counted(tmp_path: Path, base: Path) -> None:
     assert run_stage(config, Stage.PREPARE).prepare.truncated == 1
 
 
-def test_csv_and_folders_are_read(tmp_path: Path, base: Path) -> None:
+def test_csv_parquet_and_folders_are_read(tmp_path: Path, base: Path) -> None:
     folder = tmp_path / "data" / "parts"
     write_jsonl(folder / "b.jsonl", make_rows(20))
+    pq.write_table(pa.Table.from_pylist(make_rows(10, 500)), folder / "c.parquet")
     (folder / "a.csv").write_text('text,label\n"sunny, very",positive\nrainy,negative\n')
     (folder / "notes.txt").write_text("not data")
 
     summary = run_stage(make_config(tmp_path, base, [make_source(folder)]), Stage.PREPARE).prepare
 
-    assert (summary.rows_in, summary.rows_kept) == (22, 22)
+    assert (summary.rows_in, summary.rows_kept) == (32, 32)
 
 
 class Gateway:

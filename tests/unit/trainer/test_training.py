@@ -90,6 +90,20 @@ def test_torn_checkpoint_is_passed_over_and_the_lost_steps_are_told(prepared: Ru
     assert weights(config) == weights(undisturbed)
 
 
+def test_kill_after_the_last_checkpoint_loses_nothing(
+    prepared: RunConfig, undisturbed: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = copy_work(prepared, tmp_path)
+    with monkeypatch.context() as broken:
+        broken.setattr("tuneloop_trainer.stages.train.finish", None)
+        assert run_stage(config, Stage.TRAIN).exit_code == ExitCode.BUG
+
+    resumed = run_stage(config, Stage.TRAIN)
+
+    assert (resumed.exit_code, resumed.train.step, resumed.train.resumed_from_step) == (ExitCode.DONE, 6, 6)
+    assert weights(config) == weights(undisturbed)
+
+
 def test_other_micro_batch_sees_the_same_rows(prepared: RunConfig, undisturbed: RunConfig, tmp_path: Path) -> None:
     config = copy_work(replace(prepared, method=Method(type="LoRA", lora=prepared.method.lora)), tmp_path)
     run_stage(config, Stage.TRAIN, InterruptAfter(2))

@@ -61,6 +61,8 @@ class Reading:
         if self.source.feedback is not None:
             with _open_export(self.source.feedback, self.source.uri) as response:
                 yield from self._json_lines(response)
+                if response.length:
+                    raise StageError(f"The export {self.source.uri} broke off {response.length} bytes before its end.")
             return
         for path in _files(Path(self.source.path or ""), self.source.uri):
             try:

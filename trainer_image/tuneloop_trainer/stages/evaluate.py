@@ -52,6 +52,7 @@ def evaluate(config: RunConfig, progress: ProgressWriter) -> StageResult:
     if (result := told_again(config, Stage.EVALUATE)) is not None and _judged(result) == candidate.manifest_digest:
         return result
     progress.phase("LoadingModel")
+    hardware.use_threads(config.threads)
     manifest, prepared = require_stage(config, Stage.PREPARE)
     base = bases.require_base(config.base, config.paths, str(manifest.metadata["base_digest"]))
     tokenizer = models.load_tokenizer(base, config.base.uri)
@@ -114,9 +115,6 @@ def _baseline_model(config: RunConfig, pinned: Artifact | None, base: Path) -> M
 
 def load_artifact(artifact: Artifact, base: Path, base_uri: str) -> Model:
     """A packaged model, verified by its digest, as it is served."""
-    import torch
-
-    torch.set_num_threads(hardware.cpu_threads())
     folder = bases.require_artifact(artifact)
     if artifact.format == "Merged":
         return models.load_model(folder, artifact.path, DTYPE)

@@ -55,7 +55,7 @@ def train(config: RunConfig, progress: ProgressWriter, interrupts: Interrupts) -
     attempt = assemble(config, prepared, base, progress, interrupts)
     started = time.monotonic()
     interrupts.defer()
-    attempt.trainer.train(resume_from_checkpoint=str(attempt.resumed.folder) if attempt.resumed else None)
+    run(attempt)
     summary = summarize(attempt, time.monotonic() - started)
     if interrupts.requested and summary.step < summary.max_steps:
         message = f"Saved at step {summary.step} of {summary.max_steps} after SIGTERM."
@@ -64,15 +64,26 @@ def train(config: RunConfig, progress: ProgressWriter, interrupts: Interrupts) -
     return finish(config, attempt, summary, folder)
 
 
+def run(attempt: Attempt) -> None:
+    """Train what is left; nothing, where an attempt was killed between its last checkpoint and the end of the stage."""
+    from transformers import TrainerState
+
+    if attempt.resumed is None:
+        attempt.trainer.train()
+    elif attempt.resumed.step < attempt.plan.max_steps:
+        attempt.trainer.train(resume_from_checkpoint=str(attempt.resumed.folder))
+    else:
+        attempt.trainer.state = TrainerState.load_from_json(str(attempt.resumed.folder / "trainer_state.json"))
+
+
 def assemble(config: RunConfig, prepared: StageResult, base: Path, progress: ProgressWriter, interrupts: Interrupts) -> Attempt:
     """Model, data, callbacks and trainer; and the checkpoint to resume from."""
-    import torch
     from transformers import PrinterCallback
 
     from tuneloop_trainer.training.callbacks import DecideCheckpoints, ReportProgress
     from tuneloop_trainer.training.trainer import Trainer, trainable_share
 
-    torch.set_num_threads(hardware.cpu_threads(config.threads))
+    hardware.use_threads(config.threads)
     data = stage_folder(config, Stage.PREPARE)
     sources = json.loads((data / CARD).read_text())["sources"]
     lengths = np.asarray(read_table(data, "train")["length"], dtype=np.int64)

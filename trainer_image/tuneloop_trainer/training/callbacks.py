@@ -74,6 +74,8 @@ class ReportProgress(TrainerCallback):
         self._progress.update(checkpoint_step=state.global_step)
 
     def tokens_per_second(self) -> float | None:
+        if not self._marks:
+            return None
         (start, _, first), (end, _, last) = self._marks[0], self._marks[-1]
         return (last - first) / (end - start) if end > start else None
 
