@@ -62,7 +62,7 @@ def test_the_manifests_are_those_of_the_golden_file(name: str, make: Any) -> Non
     world = make()
     world.settle()
     shown = [_readable(manifest) for _, manifest in sorted(world.objects.items())]
-    text = yaml.safe_dump_all(shown, sort_keys=False, width=140)
+    text = yaml.safe_dump_all(shown, width=140)
     path = GOLDEN / f"{name}.yaml"
     if os.environ.get("UPDATE_GOLDEN"):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -21,6 +21,7 @@ from tuneloop_operator.api.finetunejob import FineTuneJob
 from tuneloop_operator.api.kubernetes import Deployment, Pod
 from tuneloop_operator.api.modeldeployment import ModelDeployment
 from tuneloop_operator.api.modelversion import ModelVersion
+from tuneloop_operator.domain import times
 from tuneloop_operator.domain.decision import Decision, Key, Target
 from tuneloop_operator.domain.modeldeployment import REARMED_ANNOTATION, GatewayPod, ObservedConfig, Snapshot, decide
 from tuneloop_operator.render import names
@@ -91,6 +92,10 @@ RETRAINED: Json = MONITORED | {
 }
 
 
+class Killed(Exception):
+    """The operator ended between two writes."""
+
+
 @dataclass
 class World:
     """Mutable on purpose: a test changes what it likes between two passes."""
@@ -106,6 +111,7 @@ class World:
     status: Json = field(default_factory=dict)
     objects: dict[tuple[str, str], Json] = field(default_factory=dict)
     created: list[Json] = field(default_factory=list)
+    born: dict[tuple[str, str], str] = field(default_factory=dict)
     conflicts: tuple[Key, ...] = ()
     # what pods do
     ready: dict[str, int] = field(default_factory=dict)
@@ -126,6 +132,8 @@ class World:
     feedback: FeedbackReport = field(default_factory=FeedbackReport)
     prometheus: Any = None
     reads_prometheus: bool = False
+    writes_left: int | None = None
+    """Writes that the operator makes before it is killed; None = it lives."""
 
     # --- one pass ---
 
@@ -133,17 +141,37 @@ class World:
         """Observes, decides, and carries the decision out as the operator does: status first."""
         self.now += timedelta(seconds=seconds)
         decision = decide(self.snapshot(), self.settings, self.now)
-        self.status = json.loads(json.dumps(decision.status))
+        try:
+            self.carry_out(decision)
+        finally:
+            if self.applies:
+                self.apply_config()
+        return decision
+
+    def carry_out(self, decision: Decision) -> None:
+        """Each write that changes something is one that `writes_left` allows, or the operator ends before it."""
+        status = json.loads(json.dumps(decision.status))
+        if status != self.status:
+            self._count()
+            self.status = status
         for manifest in decision.create:
-            if manifest not in self.created:
+            if not any(_name(manifest) == _name(known) for known in self.created):
+                self._count()
                 self.created.append(manifest)
         for manifest in decision.apply:
-            self.objects[manifest["kind"], manifest["metadata"]["name"]] = manifest
+            if self.objects.get(_name(manifest)) != manifest:
+                self._count()
+                self.objects[_name(manifest)] = manifest
+                self.born.setdefault(_name(manifest), times.to_text(self.now + timedelta(seconds=1)))
         for target in decision.delete:
+            self._count()
             del self.objects[target.key.kind, target.key.name]
-        if self.applies:
-            self.apply_config()
-        return decision
+
+    def _count(self) -> None:
+        if self.writes_left == 0:
+            raise Killed
+        if self.writes_left is not None:
+            self.writes_left -= 1
 
     def settle(self, passes: int = 12) -> Decision:
         """Until a pass changes nothing; fails where that never comes."""
@@ -240,7 +268,7 @@ class World:
             Revision(
                 name=name,
                 number=m["revision"],
-                created_at="2026-01-15T12:00:00Z",
+                created_at=self.born[kind, name],
                 pinned=_pinned(m["data"]),
                 data=m["data"],
                 verdict=parse_verdict(m["metadata"]["annotations"]),
@@ -288,6 +316,10 @@ def make_pod(uid: str, *, ready: bool, **status: Any) -> Pod:
     if not ready:
         fields |= status | {"conditions": [*conditions, *status.get("conditions", [])]}
     return Pod.model_validate({"metadata": {"name": uid, "uid": uid}, "spec": {"nodeName": "n"}, "status": fields})
+
+
+def _name(manifest: Json) -> tuple[str, str]:
+    return manifest["kind"], manifest["metadata"]["name"]
 
 
 def _pinned(data: Json) -> Pinned:

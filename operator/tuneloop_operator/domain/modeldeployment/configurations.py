@@ -29,14 +29,21 @@ class Configured:
 def configure(snapshot: Snapshot, rollout: Rollout, epoch: Epoch) -> Configured:
     """The observed text where it says the same already, else a new one of the next generation."""
     observed = snapshot.config
-    if observed is None:
-        config = _config(snapshot, rollout, epoch, snapshot.deployment.status.config_generation + 1)
-        return Configured(config, config_text(config))
-    same = _config(snapshot, rollout, epoch, observed.generation)
-    if observed.config == same:
-        return Configured(same, observed.text)
-    config = same.model_copy(update={"generation": max(observed.generation, snapshot.deployment.status.config_generation) + 1})
+    if observed is not None:
+        same = _config(snapshot, rollout, epoch, observed.generation)
+        if observed.config == same:
+            return Configured(same, observed.text)
+    config = _config(snapshot, rollout, epoch, _next_generation(snapshot))
     return Configured(config, config_text(config))
+
+
+def _next_generation(snapshot: Snapshot) -> int:
+    """Above all that was published. One that the status names, but nobody has seen, was decided by a pass that did not get to write it:
+    it is taken, or a status that is written first would run away from a configuration that never follows."""
+    published = [state.generation for state in snapshot.states]
+    if snapshot.config is not None:
+        published.append(snapshot.config.generation)
+    return max([*(generation + 1 for generation in published), snapshot.deployment.status.config_generation, 1])
 
 
 def _config(snapshot: Snapshot, rollout: Rollout, epoch: Epoch, generation: int) -> GatewayConfig:

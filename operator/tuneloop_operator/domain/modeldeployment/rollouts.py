@@ -72,10 +72,17 @@ def plan(snapshot: Snapshot, settings: Settings, now: datetime) -> Rollout:
         return _finished(snapshot, Rollout(target, snapshot.revisions, stable), now)
     judgement = judge(snapshot, candidate, stable, now)
     if judgement.verdict is not None:
-        return plan(_recorded(snapshot, replace(candidate, verdict=judgement.verdict)), settings, now)
+        verdict = replace(judgement.verdict, at=_decided_at(snapshot, candidate, now))
+        return plan(_recorded(snapshot, replace(candidate, verdict=verdict)), settings, now)
     recorded = _recorded(snapshot, candidate)
     rollout = Rollout(target, recorded.revisions, stable, candidate, (), judgement.failure, judgement.waits_for)
     return _finished(snapshot, rollout, now)
+
+
+def _decided_at(snapshot: Snapshot, candidate: Revision, now: datetime) -> str:
+    """Now; or when the status said so already, whose record did not get written. Another time each time would never come to rest."""
+    said = snapshot.deployment.status.stable
+    return said.since if said is not None and said.revision == candidate.name and said.since else times.to_text(now)
 
 
 def stable_of(revisions: tuple[Revision, ...]) -> Revision | None:

@@ -221,11 +221,13 @@ def _stable_status(snapshot: Snapshot, stable: Revision) -> RevisionStatus:
 def _canary_status(found: Findings) -> RevisionStatus:
     candidate, rollout = found.rollout.candidate, found.rollout
     assert candidate is not None  # asked for only then
+    before = found.snapshot.deployment.status.canary
+    since = before.since if before is not None and before.revision == candidate.name else candidate.created_at
     return RevisionStatus(
         version=candidate.pinned.version,
         revision=candidate.name,
         ready_replicas=found.snapshot.ready_replicas(candidate.pinned.engine_hash),
-        since=candidate.created_at,
+        since=since,
         message=conditions.shortened(rollout.failure.message if rollout.failure is not None else rollout.waits_for, 512),
     )
 
