@@ -46,14 +46,17 @@ _ITEMS = TypeAdapter(list[ProbeItem])
 
 @dataclass(frozen=True)
 class _Subject:
-    """What a result is about: another model or prompt is probed anew."""
+    """What a result is about: another model or prompt is probed anew; a revision that is promoted keeps its result."""
 
     revision: Revision
 
     @property
     def key(self) -> str:
         r = self.revision
-        return json.dumps([r.name, r.service, r.model_id, r.prompt.model_dump(mode="json"), r.probe])
+        return json.dumps([r.service, r.model_id, r.prompt.model_dump(mode="json")])
+
+    def is_answered_by(self, other: _Subject) -> bool:
+        return self.key == other.key and (other.revision.probe or not self.revision.probe)
 
 
 class Prober:
@@ -64,7 +67,7 @@ class Prober:
     ) -> None:
         self._configuration, self._endpoints, self._router, self._session = configuration, endpoints, router, session
         self._headers = {"Authorization": f"Bearer {engine_key}"}
-        self._tasks: dict[str, tuple[str, asyncio.Task[None]]] = {}
+        self._tasks: dict[str, tuple[_Subject, asyncio.Task[None]]] = {}
         self._states: dict[str, ProbeState] = {}
 
     def state(self, revision: str) -> ProbeState:
@@ -87,15 +90,15 @@ class Prober:
         wanted = {
             r.name: _Subject(r) for r in config.revisions if r.state is not RevisionState.DRAINING and r.name in self._configuration.prompts
         }
-        for name, (key, task) in list(self._tasks.items()):
-            if name not in wanted or wanted[name].key != key:
+        for name, (subject, task) in list(self._tasks.items()):
+            if name not in wanted or not wanted[name].is_answered_by(subject):
                 task.cancel()
                 del self._tasks[name]
                 self._states.pop(name, None)
                 self._router.count(name).warm = False
         for name, subject in wanted.items():
             if name not in self._tasks:
-                self._tasks[name] = (subject.key, asyncio.create_task(self._probe(subject.revision)))
+                self._tasks[name] = (subject, asyncio.create_task(self._probe(subject.revision)))
 
     async def _probe(self, revision: Revision) -> None:
         """Warm-up, then the probes, again and again until the engine could be asked."""

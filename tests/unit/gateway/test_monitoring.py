@@ -63,8 +63,12 @@ async def test_an_alarm_is_latched_over_a_restart_and_shown_as_a_metric(start: S
 async def test_promotion_starts_afresh_with_the_inputs_since_the_alarm(start: Start, engine: FakeEngine) -> None:
     gateway = await start(make_config(drift=drift()), {"svc": (engine.address,)})
     await loaded(gateway)
-    await say(gateway, "clean", 210)
+    for number in range(30):
+        await gateway.ask(f"captured before the alarm {number}")
+    await gateway.captured()
+    await say(gateway, "clean", 180)
     await say(gateway, "other", 170)
+    assert gateway.gateway.monitor.report().status is DriftStatus.ALARM
     rng = random.Random(1)
     for _ in range(80):
         await gateway.ask(" ".join(rng.choices(WORDS["other"], k=12)))

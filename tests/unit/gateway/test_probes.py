@@ -79,6 +79,18 @@ async def test_another_prompt_is_probed_anew(start: Start, engine: FakeEngine, m
     await eventually(lambda: gateway.gateway.prober.state("new").status == "Done")
 
 
+async def test_a_promoted_revision_keeps_its_result(start: Start, engine: FakeEngine, monkeypatch: Any) -> None:
+    monkeypatch.setattr(probes_module, "LOOK_SECONDS", 0.02)
+    engine.probes = [{"prompt": "p", "answer": "echo: p", "maxTokens": 4}]
+    gateway = await start(make_config(candidate()), {"svc": (engine.address,)})
+    await probed(gateway)
+    gateway.configure(make_config(make_revision("new", probe=False), generation=2))
+    await asyncio.sleep(0.1)
+    report = (await gateway.state()).revisions[0]
+    assert (report.warm, report.probe.agreed) == (True, 1)
+    assert len(engine.requests) == 1
+
+
 async def test_probes_wait_until_the_engine_is_ready(start: Start) -> None:
     gateway = await start(make_config(candidate()), endpoints={})
     await asyncio.sleep(0.1)
