@@ -201,3 +201,45 @@ def test_oom_kills_are_read_from_the_cgroup(tmp_path: Path) -> None:
     assert oom_kills(tmp_path) is None
     (tmp_path / "memory.events").write_text("low 0\noom 2\noom_kill 3\noom_group_kill 0\n")
     assert oom_kills(tmp_path) == 3
+
+
+@pytest.mark.long
+def test_real_training_is_interrupted_and_resumed(tmp_path: Path, base: Path) -> None:
+    config = make_config(tmp_path, base)
+    config = config.model_copy(update={"training": config.training.model_copy(update={"max_steps": 150})})
+    (tmp_path / "config.json").write_text(config.model_dump_json(by_alias=True))
+    port = _free_port()
+    environment = dict(os.environ) | {
+        "TUNELOOP_CONFIG": str(tmp_path / "config.json"),
+        "TERMINATION_PATH": str(tmp_path / "termination"),
+        "PROGRESS_PORT": str(port),
+    }
+    command = [sys.executable, "-m", "tuneloop_trainer"]
+    subprocess.run([*command, "prepare"], env=environment, check=True, timeout=120)
+
+    training = subprocess.Popen([*command, "train"], env=environment)
+    _wait_for_step(port, 3)
+    training.send_signal(signal.SIGTERM)
+    code = training.wait(timeout=60)
+    stopped = StageResult.model_validate_json((tmp_path / "termination").read_bytes())
+    resumed = subprocess.run([*command, "train"], env=environment, check=False, timeout=200).returncode
+    finished = StageResult.model_validate_json((tmp_path / "termination").read_bytes())
+
+    assert (code, resumed) == (ExitCode.INTERRUPTED, ExitCode.DONE)
+    assert stopped.train is not None
+    assert finished.train is not None
+    assert 3 <= stopped.train.step < 150
+    assert (finished.train.resumed_from_step, finished.train.step, finished.train.steps_lost) == (stopped.train.step, 150, 0)
+
+
+def _wait_for_step(port: int, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/progress", timeout=2) as response:
+                if Progress.model_validate_json(response.read()).step >= step:
+                    return
+        except OSError:
+            pass
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} was not reached")
