@@ -61,6 +61,7 @@ class Story:
     files: dict[str, tuple[data.Row, ...]] = field(default_factory=dict)
     minutes: list[tuple[str, float, float]] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)
+    started: float = field(default_factory=time.time)
 
     def __post_init__(self) -> None:
         self.space = Namespace(self.scale.namespace)

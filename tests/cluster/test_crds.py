@@ -127,6 +127,10 @@ REFUSED: dict[str, list[Manifest]] = {
         changed(FINE_TUNE_JOB, "spec.evaluation.suites.0.dataset.source.uri", "pvc://claim/a/../b"),
         changed(MODEL_VERSION, "spec.base.source.uri", "pvc://claim/../other"),
     ],
+    "source.uri must start with pvc://: rows are read from a claim.": [
+        changed(FINE_TUNE_JOB, "spec.data.train.0.source.uri", "hf://organisation/dataset"),
+        changed(FINE_TUNE_JOB, "spec.evaluation.suites.0.dataset.source.uri", "hf://organisation/dataset"),
+    ],
     "lora may be set only with type: LoRA.": [
         changed(changed(FINE_TUNE_JOB, "spec.method.type", "Full"), "spec.output.format", "Merged"),
     ],

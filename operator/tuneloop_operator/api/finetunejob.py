@@ -95,6 +95,7 @@ class FeedbackRef(Model):
 
 ONE_PLACE = rules(
     ("has(self.source) != has(self.feedback)", "exactly one of source and feedback must be set."),
+    ("!has(self.source) || self.source.uri.startsWith('pvc://')", "source.uri must start with pvc://: rows are read from a claim."),
 )
 
 

@@ -122,7 +122,7 @@ class StoreRef(Model):
 
     uri: str = Field(
         pattern=r"^pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?(/[A-Za-z0-9._-]+)*$",
-        max_length=512,
+        max_length=256,
         json_schema_extra=sentence("must be pvc://claim or pvc://claim/folder, without '..'.", "!self.contains('..')"),
         description="pvc://claim or pvc://claim/folder. All stages and engines mount it: ReadWriteMany on more than one node.",
     )
@@ -196,7 +196,7 @@ class PodOverrides(Model):
     image_pull_secrets: Annotated[tuple[SecretRef, ...], Field(max_length=8)] = Field(default=(), description="As in a pod.")
     resources: Resources | None = Field(default=None, description="Merged over the operator's defaults.")
     env: Annotated[tuple[EnvVar, ...], Field(max_length=32)] = Field(
-        default=(), description="Appended; names of the operator are refused.", json_schema_extra=keyed_by("name")
+        default=(), description="Appended; names that the operator sets keep its value.", json_schema_extra=keyed_by("name")
     )
 
 
