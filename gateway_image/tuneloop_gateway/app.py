@@ -33,6 +33,7 @@ FILE_SECONDS = 1.0
 KEYS_SECONDS = 5.0
 FLUSH_SECONDS = 8.0
 RESTART_SECONDS = 1.0
+CANCEL_SECONDS = 5.0
 MAX_HEADER_BYTES = 16 << 10
 
 
@@ -124,7 +125,7 @@ class Gateway:
         async with self.database.quiet():
             for task in self._tasks:
                 task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+            await asyncio.wait(self._tasks, timeout=CANCEL_SECONDS)
         await self.monitor.stop()
         for runner in self._runners:
             await runner.cleanup()
@@ -144,4 +145,7 @@ async def _keep_running(name: str, work: Any) -> None:
             raise
         except Exception:
             logger.exception("%s failed; it starts again.", name)
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise asyncio.CancelledError from None  # a task group that fails while it is cancelled tells of its failure alone
         await asyncio.sleep(RESTART_SECONDS)

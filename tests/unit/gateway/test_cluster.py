@@ -13,6 +13,7 @@ from aiohttp.test_utils import unused_port
 from tests.unit.gateway.conftest import Running, Start, eventually, make_config, make_revision
 from tests.unit.gateway.engines import FakeEngine
 
+from tuneloop_gateway import app as app_module
 from tuneloop_gateway import cluster as cluster_module
 
 
@@ -170,6 +171,22 @@ async def test_another_service_is_watched_as_soon_as_it_is_configured(
     selector = "kubernetes.io/service-name in (green,svc)"
     await eventually(lambda: selector in [q.get("labelSelector") for _, q in api.queries])
     assert (await gateway.ask())[0] == 200
+
+
+async def test_a_watch_that_fails_by_a_bug_does_not_keep_the_gateway_from_stopping(
+    start: Start, api: FakeApiServer, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway = await started(start, api, tmp_path)
+    await eventually(lambda: api.watched("configmaps"))
+
+    def broken(_: object) -> None:
+        gateway.gateway._tasks[-1].cancel()  # at this very moment
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(cluster_module.ClusterWatch, "_take_config", lambda self, item: broken(item))
+    monkeypatch.setattr(app_module, "RESTART_SECONDS", 60)
+    api.put("configmaps", config_map(make_config(generation=4)))
+    await eventually(lambda: gateway.gateway._tasks[-1].done(), 3)
 
 
 async def test_a_configuration_that_is_none_leaves_the_one_in_force(start: Start, api: FakeApiServer, tmp_path: Any) -> None:
