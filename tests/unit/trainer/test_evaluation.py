@@ -26,6 +26,7 @@ from tuneloop_trainer.evaluation import scoring
 from tuneloop_trainer.evaluation.suites import prepare_suite
 from tuneloop_trainer.manifests import verify
 from tuneloop_trainer.stages.evaluate import gates_of, packaged, score_baseline
+from tuneloop_trainer.stages.outputs import require_stage, told_again
 from tuneloop_trainer.stages.package import write_merged
 
 
@@ -160,6 +161,14 @@ def test_evaluation_tells_its_result_again(judged: Any, learned: RunConfig, monk
     monkeypatch.setattr(models, "load_model", None)
 
     assert run_stage(learned, Stage.EVALUATE) == judged
+
+
+def test_moved_baseline_repeats_the_evaluation_alone(judged: Any, learned: RunConfig) -> None:
+    moved = Baseline(type="ModelVersion", name="sentiment-v7")
+    config = learned.model_copy(update={"evaluation": learned.evaluation.model_copy(update={"baseline": moved})})
+    assert told_again(config, Stage.EVALUATE) is None
+    assert require_stage(config, Stage.PREPARE)
+    assert require_stage(config, Stage.TRAIN)
 
 
 def test_baseline_is_scored_once_for_all_runs(judged: Any, learned: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

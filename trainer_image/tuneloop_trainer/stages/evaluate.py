@@ -31,7 +31,7 @@ from tuneloop_trainer.manifests import publish, sha256_file, staging
 from tuneloop_trainer.models import Model
 from tuneloop_trainer.progress import ProgressWriter
 from tuneloop_trainer.results import RESULT_FILE, sentence, write_result
-from tuneloop_trainer.stages.outputs import require_stage, run_key, stage_folder, told_again
+from tuneloop_trainer.stages.outputs import evaluation_key, require_stage, stage_folder, told_again
 from tuneloop_trainer.stages.package import published
 from tuneloop_trainer.stages.prepare import SUITES
 
@@ -151,7 +151,7 @@ def conclude(
             stage=Stage.EVALUATE, exit_code=ExitCode.DONE, uri=str(target / RESULTS), sha256=sha256_file(folder / RESULTS), evaluate=summary
         )
         write_result(folder / RESULT_FILE, result)
-        publish(folder, target, "dataset", {"run_key": run_key(config), "artifact_digest": candidate.manifest_digest})
+        publish(folder, target, "dataset", {"run_key": evaluation_key(config), "artifact_digest": candidate.manifest_digest})
     return result
 
 

@@ -20,6 +20,20 @@ def run_key(config: RunConfig) -> str:
     """Hash of what the run's outputs depend on; an output of another key is made anew. Where they lie is no part of it."""
     content = config.model_dump(mode="json", exclude={"paths", "threads", "stall_seconds", "checkpoint", "image"})
     content["training"].pop("micro_batch_size")
+    content["evaluation"].pop("baseline")
+    return _hash(content)
+
+
+def evaluation_key(config: RunConfig) -> str:
+    """Hash of what the evaluation depends on: the run's, and the baseline, which may move while the model is trained."""
+    return _hash([run_key(config), config.evaluation.baseline.model_dump(mode="json")])
+
+
+def _key(config: RunConfig, stage: Stage) -> str:
+    return evaluation_key(config) if stage is Stage.EVALUATE else run_key(config)
+
+
+def _hash(content: object) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -31,7 +45,7 @@ def told_again(config: RunConfig, stage: Stage, folder: Path | None = None) -> S
     except Mismatch:
         return None
     result = read_result(folder / RESULT_FILE)
-    return result if manifest.metadata.get("run_key") == run_key(config) else None
+    return result if manifest.metadata.get("run_key") == _key(config, stage) else None
 
 
 def require_stage(config: RunConfig, stage: Stage) -> tuple[Manifest, StageResult]:
@@ -39,6 +53,6 @@ def require_stage(config: RunConfig, stage: Stage) -> tuple[Manifest, StageResul
     folder = stage_folder(config, stage)
     manifest = verify(folder)
     result = read_result(folder / RESULT_FILE)
-    if result is None or manifest.metadata.get("run_key") != run_key(config):
+    if result is None or manifest.metadata.get("run_key") != _key(config, stage):
         raise StageError(f"The output of {stage.value} was made for another configuration of this run.")
     return manifest, result
