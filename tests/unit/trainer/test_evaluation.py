@@ -168,7 +168,6 @@ def test_moved_baseline_repeats_the_evaluation_alone(judged: Any, learned: RunCo
     config = learned.model_copy(update={"evaluation": learned.evaluation.model_copy(update={"baseline": moved})})
     assert told_again(config, Stage.EVALUATE) is None
     assert require_stage(config, Stage.PREPARE)
-    assert require_stage(config, Stage.TRAIN)
 
 
 def test_baseline_is_scored_once_for_all_runs(judged: Any, learned: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
