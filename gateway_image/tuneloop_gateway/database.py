@@ -118,9 +118,10 @@ class Database:
     def __init__(self, url: URL, deployment: str, *, seconds: float = SECONDS) -> None:
         self._sqlite, self._seconds = url.get_backend_name() == "sqlite", seconds
         self._schema = schema_of(deployment)
+        self.search_path = f'"{self._schema}"'
         arguments: dict[str, Any] = {"timeout": 2.0}
         if not self._sqlite:
-            arguments = {"timeout": 5.0, "command_timeout": seconds, "server_settings": {"search_path": f'"{self._schema}"'}}
+            arguments = {"timeout": 5.0, "command_timeout": seconds, "server_settings": {"search_path": self.search_path}}
         pool: dict[str, Any] = {} if self._sqlite else {"pool_size": 3, "max_overflow": 2, "pool_timeout": 3}
         self.engine: AsyncEngine = create_async_engine(url, connect_args=arguments, pool_pre_ping=not self._sqlite, **pool)
         if self._sqlite:
