@@ -16,7 +16,6 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from tuneloop_operator import cli
 from tuneloop_operator.cluster.credentials import CredentialsError, load_credentials
 from tuneloop_operator.cluster.registration import Registration
 from tuneloop_operator.cluster.registrations import registrations
@@ -48,5 +47,12 @@ def main(kinds: Sequence[Registration[Any]] | None = None) -> int:
     return 0
 
 
+def command() -> int:
+    """The `tuneloop` command; the operator itself does without what it imports."""
+    from tuneloop_operator import cli
+
+    return cli.main()
+
+
 if __name__ == "__main__":
-    sys.exit(cli.main() if sys.argv[1:] else main())
+    sys.exit(command() if sys.argv[1:] else main())

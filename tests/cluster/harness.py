@@ -27,7 +27,7 @@ APPLY = "application/apply-patch+yaml"
 TIMEOUT = 30.0
 
 
-def wait_for(predicate: Callable[[], Found], timeout: float = TIMEOUT, what: str = "") -> Found:
+def wait_for(predicate: Callable[[], Found], timeout: float = TIMEOUT, what: str = "", every: float = 0.05) -> Found:
     """The first truthy value of the predicate, asked every 50 ms. An AssertionError in it counts as no."""
     deadline = time.monotonic() + timeout
     last: object = None
@@ -40,7 +40,7 @@ def wait_for(predicate: Callable[[], Found], timeout: float = TIMEOUT, what: str
             last = error
         if time.monotonic() > deadline:
             raise AssertionError(f"{what or 'the condition'} did not come true within {timeout:.0f} s; last: {str(last)[:2000]}")
-        time.sleep(0.05)
+        time.sleep(every)
 
 
 class ApiAnswer(Exception):

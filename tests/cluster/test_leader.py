@@ -19,6 +19,9 @@ TOY = "tests.cluster.toy"
 FAILOVER_SECONDS = 15.0
 
 
+pytestmark = pytest.mark.xdist_group("widgets")  # an operator of theirs watches all namespaces
+
+
 @pytest.fixture(scope="module", autouse=True)
 def widgets(api: Api) -> None:
     install(api, CRD)

@@ -20,6 +20,9 @@ GONE: Object = {"type": "ERROR", "object": {"kind": "Status", "code": 410, "reas
 BROKEN: Object = {"type": "ERROR", "object": {"kind": "Status", "code": 500, "reason": "InternalError", "message": "a fault of the test"}}
 
 
+pytestmark = pytest.mark.xdist_group("widgets")  # an operator of theirs watches all namespaces
+
+
 @pytest.fixture(scope="module", autouse=True)
 def widgets(api: Api) -> None:
     install(api, CRD)
@@ -115,6 +118,18 @@ def test_what_went_while_no_watch_saw_it_is_swept_out(api: Api, namespace: str, 
     proxy.send_to_watches(GONE)
     wait_for(lambda: api.get("Job", namespace, "w-work-1"), RECOVERY_SECONDS, "the Job to be made again")
     assert toy.metric("tuneloop_operator_swept_objects_total", kind="Job") == 1
+
+
+def test_what_came_while_no_watch_saw_it_is_found(api: Api, namespace: str, toy: OperatorProcess, proxy: FaultProxy) -> None:
+    proxy.faults.drop_events = True
+    api.patch("Widget", namespace, "w", {"spec": {"settings": {"n": "1"}}})
+    api.create(widget("v", namespace))
+    time.sleep(1)
+    assert api.get("Job", namespace, "v-work-1") is None
+    proxy.faults.drop_events = False
+    proxy.send_to_watches(GONE)
+    wait_for(lambda: api.get("Job", namespace, "v-work-1"), RECOVERY_SECONDS)
+    wait_for(lambda: (api.get("ConfigMap", namespace, "w-settings") or {}).get("data") == {"n": "1"}, RECOVERY_SECONDS)
 
 
 def test_an_event_that_comes_twice_or_late_changes_nothing(api: Api, namespace: str, toy: OperatorProcess, proxy: FaultProxy) -> None:

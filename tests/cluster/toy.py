@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from tests.cluster.harness import Api, wait_for
+
 from tuneloop_operator.__main__ import main
 from tuneloop_operator.cluster.client import Cluster
 from tuneloop_operator.cluster.kinds import KINDS, Resource
@@ -154,6 +156,35 @@ def job(name: str, spec: dict[str, Any]) -> Manifest:
             "template": {"metadata": {"labels": labels("work", name)}, "spec": pod},
         },
     }
+
+
+# --- for the tests ---
+
+
+def edit(api: Api, namespace: str, **spec: Any) -> None:
+    """Replaces the whole spec."""
+    current = api.get("Widget", namespace, "w")
+    assert current is not None
+    api.call("PUT", f"/apis/tuneloop.dev/v1alpha1/namespaces/{namespace}/widgets/w", {**current, "spec": spec})
+
+
+def settled(api: Api, namespace: str) -> Manifest:
+    """Waits until the status speaks of the newest generation and all children are there."""
+
+    def holds() -> Manifest:
+        found = api.get("Widget", namespace, "w")
+        assert found is not None
+        assert found.get("status", {}).get("observedGeneration") == found["metadata"]["generation"]
+        assert found["status"]["conditions"][0]["reason"] == "Made", found["status"]
+        assert api.get("ConfigMap", namespace, "w-settings")
+        assert api.get("Job", namespace, "w-work-1")
+        return found
+
+    return wait_for(holds)
+
+
+def data(api: Api, namespace: str) -> dict[str, str] | None:
+    return (api.get("ConfigMap", namespace, "w-settings") or {}).get("data")
 
 
 REGISTRATION = Registration("Widget", observe, decide, children=("ConfigMap", "Job", "Pod"))

@@ -1,4 +1,4 @@
-"""Carries out a decision: status, create, apply, delete, events, in this order, each write with a precondition.
+"""Carries out a decision: status and its events, create, apply, delete, in this order, each write with a precondition.
 
 The status goes first, under the observed resourceVersion: whoever decided on stale grounds (a leader of yesterday, a cache behind its
 watch) gets 409 there, and nothing else of the pass happens. A child is made by POST, so that an existing name is never overwritten, and
@@ -53,6 +53,9 @@ class Applier:
         """`owner` is the object as it was before it was observed. Raises Conflict, NameConflict and other ApiErrors."""
         outcome = Outcome()
         outcome.status = await self._status(owner, decision.status)
+        if outcome.status:  # at once: the change of state is told even if a child meets an error, and is no change to the next pass
+            for note in decision.events:
+                outcome.event_errors += not await self._event(owner, note, now)
         for manifest in decision.create:
             if await self._make(_completed(manifest, owner, is_owned=not KINDS[manifest["kind"]].is_ours)):
                 outcome.created.append(key_of(manifest))
@@ -65,9 +68,6 @@ class Applier:
         for target in decision.delete:
             await self._delete(target)
             outcome.deleted.append(target.key)
-        if outcome.status:
-            for note in decision.events:
-                outcome.event_errors += not await self._event(owner, note, now)
         if taken is not None:
             raise taken
         return outcome

@@ -43,6 +43,8 @@ class Cluster:
         says NameConflict and asks to be called again. The runtime looks at them before each pass, and forgets those that are free."""
         self.written: Callable[[str, Object], None] = lambda kind, obj: None
         """Told of each write that the cache took: its event will be no news, so whoever watches this kind hears of it here."""
+        self.on_write: Callable[[str, Object], None] = lambda kind, obj: None
+        """Called with what was written, once it is in the cache: its event will be no news."""
         self._public: aiohttp.ClientSession | None = None
 
     async def close(self) -> None:

@@ -54,15 +54,20 @@ class Credentials:
         return {"Authorization": f"Bearer {self.token}"} if self.token else {}
 
     def session(
-        self, *, headers: dict[str, str] | None = None, traces: tuple[aiohttp.TraceConfig, ...] = (), limit: int = 0
+        self,
+        *,
+        headers: dict[str, str] | None = None,
+        middlewares: tuple[aiohttp.ClientMiddlewareType, ...] = (),
+        response_class: type[aiohttp.ClientResponse] = aiohttp.ClientResponse,
+        limit: int = 0,
     ) -> aiohttp.ClientSession:
-        """A session to the API server; redirects and proxies are never followed with it."""
-        connector = aiohttp.TCPConnector(ssl=self.tls, limit=limit, keepalive_timeout=60)
+        """A session to the API server, without proxies and cookies."""
         return aiohttp.ClientSession(
-            connector=connector,
+            connector=aiohttp.TCPConnector(ssl=self.tls, limit=limit, keepalive_timeout=60),
             headers={"User-Agent": "tuneloop-operator", **(headers or {})},
             cookie_jar=aiohttp.DummyCookieJar(),
-            trace_configs=list(traces),
+            middlewares=middlewares,
+            response_class=response_class,
         )
 
 

@@ -8,7 +8,9 @@ from tuneloop_operator.cluster.registration import Registration
 
 
 def registrations() -> tuple[Registration[Any], ...]:
-    """Imported on call: `tuneloop render` and the tests of the runtime need none of them."""
-    from tuneloop_operator.cluster import observe_finetunejob, observe_modeldeployment, observe_modelversion
+    """Imported on call: the tests of the runtime bring a kind of their own."""
+    from tuneloop_operator.cluster import observe_finetunejob as jobs
+    from tuneloop_operator.cluster import observe_modeldeployment as deployments
+    from tuneloop_operator.cluster import observe_modelversion as versions
 
-    return (observe_finetunejob.REGISTRATION, observe_modelversion.REGISTRATION, observe_modeldeployment.REGISTRATION)
+    return (jobs.REGISTRATION, versions.REGISTRATION, deployments.REGISTRATION)

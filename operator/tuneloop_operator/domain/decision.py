@@ -37,7 +37,7 @@ class EventNote:
 
 @dataclass(frozen=True)
 class Decision:
-    """The outcome of `decide`. Applied in this order: status, create, apply, delete, events.
+    """The outcome of `decide`. Applied in this order: status and events, create, apply, delete.
 
     The status goes first, with a resourceVersion precondition: if it does not get through, nothing else of the pass happens.
     So what must be counted before it is done is written by one pass (status only) and done by the next one.

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 MANAGED = {"app.kubernetes.io/managed-by": MANAGER}
 RETRY_SECONDS = 2.0
-SWEEP_DELAY = 3.0
+SWEEP_DELAY = 1.0
 SWEEP_SECONDS = 600.0
 """A sweep of everything, in case a re-list brought no object at all."""
 
@@ -30,7 +30,7 @@ async def prime(cluster: Cluster, kinds: Iterable[str]) -> None:
     for kind in kinds:
         while True:
             try:
-                await _list_into(cluster, kind)
+                await list_into(cluster, kind)
                 break
             except NotFound:
                 log.warning("the API server does not serve %s: install the CRDs", kind)
@@ -39,13 +39,16 @@ async def prime(cluster: Cluster, kinds: Iterable[str]) -> None:
             await asyncio.sleep(RETRY_SECONDS)
 
 
-async def _list_into(cluster: Cluster, kind: str) -> None:
+async def list_into(cluster: Cluster, kind: str, told: Callable[[str, Object], None] = lambda kind, obj: None) -> None:
+    """Lists a kind into the cache; `told` is called with what was news."""
+    resource = KINDS[kind]
     for namespace in cluster.settings.watch_namespaces or (None,):
         async for page, _ in cluster.pages(kind, namespace, selector(kind)):
-            resource = KINDS[kind]
-            for obj in page:
+            for item in page:
                 # Items of a list come without what every one of them would repeat.
-                cluster.cache.put(kind, {"apiVersion": resource.api_version, "kind": kind, **obj})
+                obj = {"apiVersion": resource.api_version, "kind": kind, **item}
+                if cluster.cache.put(kind, obj):
+                    told(kind, obj)
 
 
 def selector(kind: str) -> dict[str, str] | None:
@@ -54,13 +57,22 @@ def selector(kind: str) -> dict[str, str] | None:
 
 
 class Sweeper:
-    """Removes from the cache what lists lack; `gone` is told of each object."""
+    """Keeps the cache true to lists: takes what it lacks, removes what they lack. `told` hears of what came, `gone` of what went."""
 
-    def __init__(self, cluster: Cluster, kinds: tuple[str, ...], gone: Callable[[str, Object], None], delay: float = SWEEP_DELAY) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        kinds: tuple[str, ...],
+        told: Callable[[str, Object], None],
+        gone: Callable[[str, Object], None],
+        delay: float = SWEEP_DELAY,
+    ) -> None:
         self.cluster = cluster
         self.kinds = kinds
+        self.told = told
         self.gone = gone
         self.delay = delay
+        self._stale: set[str] = set()
         self._wanted: set[str] = set()
         self._is_wanted = asyncio.Event()
 
@@ -68,6 +80,11 @@ class Sweeper:
         """A watch of this kind has just listed."""
         self._wanted.add(kind)
         self._is_wanted.set()
+
+    def want_news(self, kind: str) -> None:
+        """And what it listed is news."""
+        self._stale.add(kind)
+        self.want(kind)
 
     async def run(self) -> None:
         while True:
@@ -83,11 +100,15 @@ class Sweeper:
                 await self._try(kind)
 
     async def _try(self, kind: str) -> None:
+        is_stale = kind in self._stale
+        self._stale.discard(kind)
         try:
+            if is_stale:
+                await list_into(self.cluster, kind, self.told)
             await self.sweep(kind)
         except (ApiError, Unreachable) as error:
             log.info("cannot sweep %s: %s", kind, error)
-            self.want(kind)
+            (self.want_news if is_stale else self.want)(kind)
 
     async def sweep(self, kind: str) -> None:
         for namespace in self.cluster.settings.watch_namespaces or (None,):

@@ -33,6 +33,7 @@ def configure_logs(level: int = logging.INFO) -> None:
     logging.basicConfig(level=level, handlers=[handler], force=True)
     for name in ("kopf", "asyncio", "aiohttp.access"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("kopf._core.reactor.running").setLevel(logging.ERROR)  # signals are ours
 
 
 def about(key: Key) -> dict[str, str]:

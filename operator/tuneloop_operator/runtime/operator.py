@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -15,11 +16,11 @@ from tuneloop_operator.cluster.client import Cluster
 from tuneloop_operator.cluster.credentials import Credentials
 from tuneloop_operator.cluster.registration import Registration
 from tuneloop_operator.cluster.transport import Transport
-from tuneloop_operator.runtime.informer import Event, Informer
+from tuneloop_operator.runtime.informer import LISTED, Event, Informer
 from tuneloop_operator.runtime.leases import Elector
 from tuneloop_operator.runtime.lists import Sweeper, prime
 from tuneloop_operator.runtime.metrics import Metrics, Objects
-from tuneloop_operator.runtime.passes import Passes
+from tuneloop_operator.runtime.passes import MOMENT, Passes, current_key
 from tuneloop_operator.runtime.probes import Health, Probes
 from tuneloop_operator.runtime.queue import WakeQueue
 from tuneloop_operator.runtime.routes import Routes
@@ -43,12 +44,13 @@ class Operator:
         guard = self.elector.guard if settings.leader_election else (lambda: None)
         self.cluster = Cluster(self.transport, settings, guard=guard)
         self.cluster.written = self._written
+        self.cluster.on_write = self._wake
         self.cache = self.cluster.cache
         self.routes = Routes(registrations, self.cache)
         self.queue = WakeQueue()
         self.applier = Applier(self.cluster)
         self.passes = Passes(self.routes.registrations, self.cluster, self.applier, self.queue, self.metrics)
-        self.sweeper = Sweeper(self.cluster, self.routes.kinds, self._swept)
+        self.sweeper = Sweeper(self.cluster, self.routes.kinds, self._wake, self._swept)
         self.informer = Informer(
             credentials, settings, self.routes.kinds, self._received, self.sweeper.want, lambda: self.metrics.watch_restarts.inc()
         )
@@ -64,6 +66,7 @@ class Operator:
             if not await _either(prime(self.cluster, self.routes.kinds), stop):
                 return
             self.is_primed = True
+            _settle_memory()
             self.informer.start()
             tasks.append(asyncio.create_task(self.sweeper.run(), name="sweeper"))
             if self.settings.leader_election:
@@ -108,6 +111,10 @@ class Operator:
     def _received(self, event: Event) -> None:
         """Cache and wake; no logic, cannot fail."""
         kind, type_, obj = event
+        if type_ == LISTED:
+            if not self.cache.is_current(kind, obj):
+                self.sweeper.want_news(kind)
+            return
         known = self.cache.get(kind, obj["metadata"].get("namespace", ""), obj["metadata"]["name"])
         if type_ == "DELETED":
             is_news = self.cache.remove(kind, obj)
@@ -133,8 +140,11 @@ class Operator:
     def _wake(self, kind: str, obj: Object) -> None:
         if not self._workers:
             return  # whoever leads looks at everything when it begins
+        own = current_key.get()
+        within = 0.0 if kind in self.routes.registrations else MOMENT
         for key in self.routes.targets(kind, obj):
-            self.queue.wake(key)
+            if key != own:  # a pass that wrote is followed by another anyway
+                self.queue.wake(key, within)
 
     # --- metrics ---
 
@@ -144,6 +154,13 @@ class Operator:
         objects = CollectorRegistry(auto_describe=False)
         objects.register(Objects(self.cache, lambda: self.informer.signs_of_life))
         return self.metrics.registry, objects
+
+
+def _settle_memory() -> None:
+    """What is there now stays: the collector need not look at it again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 async def _either(work: Any, stop: asyncio.Event) -> bool:

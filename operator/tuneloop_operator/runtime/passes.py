@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -42,8 +43,14 @@ IDLE_PAUSE = 1.0
 """A pass that wrote nothing does not ask for the next one sooner than this."""
 
 
+MOMENT = 0.1
+"""News of children come in groups: what a pass wrote, and what controllers make of it, is looked at once, so much later."""
 CHAIN = 8
-"""Passes that may follow one another at once because each wrote something."""
+"""Passes that may follow one another after a moment because each wrote something."""
+
+
+current_key: ContextVar[Key | None] = ContextVar("current_key", default=None)
+"""Whose pass this is."""
 
 
 def utc_now() -> datetime:
@@ -71,6 +78,7 @@ class Passes:
     async def run_one(self, key: Key) -> None:
         """A pass and what follows from its end. Never raises but for cancellation."""
         started = time.monotonic()
+        current_key.set(key)
         try:
             async with asyncio.timeout(LONGEST_PASS):
                 outcome = await self._pass(key)
@@ -125,7 +133,8 @@ class Passes:
             self._in_a_row.pop(key, None)
             return None if decision.requeue_after is None else max(decision.requeue_after, IDLE_PAUSE)
         self._in_a_row[key] = self._in_a_row.get(key, 0) + 1
-        return 0.0 if self._in_a_row[key] <= CHAIN else IDLE_PAUSE
+        longest = MOMENT if self._in_a_row[key] <= CHAIN else IDLE_PAUSE
+        return longest if decision.requeue_after is None else min(decision.requeue_after, longest)
 
     async def _after(self, key: Key, error: Exception) -> str:
         """Counts, tells and answers an error; returns the outcome for the metrics."""

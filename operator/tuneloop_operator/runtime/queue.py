@@ -28,7 +28,7 @@ class WakeQueue:
         self._active: set[Key] = set()
         self._is_quiet = asyncio.Event()
         self._is_quiet.set()
-        self._woken: set[Key] = set()
+        self._woken: dict[Key, float] = {}
         self._held_until: dict[Key, float] = {}
         self._failures: dict[Key, int] = {}
         self._due: dict[Key, float] = {}
@@ -47,12 +47,12 @@ class WakeQueue:
     def active(self) -> int:
         return len(self._active)
 
-    def wake(self, key: Key) -> None:
-        """Something changed."""
+    def wake(self, key: Key, within: float = 0.0) -> None:
+        """Something changed. A wake that may wait a moment is one pass with those that follow in it."""
         if key in self._active:
-            self._woken.add(key)
+            self._woken[key] = min(within, self._woken.get(key, within))
         elif key not in self._in_line and self._held_until.get(key, 0.0) <= self._clock():
-            self._line_up(key)
+            self._line_up_within(key, within)
 
     async def take(self) -> Key:
         """The next key in line; the caller must report `done` or `failed`."""
@@ -67,11 +67,9 @@ class WakeQueue:
         self._end(key)
         self._failures.pop(key, None)
         self._held_until.pop(key, None)
-        if key in self._woken or (requeue_after is not None and requeue_after <= 0):
-            self._woken.discard(key)
-            self._line_up(key)
-        elif requeue_after is not None:
-            self._schedule(key, self._clock() + requeue_after)
+        waits = [seconds for seconds in (self._woken.pop(key, None), requeue_after) if seconds is not None]
+        if waits:
+            self._line_up_within(key, min(waits))
 
     def release(self, key: Key) -> None:
         """The pass was given up, by a worker that ends; nothing if its end was reported."""
@@ -81,7 +79,7 @@ class WakeQueue:
         """The pass did not go through: again after a backoff, which doubles from `first` to `longest` with every failure in a row, less a
         jitter of up to a half. Returns it."""
         self._end(key)
-        self._woken.discard(key)  # the coming pass sees it all
+        self._woken.pop(key, None)  # the coming pass sees it all
         failures = self._failures[key] = self._failures.get(key, 0) + 1
         seconds = min(first * 2.0 ** min(failures - 1, 16), longest) * (0.5 + self._jitter() / 2)
         self._held_until[key] = self._clock() + seconds
@@ -113,6 +111,14 @@ class WakeQueue:
         self._active.discard(key)
         if not self._active:
             self._is_quiet.set()
+
+    def _line_up_within(self, key: Key, seconds: float) -> None:
+        """Sooner, if it is due sooner already."""
+        when = self._clock() + seconds
+        if seconds <= 0:
+            self._line_up(key)
+        elif when < self._due.get(key, float("inf")):
+            self._schedule(key, when)
 
     def _line_up(self, key: Key) -> None:
         self._due.pop(key, None)
