@@ -53,7 +53,6 @@ async def _send(url: str, model: str, rows: Sequence[Row], tick: Callable[[Outco
 
 
 async def _ask(client: aiohttp.ClientSession, url: str, model: str, row: Row, outcome: Outcome) -> None:
-    outcome.asked += 1
     body = {"model": model, "messages": [{"role": "user", "content": row.text}], "max_tokens": 4, "temperature": 0}
     try:
         async with client.post(f"{url}/v1/chat/completions", json=body) as response:
@@ -64,6 +63,7 @@ async def _ask(client: aiohttp.ClientSession, url: str, model: str, row: Row, ou
     except (aiohttp.ClientError, TimeoutError, KeyError, ValueError) as error:
         outcome.failed += 1
         outcome.errors.append(str(error)[:300])
+    outcome.asked += 1
 
 
 async def ask_once(url: str, model: str, text: str) -> tuple[str, dict[str, str]]:

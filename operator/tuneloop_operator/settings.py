@@ -25,7 +25,10 @@ class Settings(BaseModel):
     engine_cpu_image: str | None = Field(default=None, description="Engine image for accelerators 0; absent = engine_image.")
     engine_command: tuple[str, ...] = ("python3", "-m", "vllm.entrypoints.openai.api_server")
     image_pull_policy: str = "IfNotPresent"
-    pod_user: int | None = Field(default=65532, description="runAsUser of trainer, gateway and engine pods; None = the platform's choice.")
+    pod_user: int | None = Field(default=65532, description="runAsUser of trainer and gateway pods; None = the platform's choice.")
+    engine_user: int | None = Field(
+        default=65533, description="runAsUser of engine pods, which only read what trainers wrote; None = the platform's choice."
+    )
     fs_group: int | None = Field(default=65532, description="One fsGroup per namespace, so that stages and engines share files.")
     prometheus_url: str | None = Field(
         default=None, description="Prometheus that monitoring.source: Prometheus reads, e.g. http://prometheus.monitoring:9090."

@@ -49,7 +49,7 @@ def render_template(deployment: ModelDeployment, version: ModelVersion, engine_h
     template: Json = {
         "metadata": {"labels": engine_labels(deployment.metadata.name, engine_hash)},
         "spec": {
-            **pods.pod_defaults(settings),
+            **pods.pod_defaults(settings, settings.engine_user),
             "terminationGracePeriodSeconds": GRACE_SECONDS,
             "initContainers": [_verifier(version, image, [*mounts, guard], settings)],
             "containers": [_server(deployment, version, image, [*mounts, guard], settings)],

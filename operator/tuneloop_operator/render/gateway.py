@@ -100,7 +100,7 @@ def _template(deployment: ModelDeployment, image: str, settings: Settings) -> Js
     return {
         "metadata": {"labels": gateway_labels(name)},
         "spec": {
-            **pods.pod_defaults(settings),
+            **pods.pod_defaults(settings, settings.pod_user),
             "serviceAccountName": names.gateway(name),
             "terminationGracePeriodSeconds": GRACE_SECONDS,
             "containers": [_container(deployment, image, storage_mounts, settings)],

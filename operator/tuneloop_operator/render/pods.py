@@ -20,11 +20,11 @@ RESERVED_LABELS = ("app.kubernetes.io/", "tuneloop.dev/")
 # --- security ----------------------------------------------------------------
 
 
-def pod_security(settings: Settings) -> Json:
+def pod_security(settings: Settings, user: int | None) -> Json:
     """PodSecurity `restricted`. Without a user in the settings the platform chooses one (OpenShift)."""
     context: Json = {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
-    if settings.pod_user is not None:
-        context["runAsUser"] = settings.pod_user
+    if user is not None:
+        context["runAsUser"] = user
     if settings.fs_group is not None:
         # Group ownership decides who may read what another stage wrote; by root mismatch only, since a store may hold terabytes.
         context |= {"runAsGroup": settings.fs_group, "fsGroup": settings.fs_group, "fsGroupChangePolicy": "OnRootMismatch"}
@@ -41,12 +41,12 @@ def container_security() -> Json:
     }
 
 
-def pod_defaults(settings: Settings) -> Json:
+def pod_defaults(settings: Settings, user: int | None) -> Json:
     """Fields of a pod's spec that are the same for all: no API token, no Service variables, the restricted context."""
     return {
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
-        "securityContext": pod_security(settings),
+        "securityContext": pod_security(settings, user),
     }
 
 

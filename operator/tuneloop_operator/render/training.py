@@ -180,7 +180,7 @@ def _pod(
     }
     template: Json = {
         "metadata": {"labels": labels},
-        "spec": pods.pod_defaults(settings)
+        "spec": pods.pod_defaults(settings, settings.pod_user)
         | {
             "restartPolicy": "Never",
             "terminationGracePeriodSeconds": GRACE_SECONDS.get(stage, DEFAULT_GRACE_SECONDS),

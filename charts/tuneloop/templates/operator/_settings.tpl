@@ -15,6 +15,7 @@
 - {name: TUNELOOP_WATCH_NAMESPACES, value: {{ join "," . | quote }}}
 {{- end }}
 - {name: TUNELOOP_POD_USER, value: {{ include "tuneloop.numberOrNone" .Values.pods.user | quote }}}
+- {name: TUNELOOP_ENGINE_USER, value: {{ include "tuneloop.numberOrNone" .Values.pods.engineUser | quote }}}
 - {name: TUNELOOP_FS_GROUP, value: {{ include "tuneloop.numberOrNone" .Values.pods.fsGroup | quote }}}
 {{- with .Values.prometheus.url }}
 - {name: TUNELOOP_PROMETHEUS_URL, value: {{ . | quote }}}
