@@ -237,6 +237,12 @@ def test_a_rejected_edit_is_given_up_when_the_edit_is_taken_back() -> None:
     assert edited(world, engine={}).condition("Ready") == ("True", "Serving")
 
 
+def test_a_version_that_was_never_evaluated_is_served_by_its_number_alone() -> None:
+    world = served(versions=[make_version(1, verified=False)])
+    assert world.condition("Ready") == ("False", "NoApprovedVersion")
+    assert edited(world, model={"name": "sentiment", "version": 1}).condition("Ready") == ("True", "Serving")
+
+
 def test_a_pinned_version_below_the_latest_is_served() -> None:
     world = served(versions=[make_version(1), make_version(2)], spec={"model": {"name": "sentiment", "version": 1}})
     assert world.weights() == {1: 100}

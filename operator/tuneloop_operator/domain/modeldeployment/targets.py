@@ -1,4 +1,7 @@
-"""Which version a deployment should serve: the pinned one, or the highest that is approved, verified and not rejected here."""
+"""Which version a deployment should serve: the pinned one, or the highest that is approved, verified and not rejected here.
+
+A pinned version needs a person's approval alone: a model that was trained elsewhere has no evaluation that could be verified.
+"""
 
 from __future__ import annotations
 
@@ -54,23 +57,21 @@ def _pinned(snapshot: Snapshot, stable: Revision | None, number: int) -> Target:
     rejected = rejection(snapshot, version)
     if rejected is not None:
         return _all_rejected(rejected, stable)
-    if not is_servable(version):
-        return Target(reason=_unservable_reason(version), message=_unservable_text(version), is_final=True)
+    if version.spec.approval != "Approved":
+        return Target(reason=_unapproved_reason(version), message=_unapproved_text(version), is_final=True)
     return Target(version=version)
 
 
-def _unservable_reason(version: ModelVersion) -> DeploymentReason:
+def _unapproved_reason(version: ModelVersion) -> DeploymentReason:
     is_withdrawn = version.spec.approval == "Withdrawn"
     return DeploymentReason.WITHDRAWN if is_withdrawn else DeploymentReason.NO_APPROVED_VERSION
 
 
-def _unservable_text(version: ModelVersion) -> str:
+def _unapproved_text(version: ModelVersion) -> str:
     name, approval = version.metadata.name, version.spec.approval
     if approval == "Pending":
         return f"ModelVersion {name} is not approved: set its spec.approval to Approved, or serve another version."
-    if approval != "Approved":
-        return f"ModelVersion {name} is {approval.lower()}: serve another version."
-    return f"ModelVersion {name} is not verified: its evaluation does not speak of the artifact that it names."
+    return f"ModelVersion {name} is {approval.lower()}: serve another version."
 
 
 # --- the latest version ------------------------------------------------------
