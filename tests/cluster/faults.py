@@ -39,11 +39,13 @@ class Faults:
     before_write: Callable[[Write], None] = lambda write: None
     """Called before a write is forwarded; may block."""
     after_write: Callable[[Write], bool] = lambda write: True
-    """Called after a write was carried out, before its answer is sent; False = the answer is lost."""
+    """Called after a write was carried out with success, before its answer is sent; False = the answer is lost."""
     drop_events: bool = False
     """Keep connections of watches open, and swallow what they bring."""
     writes: list[Write] = field(default_factory=list)
     statuses: list[tuple[Write, int]] = field(default_factory=list)
+    created: list[tuple[str, str]] = field(default_factory=list)
+    """Plural and name of what was made, events apart."""
 
 
 class FaultProxy:
@@ -100,15 +102,19 @@ class FaultProxy:
         self._session = self._credentials.session()
         app = web.Application(client_max_size=16 << 20)
         app.router.add_route("*", "/{path:.*}", self._handle)
-        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1, handler_cancellation=True)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", 0)
         await site.start()
         self._port = self._runner.addresses[0][1]
 
     async def _end(self) -> None:
-        await self._session.close()
         await self._runner.cleanup()
+        await self._session.close()
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
 
     async def _send(self, line: bytes) -> None:
         for watch in list(self._watches):
@@ -144,7 +150,9 @@ class FaultProxy:
             content = await answer.read()
         if write is not None:
             faults.statuses.append((write, answer.status))
-            if not await asyncio.to_thread(faults.after_write, write):
+            if answer.status == 201:
+                faults.created.append((request.path.rpartition("/")[2], json.loads(content)["metadata"]["name"]))
+            if answer.status < 300 and not await asyncio.to_thread(faults.after_write, write):
                 assert request.transport is not None
                 request.transport.abort()
         headers = {name: value for name, value in answer.headers.items() if name.lower() not in HOP_BY_HOP}
@@ -159,7 +167,10 @@ class FaultProxy:
 
     async def _watch(self, request: web.Request, answer: aiohttp.ClientResponse) -> web.StreamResponse:
         response = web.StreamResponse(status=answer.status, headers={"Content-Type": "application/json"})
-        await response.prepare(request)
+        try:
+            await response.prepare(request)
+        except ConnectionError:
+            return response  # it asked, and died
         self._watches[response] = request
         try:
             async for line in answer.content:

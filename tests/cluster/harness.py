@@ -25,10 +25,12 @@ Found = TypeVar("Found")
 MERGE = "application/merge-patch+json"
 APPLY = "application/apply-patch+yaml"
 TIMEOUT = 30.0
+"""Seconds that is waited for what is expected, where nothing else is said."""
 
 
-def wait_for(predicate: Callable[[], Found], timeout: float = TIMEOUT, what: str = "", every: float = 0.05) -> Found:
+def wait_for(predicate: Callable[[], Found], timeout: float | None = None, what: str = "", every: float = 0.05) -> Found:
     """The first truthy value of the predicate, asked every 50 ms. An AssertionError in it counts as no."""
+    timeout = TIMEOUT if timeout is None else timeout
     deadline = time.monotonic() + timeout
     last: object = None
     while True:
@@ -122,7 +124,14 @@ class Api:
         return next((c for c in obj.get("status", {}).get("conditions", []) if c["type"] == type_), None)
 
     def wait_for_condition(
-        self, kind: str, namespace: str, name: str, type_: str, status: str = "True", reason: str | None = None, timeout: float = TIMEOUT
+        self,
+        kind: str,
+        namespace: str,
+        name: str,
+        type_: str,
+        status: str = "True",
+        reason: str | None = None,
+        timeout: float | None = None,
     ) -> Object:
         """Waits until a condition has this status (and reason), and returns it."""
 
@@ -149,7 +158,7 @@ class Play:
         names = {owner} | {r["metadata"]["name"] for r in self.api.list("ReplicaSet", self.namespace) if owner in _owners(r)}
         return [p for p in pods if names & set(_owners(p))]
 
-    def pod(self, owner: str, timeout: float = TIMEOUT) -> Object:
+    def pod(self, owner: str, timeout: float | None = None) -> Object:
         """Waits for a pod of this Job or Deployment that has not ended."""
         alive = lambda: [p for p in self.pods(owner) if p["status"].get("phase") in (None, "Pending", "Running")]  # noqa: E731
         return wait_for(alive, timeout, f"a pod of {owner}")[0]
