@@ -35,7 +35,7 @@ test: venv control-plane-up cluster-up images ## test-unit, test-cluster and tes
 
 .PHONY: test-unit
 test-unit: venv ## no cluster, no network; about a minute
-	@$(PYTEST) -n 2 -m "not long" tests/unit
+	@OMP_NUM_THREADS=1 $(PYTEST) -n 2 -m "not long" tests/unit
 
 .PHONY: test-cluster
 test-cluster: venv control-plane-up ## on a real API server without a node; about 5 minutes
