@@ -268,6 +268,7 @@ def test_a_failed_gate_is_told_until_the_cooldown_is_over(reason: str, said: str
     assert world.status["retraining"]["episode"] == 2
     assert world.status["retraining"]["runsThisMonth"] == 2
     assert world.status["retraining"]["lastJob"] != name
+    assert [manifest["metadata"]["name"] for manifest in world.step().create] == [world.status["retraining"]["lastJob"]]
 
 
 def test_a_failed_job_is_told_with_its_sentence() -> None:

@@ -134,9 +134,113 @@ def test_a_mismatch_rejects_the_version_and_the_stable_one_serves_on() -> None:
 def test_every_gateway_must_agree() -> None:
     world = served(gateways=2)
     world.versions.append(make_version(2))
-    world.gateways = 3
+    world.second_probe = ProbeState(status="Running")
     world.settle()
-    assert world.outcomes()[2] == "Promoted"
+    assert world.outcomes()[2] is None
+    world.second_probe = ProbeState(status="Done", asked=50, agreed=40)
+    world.settle()
+    assert world.outcomes()[2] == "Rejected"
+
+
+def test_a_gateway_that_does_not_speak_of_the_revision_holds_it_up() -> None:
+    world = served(gateways=2)
+    world.versions.append(make_version(2))
+    world.warm = False
+    world.settle()
+    world.warm, world.omitted = True, world.status["canary"]["revision"]
+    world.settle()
+    assert world.outcomes()[2] is None
+    assert world.status["canary"]["message"] == "The gateway has not taken up the new revision yet."
+
+
+def test_a_gateway_that_still_drains_a_revision_does_not_vouch_for_it() -> None:
+    world = served()
+    world.spec = {"engine": {"maxModelLength": 256}}
+    world.settle()
+    stable = world.status["stable"]["revision"]
+    world.applies = False  # it knows the first revision, as one that drains
+    world.spec = {}
+    for _ in range(5):
+        world.step()
+    assert world.status["stable"]["revision"] == stable
+    world.applies = True
+    world.apply_config()
+    world.settle()
+    assert world.status["stable"]["revision"] != stable
+
+
+def test_it_is_ready_only_when_the_gateway_sends_the_traffic_there() -> None:
+    world = served()
+    world.versions.append(make_version(2))
+    for _ in range(20):
+        world.applies = "stable" in world.status and world.status["stable"]["version"] == 1
+        world.step()
+    world.applied = world.config.model_copy(update={"generation": world.config.generation - 1})
+    world.step()
+    assert world.status["stable"]["version"] == 2
+    assert world.condition("Ready") == ("False", "RollingOut")
+    world.apply_config()
+    world.step()
+    assert world.condition("Ready") == ("True", "Serving")
+
+
+def test_a_shared_engine_that_breaks_rejects_no_prompt() -> None:
+    world = served()
+    engine = world.engine_of(1)
+    world.ready[engine] = 0
+    killed = {"terminated": {"exitCode": 137, "reason": "OOMKilled"}}
+    world.pod_status[engine] = {"containerStatuses": [{"name": "engine", "restartCount": 1, "lastState": killed}]}
+    world.spec = {"prompt": {"template": "Sentiment of: {{ text }}", "parameters": {"maxTokens": 4}}}
+    world.settle()
+    assert "Rejected" not in world.outcomes().values()
+    assert world.condition("Stalled") == ("True", "OutOfMemory")
+    world.ready = {}
+    world.settle()
+    assert world.condition("Ready") == ("True", "Serving")
+
+
+@pytest.mark.parametrize(
+    "container",
+    [
+        {"name": "engine", "restartCount": 2, "lastState": {"terminated": {"exitCode": 1, "reason": "Error"}}},
+        {"name": "engine", "restartCount": 0, "state": {"running": {"startedAt": "2026-01-15T12:00:00Z"}}},
+        {"name": "verify", "restartCount": 0, "state": {"terminated": {"exitCode": 0, "reason": "Completed"}}},
+    ],
+)
+def test_what_may_still_come_right_is_waited_for(container: dict[str, object]) -> None:
+    world = served()
+    world.versions.append(make_version(2))
+    world.step()
+    world.ready[world.engine_of(2)] = 0
+    world.pod_status[world.engine_of(2)] = {"containerStatuses": [container]}
+    world.settle()
+    assert world.condition("Ready") == ("False", "RollingOut")
+    world.ready = {}
+    world.settle()
+    assert world.weights()[2] == 100
+
+
+def test_a_rejected_edit_is_not_tried_on_an_older_version() -> None:
+    world = served(versions=[make_version(1), make_version(2)])
+    world.probe = ProbeState(status="Done", asked=50, agreed=1)
+    world.spec = {"engine": {"maxModelLength": 256}}
+    world.settle()
+    assert world.condition("Ready") == ("False", "RolledBack")
+    assert world.weights() == {2: 100}
+    assert len(world.outcomes()) == 1  # of version 2 alone
+    assert world.message("Ready").endswith("It serves on under the old one.")
+
+
+def test_a_version_without_probes_is_not_probed() -> None:
+    world = served()
+    world.warm = False
+    world.versions.append(make_version(2, probesUri=None))
+    world.settle()
+    assert {r.version: r.probe for r in world.config.revisions} == {1: False, 2: False}
+    world.versions[1] = make_version(2)
+    world.spec = {"engine": {"maxModelLength": 64}}
+    world.settle()
+    assert {r.version: r.probe for r in world.config.revisions if r.state.value == "Candidate"} == {2: True}
 
 
 def test_a_version_without_probes_needs_none_and_one_that_names_them_does() -> None:
@@ -209,11 +313,13 @@ def test_replicas_are_scaled_without_a_new_revision() -> None:
 def test_another_operator_changes_nothing_that_runs() -> None:
     world = served()
     before = {key: manifest for key, manifest in world.objects.items() if key[0] in ("Deployment", "ConfigMap", "ControllerRevision")}
+    world.guard_source = "GUARD = 2"
     world.settings = world.settings.model_copy(update={"engine_image": "vllm:9", "engine_cpu_image": "cpu:9", "gateway_image": "gateway:9"})
     world.settle()
     assert {key: world.objects[key] for key in before} == before
     world.versions.append(make_version(2))
     world.settle()
+    assert world.objects["ConfigMap", f"tweets-{world.engine_of(2)}"]["data"]["engine_guard.py"] == "GUARD = 2"
     template = world.objects["Deployment", f"tweets-{world.engine_of(2)}"]["spec"]["template"]
     assert template["spec"]["containers"][0]["image"] == "vllm:9"
 

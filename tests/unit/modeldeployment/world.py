@@ -113,6 +113,7 @@ class World:
     created: list[Json] = field(default_factory=list)
     born: dict[tuple[str, str], str] = field(default_factory=dict)
     conflicts: tuple[Key, ...] = ()
+    guard_source: str = "GUARD = 1"
     # what pods do
     ready: dict[str, int] = field(default_factory=dict)
     """Ready pods by engineHash; an engine that is not named here has as many as it should."""
@@ -126,6 +127,10 @@ class World:
     applied: GatewayConfig | None = None
     warm: bool = True
     probe: ProbeState = field(default_factory=lambda: ProbeState(status="Done", asked=50, agreed=50))
+    second_probe: ProbeState | None = None
+    """What the second gateway says, where it is another."""
+    omitted: str = ""
+    """A revision that the second gateway does not speak of."""
     in_flight: dict[str, int] = field(default_factory=dict)
     drift: DriftReport | None = None
     """None: monitoring, and nothing found."""
@@ -247,7 +252,7 @@ class World:
             engines=engines,
             engine_pods={hashed: self._engine_pods(hashed, item.spec.replicas) for hashed, item in engines.items()},
             guards={m["metadata"]["labels"][names.ENGINE_LABEL]: m["data"]["engine_guard.py"] for m in self._guards()},
-            guard_source="GUARD = 1",
+            guard_source=self.guard_source,
             gateway=Deployment.model_validate(deployments[names.gateway(self.name)]) if has_gateway else None,
             gateway_pods=tuple(self._gateway_pods()) if has_gateway else (),
             config=_observed(config_map) if config_map else None,
@@ -295,15 +300,19 @@ class World:
             pod_uid=pod.metadata.uid,
             started_at="2026-01-15T12:00:00Z",
             generation=config.generation,
-            revisions=tuple(self._report(r.name, r.service, r.state) for r in config.revisions),
+            revisions=tuple(self._report(r.name, r.service, r.state, pod) for r in config.revisions if not self._omits(pod, r.name)),
             drift=drift,
             feedback=self.feedback,
         )
 
-    def _report(self, name: str, service: str, state: RevisionState) -> RevisionReport:
+    def _omits(self, pod: Pod, revision: str) -> bool:
+        return pod.metadata.uid.endswith("-1") and revision == self.omitted
+
+    def _report(self, name: str, service: str, state: RevisionState, pod: Pod) -> RevisionReport:
         hashed = service.rpartition("-")[2]
         replicas = self.deployment.spec.engine.replicas
-        probe = self.probe if state is RevisionState.CANDIDATE else ProbeState(status="Pending")
+        said = self.second_probe if self.second_probe and pod.metadata.uid.endswith("-1") else self.probe
+        probe = said if state is RevisionState.CANDIDATE else ProbeState(status="Pending")
         endpoints = self.ready.get(hashed, replicas)
         return RevisionReport(
             name=name, endpoints=endpoints, warm=self.warm and endpoints > 0, probe=probe, in_flight=self.in_flight.get(name, 0)
