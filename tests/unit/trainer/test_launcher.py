@@ -10,6 +10,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,7 @@ class Run:
             "TMPDIR": str(root),
         }
         self.port = int(environment["PROGRESS_PORT"])
-        self.process = subprocess.Popen([sys.executable, "-c", RUN, stage.value, WRITE_PROGRESS + worker], env=environment)
+        self.process = subprocess.Popen([sys.executable, "-c", RUN, stage.value, WRITE_PROGRESS + worker], env=environment, start_new_session=True)
 
     def get(self, path: str) -> str:
         for _ in range(200):
@@ -85,7 +86,8 @@ def launched(tmp_path: Path) -> Iterator[list[Run]]:
     runs: list[Run] = []
     yield runs
     for run in runs:
-        run.process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(run.process.pid, signal.SIGKILL)  # its worker too, as the end of PID 1 ends a container
         run.process.wait()
 
 
