@@ -53,7 +53,8 @@ class Run:
             "TMPDIR": str(root),
         }
         self.port = int(environment["PROGRESS_PORT"])
-        self.process = subprocess.Popen([sys.executable, "-c", RUN, stage.value, WRITE_PROGRESS + worker], env=environment, start_new_session=True)
+        command = [sys.executable, "-c", RUN, stage.value, WRITE_PROGRESS + worker]
+        self.process = subprocess.Popen(command, env=environment, start_new_session=True)
 
     def get(self, path: str) -> str:
         for _ in range(200):
