@@ -21,12 +21,15 @@ ENGINES = f"app.kubernetes.io/component=engine,app.kubernetes.io/instance={DEPLO
 
 LIST_ROUTES = """
 import json
-from argparse import Namespace
 from fastapi import FastAPI
 from vllm.entrypoints.launchers.api_server.routers import register_api_routers
+class Unset:
+    def __getattr__(self, name):
+        return None
 app = FastAPI()
-register_api_routers(Namespace(), app, ("generate",))
-print("ROUTES" + json.dumps(sorted({(m, r.path) for r in app.routes for m in (getattr(r, "methods", None) or {"GET"})})))
+app.state.args = Unset()
+register_api_routers(app.state.args, app, ("generate",))
+print("ROUTES" + json.dumps(sorted({(m, r.path) for r in app.routes if hasattr(r, "path") for m in (getattr(r, "methods", None) or {"GET"})})))
 """
 
 ASK_ALL = """
@@ -74,7 +77,7 @@ async def test_the_engine_reads_the_same_tokens_that_the_trainer_taught(serving:
     with serving.space.forward(f"pod/{pod}", 8000) as url:
         async with aiohttp.ClientSession(headers=headers) as client:
             for row in serving.files["tweets/clean.jsonl"][:20]:
-                raw = json.dumps({"messages": [{"role": "user", "content": row.text}]}).encode()
+                raw = json.dumps({"model": MODEL, "messages": [{"role": "user", "content": row.text}]}).encode()
                 body = compile_prompt(revision).apply(parse_inbound(raw, "/v1/chat/completions", MODEL))
                 async with client.post(f"{url}/tokenize", json={"messages": body["messages"], "add_generation_prompt": True}) as response:
                     served = (await response.json())["tokens"]
