@@ -29,7 +29,8 @@ class Unset:
 app = FastAPI()
 app.state.args = Unset()
 register_api_routers(app.state.args, app, ("generate",))
-print("ROUTES" + json.dumps(sorted({(m, r.path) for r in app.routes if hasattr(r, "path") for m in (getattr(r, "methods", None) or {"GET"})})))
+routes = {(method, r.path) for r in app.routes if hasattr(r, "path") for method in (getattr(r, "methods", None) or {"GET"})}
+print("ROUTES" + json.dumps(sorted(routes)))
 """
 
 ASK_ALL = """
