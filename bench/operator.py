@@ -72,6 +72,7 @@ class Bench:
         await self.prepare()
         try:
             self.start()
+            await asyncio.sleep(8)  # its start, with the first sweep, is no part of the work per object
             await self.interleave()
             await self.stay_idle()
             await self.edit()

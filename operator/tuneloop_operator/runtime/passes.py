@@ -43,7 +43,7 @@ IDLE_PAUSE = 1.0
 """A pass that wrote nothing does not ask for the next one sooner than this."""
 
 
-MOMENT = 0.1
+MOMENT = 0.25
 """News of children come in groups: what a pass wrote, and what controllers make of it, is looked at once, so much later."""
 CHAIN = 8
 """Passes that may follow one another after a moment because each wrote something."""
@@ -141,7 +141,9 @@ class Passes:
         label = "unreachable" if isinstance(error, TimeoutError) else getattr(error, "label", "bug")
         self.metrics.errors.labels(key.kind, label).inc()
         if isinstance(error, NotLeader):
-            self.queue.done(key)  # the next leader looks at everything
+            # A leader that was starved for a while may find its Lease run out, and renew it as if nothing had happened. A new leader looks
+            # at everything anyway.
+            self.queue.failed(key, FIRST_BACKOFF, OUTAGE_BACKOFF)
             return "fenced"
         if isinstance(error, Forbidden) and error.is_namespace_ending:
             self.queue.done(key)

@@ -72,8 +72,9 @@ class WakeQueue:
             self._line_up_within(key, min(waits))
 
     def release(self, key: Key) -> None:
-        """The pass was given up, by a worker that ends; nothing if its end was reported."""
-        self._end(key)
+        """The pass was given up, by a worker that ends; nothing if its end was reported. A wake meanwhile is kept."""
+        if key in self._active:
+            self.done(key)
 
     def failed(self, key: Key, first: float = FIRST_BACKOFF, longest: float = LONGEST_BACKOFF) -> float:
         """The pass did not go through: again after a backoff, which doubles from `first` to `longest` with every failure in a row, less a

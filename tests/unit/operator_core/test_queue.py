@@ -145,6 +145,29 @@ async def test_a_drain_forgets_what_waits_and_awaits_what_runs(queue: WakeQueue)
 async def test_a_key_that_its_worker_gave_up_can_be_taken_again(queue: WakeQueue) -> None:
     queue.wake(A)
     await queue.take()
-    queue.release(A)
     queue.wake(A)
-    assert await queue.take() == A
+    queue.release(A)
+    assert await queue.take() == A, "the wake meanwhile was kept"
+
+
+async def test_wakes_that_may_wait_are_one_pass_and_an_urgent_one_comes_before(queue: WakeQueue, clock: Clock) -> None:
+    queue.wake(A, within=0.5)
+    pass_time(queue, clock, 0.3)
+    queue.wake(A, within=0.5)
+    assert queue.depth == 0
+    pass_time(queue, clock, 0.2)
+    assert queue.depth == 1, "counted from the first"
+    queue.wake(B, within=0.5)
+    queue.wake(B)
+    assert queue.depth == 2
+    pass_time(queue, clock, 1.0)
+    assert queue.depth == 2
+
+
+async def test_a_wake_that_may_wait_does_not_put_off_what_is_due_sooner(queue: WakeQueue, clock: Clock) -> None:
+    queue.wake(A)
+    await queue.take()
+    queue.wake(A, within=5.0)
+    queue.done(A, requeue_after=1.0)
+    pass_time(queue, clock, 1.0)
+    assert queue.depth == 1
