@@ -10,6 +10,7 @@ from tests.unit.modeldeployment.world import LINEAGE_SPEC, NOW, RETRAINED, World
 from tuneloop_gateway.contract import DriftReport, DriftStatus, FeedbackReport
 from tuneloop_operator.api.finetunejob import FineTuneJobSpec
 from tuneloop_operator.domain.decision import Decision
+from tuneloop_operator.domain.modeldeployment import Evidence
 
 ENOUGH = FeedbackReport(labelled_train=250, labelled_gate=310)
 
@@ -386,6 +387,21 @@ def test_the_alarm_stands_while_nobody_answers() -> None:
     assert world.condition("DriftDetected") == ("True", "DriftAlarm")
     assert world.condition("RetrainingNeeded") == ("True", "NoData")
     assert next(c["lastTransitionTime"] for c in world.status["conditions"] if c["type"] == "DriftDetected") == since
+
+
+def test_prometheus_is_believed_where_it_is_asked() -> None:
+    world = alarmed(ENOUGH)
+    world.settle()
+    (spoken,) = [world.status["drift"]]
+    quiet = World(spec=RETRAINED, reads_prometheus=True)
+    quiet.drift, quiet.feedback = alarm(), ENOUGH
+    quiet.settle()
+    assert quiet.condition("DriftDetected") == ("Unknown", "NoData")
+    quiet.prometheus = Evidence(True, False, False, 15.2, 11.5, 0.3, 321, 250, 10)
+    quiet.step()
+    assert quiet.condition("RetrainingNeeded") == ("True", "NeedsLabels")
+    assert quiet.status["drift"] == spoken
+    assert quiet.status["feedback"]["gate"] == 310
 
 
 def test_no_data_is_never_drift() -> None:

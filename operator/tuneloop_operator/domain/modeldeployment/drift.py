@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from tuneloop_gateway.contract import DriftReport, FeedbackReport, GatewayState, RevisionState
@@ -65,9 +65,11 @@ def evidence_of(snapshot: Snapshot) -> Evidence | None:
     """Prometheus' where it is asked, else the gateways'; only of the current epoch."""
     if snapshot.deployment.spec.monitoring.drift is None:
         return None
-    if snapshot.reads_prometheus:
-        return snapshot.evidence
-    return merged(state for state in snapshot.states if state.drift.epoch == str(current_epoch(snapshot)))
+    of_gateways = merged(state for state in snapshot.states if state.drift.epoch == str(current_epoch(snapshot)))
+    if not snapshot.reads_prometheus or snapshot.evidence is None:
+        return None if snapshot.reads_prometheus else of_gateways
+    raised = of_gateways.detected_at if of_gateways is not None and snapshot.evidence.is_alarm else None
+    return replace(snapshot.evidence, detected_at=raised)  # a gauge has no time of its own
 
 
 def merged(states: Iterable[GatewayState]) -> Evidence | None:
@@ -162,13 +164,9 @@ def drift_status(snapshot: Snapshot, evidence: Evidence | None, epoch: Epoch) ->
 
 def feedback_status(snapshot: Snapshot) -> FeedbackStatus | None:
     """What people said, by the gateways; the last word where none answers."""
-    if snapshot.reads_prometheus and snapshot.evidence is not None:
-        said = snapshot.evidence
-    else:
-        found = merged(snapshot.states)
-        if found is None:
-            return snapshot.deployment.status.feedback
-        said = found
+    said = merged(snapshot.states) or snapshot.evidence
+    if said is None:
+        return snapshot.deployment.status.feedback
     return FeedbackStatus(
         up=coarse(said.up), down=coarse(said.down), corrections=said.corrections, curated=said.labelled_train, gate=said.labelled_gate
     )
