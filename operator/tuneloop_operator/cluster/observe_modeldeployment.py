@@ -24,7 +24,16 @@ from tuneloop_operator.cluster.client import Cluster, Unreachable
 from tuneloop_operator.cluster.registration import Registration
 from tuneloop_operator.domain import times
 from tuneloop_operator.domain.decision import Key, Target
-from tuneloop_operator.domain.modeldeployment import REARMED_ANNOTATION, Evidence, GatewayPod, ObservedConfig, Snapshot, decide
+from tuneloop_operator.domain.modeldeployment import (
+    EPOCH_ANNOTATION,
+    REARMED_ANNOTATION,
+    STABLE_ANNOTATION,
+    Evidence,
+    GatewayPod,
+    ObservedConfig,
+    Snapshot,
+    decide,
+)
 from tuneloop_operator.render import names
 from tuneloop_operator.render.engine import COMPONENT as ENGINE
 from tuneloop_operator.render.engine import GUARD_FILE
@@ -137,13 +146,24 @@ def _config(config_maps: list[Object], name: str) -> ObservedConfig | None:
     if raw is None:
         return None
     text = (raw.get("data") or {}).get(CONFIG_KEY, "")
-    rearmed = (raw["metadata"].get("annotations") or {}).get(REARMED_ANNOTATION, "")
+    annotations = raw["metadata"].get("annotations") or {}
     try:
         config: GatewayConfig | None = GatewayConfig.model_validate_json(text)
     except ValidationError:
         config = None
     generation = config.generation if config is not None else _generation(text)
-    return ObservedConfig(text=text, generation=generation, config=config, rearmed=rearmed)
+    return ObservedConfig(
+        text=text,
+        generation=generation,
+        config=config,
+        rearmed=annotations.get(REARMED_ANNOTATION, ""),
+        stable_since=_number(annotations.get(STABLE_ANNOTATION, "")),
+        epoch_since=_number(annotations.get(EPOCH_ANNOTATION, "")),
+    )
+
+
+def _number(text: str) -> int:
+    return int(text) if text.isdecimal() else 1
 
 
 def _generation(text: str) -> int:
@@ -213,7 +233,7 @@ def _fresh_keys() -> FreshKeys:
 
 
 async def _prometheus_evidence(deployment: ModelDeployment, config: ObservedConfig | None, cluster: Cluster) -> Evidence | None:
-    """None where a series is missing, or still of a configuration before the one in the cluster (an epoch that is over)."""
+    """None where a series is missing, or still of a configuration from before the epoch."""
     name, namespace = deployment.metadata.name, deployment.metadata.namespace
     if config is None:
         return None
@@ -227,7 +247,7 @@ async def _prometheus_evidence(deployment: ModelDeployment, config: ObservedConf
     try:
         # First: whatever is read after it was scraped with this generation, or a later one.
         generation = await value(Metric.CONFIG_GENERATION, "min")
-        if generation is None or generation < config.generation:
+        if generation is None or generation < config.epoch_since:
             return None
         alarm, evidence, threshold, effect, pairs, remaining = [
             await value(metric)

@@ -19,7 +19,6 @@ def test_a_life_in_events() -> None:
     assert told(world) == [
         ("Normal", "Starting"),
         ("Normal", "Promoted"),
-        ("Normal", "NoDrift"),
         ("Normal", "Serving"),
     ]
     assert told(world) == []
@@ -31,6 +30,9 @@ def test_a_life_in_events() -> None:
     world.drift = alarm()
     assert ("Warning", "DriftAlarm") in told(world)
     assert told(world) == []
+    world.annotations = {"tuneloop.dev/rearm": "seen"}
+    world.drift = None
+    assert told(world) == [("Normal", "CollectingReference")]
 
 
 def test_an_event_says_what_the_condition_says() -> None:

@@ -240,10 +240,22 @@ async def test_a_missing_series_is_no_data_and_never_drift(missing: str) -> None
     assert (drift["status"], drift["reason"]) == ("Unknown", "NoData")
 
 
-async def test_samples_from_before_the_current_configuration_are_not_believed() -> None:
+async def test_samples_from_before_the_epoch_are_not_believed() -> None:
+    world = World(spec={"monitoring": {"source": "Prometheus", "drift": {}}})
+    world.settle()
+    world.annotations = {"tuneloop.dev/rearm": "now"}
+    world.settle()
+    cluster = cluster_of(world)
+    cluster.series["tuneloop_gateway_config_generation"] = world.config.generation - 1
+    assert (await look(cluster, PROMETHEUS)).evidence is None
+    cluster.series["tuneloop_gateway_config_generation"] = world.config.generation
+    assert (await look(cluster, PROMETHEUS)).evidence is not None
+
+
+async def test_samples_of_the_epoch_are_believed_while_another_configuration_spreads() -> None:
     cluster = watched()
     cluster.series["tuneloop_gateway_config_generation"] = 1.0
-    assert (await look(cluster, PROMETHEUS)).evidence is None
+    assert (await look(cluster, PROMETHEUS)).evidence is not None
 
 
 async def test_a_prometheus_that_is_down_is_no_data() -> None:

@@ -184,6 +184,16 @@ def test_it_is_ready_only_when_the_gateway_sends_the_traffic_there() -> None:
     assert world.condition("Ready") == ("True", "Serving")
 
 
+def test_it_stays_ready_while_a_configuration_of_the_same_stable_revision_spreads() -> None:
+    world = served()
+    world.applies = False
+    world.spec = {"gateway": {"capture": {"retentionDays": 3}}}
+    world.generation = 2
+    for _ in range(3):
+        world.step()
+        assert world.condition("Ready") == ("True", "Serving")
+
+
 def test_a_shared_engine_that_breaks_rejects_no_prompt() -> None:
     world = served()
     engine = world.engine_of(1)

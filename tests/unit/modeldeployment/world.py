@@ -23,7 +23,15 @@ from tuneloop_operator.api.modeldeployment import ModelDeployment
 from tuneloop_operator.api.modelversion import ModelVersion
 from tuneloop_operator.domain import times
 from tuneloop_operator.domain.decision import Decision, Key, Target
-from tuneloop_operator.domain.modeldeployment import REARMED_ANNOTATION, GatewayPod, ObservedConfig, Snapshot, decide
+from tuneloop_operator.domain.modeldeployment import (
+    EPOCH_ANNOTATION,
+    REARMED_ANNOTATION,
+    STABLE_ANNOTATION,
+    GatewayPod,
+    ObservedConfig,
+    Snapshot,
+    decide,
+)
 from tuneloop_operator.render import names
 from tuneloop_operator.render.gateway import FreshKeys
 from tuneloop_operator.render.revisions import Pinned, Revision, decoded, parse_verdict
@@ -340,8 +348,15 @@ def _pinned(data: Json) -> Pinned:
 def _observed(config_map: Json) -> ObservedConfig:
     text = config_map["data"]["config.json"]
     config = GatewayConfig.model_validate_json(text)
-    rearmed = config_map["metadata"].get("annotations", {}).get(REARMED_ANNOTATION, "")
-    return ObservedConfig(text=text, generation=config.generation, config=config, rearmed=rearmed)
+    annotations = config_map["metadata"]["annotations"]
+    return ObservedConfig(
+        text=text,
+        generation=config.generation,
+        config=config,
+        rearmed=annotations.get(REARMED_ANNOTATION, ""),
+        stable_since=int(annotations[STABLE_ANNOTATION]),
+        epoch_since=int(annotations[EPOCH_ANNOTATION]),
+    )
 
 
 def alarm(epoch: str = "0", effect: float = 0.3) -> DriftReport:

@@ -19,6 +19,10 @@ from tuneloop_operator.settings import Settings
 ROLLING_SECONDS = 1.0
 REARMED_ANNOTATION = "tuneloop.dev/rearmed"
 """On the gateway's ConfigMap: the wish that was followed last."""
+STABLE_ANNOTATION = "tuneloop.dev/stable-since"
+"""On the gateway's ConfigMap: the generation from which on its stable revision has all traffic."""
+EPOCH_ANNOTATION = "tuneloop.dev/epoch-since"
+"""On the gateway's ConfigMap: the generation by which the detector's epoch began."""
 NEVER_PRUNED = ("PersistentVolumeClaim", "Secret")
 """Captured data and keys go with their owner, or not at all."""
 
@@ -79,9 +83,8 @@ def _gateway(snapshot: Snapshot, rollout: Rollout, epoch: Epoch, configured: Con
     image = rollout.live[0].pinned.gateway_image if rollout.live else settings.gateway_image
     claim = gateway.render_claim(deployment)
     budget = [gateway.render_gateway_budget(deployment)] if deployment.spec.gateway.replicas > 1 else []
-    annotations = {REARMED_ANNOTATION: epoch.rearmed} if epoch.rearmed else {}
     return [
-        gateway.render_config(deployment, configured.text, annotations),
+        gateway.render_config(deployment, configured.text, _config_annotations(snapshot, rollout, epoch, configured)),
         *access.render_gateway_identity(deployment),
         *([claim] if claim is not None else []),
         gateway.render_gateway(deployment, image, settings),
@@ -90,6 +93,16 @@ def _gateway(snapshot: Snapshot, rollout: Rollout, epoch: Epoch, configured: Con
         access.render_engine_policy(deployment),
         *budget,
     ]
+
+
+def _config_annotations(snapshot: Snapshot, rollout: Rollout, epoch: Epoch, configured: Configured) -> dict[str, str]:
+    """What the configuration in the cluster must tell the next pass, and the gateway need not know."""
+    observed, generation = snapshot.config, configured.config.generation
+    stable = rollout.stable.name if rollout.stable is not None else None
+    stable_since = observed.stable_since if observed is not None and snapshot.configured_stable == stable else generation
+    epoch_since = observed.epoch_since if observed is not None and not epoch.is_new else generation
+    since = {STABLE_ANNOTATION: str(stable_since), EPOCH_ANNOTATION: str(epoch_since)}
+    return since | ({REARMED_ANNOTATION: epoch.rearmed} if epoch.rearmed else {})
 
 
 def _unwanted(snapshot: Snapshot, rollout: Rollout, objects: tuple[Manifest, ...]) -> tuple[Target, ...]:

@@ -54,10 +54,17 @@ def _turns(before: tuple[Condition, ...], after: list[Condition]) -> list[EventN
         if new is None or (old is not None and (old.status, old.reason) == (new.status, new.reason)):
             continue
         is_first = old is None and (new.type, new.status.value) not in ALARMING
-        is_said_by_ready = new.type == C.AVAILABLE and new.status is ConditionStatus.TRUE
-        if not is_first and not is_said_by_ready and new.reason not in QUIET:
+        if not is_first and new.reason not in QUIET and not _is_no_news(old, new):
             notes.append(EventNote(_severity(new), new.reason, new.message))
     return notes
+
+
+def _is_no_news(old: Condition | None, new: Condition) -> bool:
+    """That it is available, Ready says too. That no alarm stands, or that data is missing, is news only after an alarm."""
+    if new.type == C.AVAILABLE:
+        return new.status is ConditionStatus.TRUE
+    was_true = old is not None and old.status is ConditionStatus.TRUE
+    return new.type in (C.DRIFT_DETECTED, C.RETRAINING_NEEDED) and new.status is not ConditionStatus.TRUE and not was_true
 
 
 def _severity(condition: Condition) -> Literal["Normal", "Warning"]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from tuneloop_gateway.contract import GatewayConfig, GatewayState, RevisionReport
+from tuneloop_gateway.contract import GatewayConfig, GatewayState, RevisionReport, RevisionState
 from tuneloop_operator.api.finetunejob import FineTuneJob
 from tuneloop_operator.api.kubernetes import Deployment, Pod
 from tuneloop_operator.api.modeldeployment import ModelDeployment
@@ -33,6 +33,10 @@ class ObservedConfig:
     config: GatewayConfig | None
     rearmed: str
     """The value of the re-arming annotation that has been acted upon."""
+    stable_since: int = 1
+    """Generation from which on its stable revision has all traffic."""
+    epoch_since: int = 1
+    """Generation by which the detector's epoch began: what was measured under an earlier one is of an epoch that is over."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,12 @@ class Snapshot:
     """Random values, where the Secret may have to be made."""
 
     # --- what decisions ask of it ---
+
+    @property
+    def configured_stable(self) -> str | None:
+        """Name of the revision that the configuration in the cluster gives all traffic."""
+        config = self.config.config if self.config is not None else None
+        return next((r.name for r in config.revisions if r.state is RevisionState.STABLE), None) if config is not None else None
 
     @property
     def name(self) -> str:

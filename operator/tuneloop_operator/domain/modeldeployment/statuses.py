@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from tuneloop_gateway.contract import RevisionState
 from tuneloop_operator.api.conditions import DeploymentCondition, DeploymentReason
 from tuneloop_operator.api.modeldeployment import ModelDeploymentStatus, RevisionStatus
 from tuneloop_operator.api.types import Condition
@@ -101,7 +100,7 @@ def _available(found: Findings, now: datetime) -> Claim:
     if snapshot.ready_replicas(stable.pinned.engine_hash) == 0:
         message = f"No engine pod of version {stable.pinned.version} is ready."
         return _broken(engine_failure(snapshot, stable, now), R.NO_ENDPOINTS, message)
-    if not _serves_any(snapshot):
+    if snapshot.configured_stable is None:
         return Claim(False, R.STARTING, f"The gateway takes up version {stable.pinned.version}.")
     reports = snapshot.reports(stable.name)
     if reports and all(report.endpoints == 0 for report in reports):
@@ -122,12 +121,6 @@ def _broken(failure: Failure | None, reason: DeploymentReason, message: str) -> 
     if failure is None:
         return Claim(False, reason, message)
     return Claim(False, failure.reason, failure.message, is_stalled=failure.reason is not R.STARTING)
-
-
-def _serves_any(snapshot: Snapshot) -> bool:
-    """Some gateway that is ready was configured with a stable revision."""
-    config = snapshot.config.config if snapshot.config is not None else None
-    return config is not None and any(revision.state is RevisionState.STABLE for revision in config.revisions)
 
 
 # --- Ready -------------------------------------------------------------------
@@ -171,11 +164,9 @@ def _keeps_serving(found: Findings) -> bool:
 def _is_applied(found: Findings) -> bool:
     """The stable revision takes the traffic of every ready gateway."""
     snapshot, stable = found.snapshot, found.rollout.stable
-    config = snapshot.config.config if snapshot.config is not None else None
-    if config is None or stable is None or snapshot.config is None:
+    if stable is None or snapshot.config is None or snapshot.configured_stable != stable.name:
         return False
-    is_stable = any(r.name == stable.name and r.state is RevisionState.STABLE for r in config.revisions)
-    return is_stable and snapshot.applied_everywhere(snapshot.config.generation)
+    return snapshot.applied_everywhere(snapshot.config.stable_since)
 
 
 # --- Degraded ----------------------------------------------------------------
