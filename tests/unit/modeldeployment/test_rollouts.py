@@ -154,7 +154,7 @@ def test_a_gateway_that_does_not_speak_of_the_revision_holds_it_up() -> None:
 
 
 def test_a_gateway_that_still_drains_a_revision_does_not_vouch_for_it() -> None:
-    world = served()
+    world = served(versions=[make_version(1, probesUri=None)])
     world.spec = {"engine": {"maxModelLength": 256}}
     world.settle()
     stable = world.status["stable"]["revision"]
