@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from sys import intern
 from typing import Any
 
+from tuneloop_operator.cluster.kinds import KINDS
 from tuneloop_operator.domain.decision import Key
 from tuneloop_operator.render.names import HASH_LABEL, MANAGER, STATUS_MANAGER
 
@@ -55,10 +56,10 @@ class Cache:
     def kinds(self) -> tuple[str, ...]:
         return tuple(self._objects)
 
-    def is_current(self, kind: str, obj: Object) -> bool:
-        """Whether this state of the object, or a newer one, is known."""
-        known = self.get(kind, obj["metadata"].get("namespace", ""), obj["metadata"]["name"])
-        return known is not None and _version(known["metadata"]) >= _version(obj["metadata"])
+    def is_older(self, kind: str, place: tuple[str, str], version: int) -> bool:
+        """Whether this version of the object at (namespace, name) is not known yet."""
+        known = self._objects.get(kind, {}).get(place)
+        return known is None or _version(known["metadata"]) < version
 
     # --- writing ---
 
@@ -146,7 +147,7 @@ def trimmed(kind: str, obj: Object) -> Object:
     beside subresources (hand edits); and what our status manager owns. Of a pod's spec, its node.
     """
     if obj["metadata"].get("managedFields"):
-        entries = [_trimmed_entry(entry) for entry in obj["metadata"]["managedFields"]]
+        entries = [_trimmed_entry(kind, entry) for entry in obj["metadata"]["managedFields"]] if kind != "Pod" else []
         obj = {**obj, "metadata": {**obj["metadata"], "managedFields": entries}}
     if kind == "Pod":
         obj = {**obj, "spec": {"nodeName": obj["spec"].get("nodeName")}}
@@ -162,12 +163,12 @@ def _shared(value: Any) -> Any:
     return intern(value) if isinstance(value, str) and len(value) <= SHARED_LENGTH else value
 
 
-def _trimmed_entry(entry: dict[str, Any]) -> dict[str, Any]:
+def _trimmed_entry(kind: str, entry: dict[str, Any]) -> dict[str, Any]:
     manager, subresource = entry.get("manager"), entry.get("subresource")
     kept = {"manager": manager, "operation": entry.get("operation")}
     if subresource:
         kept["subresource"] = subresource
-    is_foreign = manager != MANAGER and not subresource
+    is_foreign = manager != MANAGER and not subresource and not KINDS[kind].is_ours  # nobody looks at who edited a spec
     if is_foreign or manager == STATUS_MANAGER:
         kept["fieldsV1"] = entry.get("fieldsV1")
     return kept

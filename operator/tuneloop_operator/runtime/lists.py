@@ -20,9 +20,9 @@ log = logging.getLogger(__name__)
 
 MANAGED = {"app.kubernetes.io/managed-by": MANAGER}
 RETRY_SECONDS = 2.0
-SWEEP_DELAY = 1.0
+SWEEP_DELAY = 0.5
 SWEEP_SECONDS = 600.0
-"""A sweep of everything, in case a re-list brought no object at all."""
+"""All kinds are listed so often, whatever the watches say."""
 
 
 async def prime(cluster: Cluster, kinds: Iterable[str]) -> None:
@@ -72,19 +72,13 @@ class Sweeper:
         self.told = told
         self.gone = gone
         self.delay = delay
-        self._stale: set[str] = set()
         self._wanted: set[str] = set()
         self._is_wanted = asyncio.Event()
 
     def want(self, kind: str) -> None:
-        """A watch of this kind has just listed."""
+        """A watch of this kind has just listed what the cache lacks."""
         self._wanted.add(kind)
         self._is_wanted.set()
-
-    def want_news(self, kind: str) -> None:
-        """And what it listed is news."""
-        self._stale.add(kind)
-        self.want(kind)
 
     async def run(self) -> None:
         while True:
@@ -100,15 +94,12 @@ class Sweeper:
                 await self._try(kind)
 
     async def _try(self, kind: str) -> None:
-        is_stale = kind in self._stale
-        self._stale.discard(kind)
         try:
-            if is_stale:
-                await list_into(self.cluster, kind, self.told)
+            await list_into(self.cluster, kind, self.told)
             await self.sweep(kind)
         except (ApiError, Unreachable) as error:
-            log.info("cannot sweep %s: %s", kind, error)
-            (self.want_news if is_stale else self.want)(kind)
+            log.info("cannot list %s: %s", kind, error)
+            self.want(kind)
 
     async def sweep(self, kind: str) -> None:
         for namespace in self.cluster.settings.watch_namespaces or (None,):

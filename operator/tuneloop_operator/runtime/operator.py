@@ -16,7 +16,7 @@ from tuneloop_operator.cluster.client import Cluster
 from tuneloop_operator.cluster.credentials import Credentials
 from tuneloop_operator.cluster.registration import Registration
 from tuneloop_operator.cluster.transport import Transport
-from tuneloop_operator.runtime.informer import LISTED, Event, Informer
+from tuneloop_operator.runtime.informer import Event, Informer, Listing
 from tuneloop_operator.runtime.leases import Elector
 from tuneloop_operator.runtime.lists import Sweeper, prime
 from tuneloop_operator.runtime.metrics import Metrics, Objects
@@ -52,7 +52,7 @@ class Operator:
         self.passes = Passes(self.routes.registrations, self.cluster, self.applier, self.queue, self.metrics)
         self.sweeper = Sweeper(self.cluster, self.routes.kinds, self._wake, self._swept)
         self.informer = Informer(
-            credentials, settings, self.routes.kinds, self._received, self.sweeper.want, lambda: self.metrics.watch_restarts.inc()
+            credentials, settings, self.routes.kinds, self._received, self._listed, lambda: self.metrics.watch_restarts.inc()
         )
         self.is_primed = False
         self.probes = Probes(Health(self.lease_transport, lambda: self.informer.signs_of_life), lambda: self.is_primed, self._registries())
@@ -111,10 +111,6 @@ class Operator:
     def _received(self, event: Event) -> None:
         """Cache and wake; no logic, cannot fail."""
         kind, type_, obj = event
-        if type_ == LISTED:
-            if not self.cache.is_current(kind, obj):
-                self.sweeper.want_news(kind)
-            return
         known = self.cache.get(kind, obj["metadata"].get("namespace", ""), obj["metadata"]["name"])
         if type_ == "DELETED":
             is_news = self.cache.remove(kind, obj)
@@ -131,6 +127,14 @@ class Operator:
         if self._workers:
             for key in self.routes.watchers(kind, obj):
                 self.queue.wake(key)
+
+    def _listed(self, listing: Listing) -> None:
+        """A watch begins anew: what came and went meanwhile brings no event."""
+        if any(self.cache.is_older(listing.kind, place, version) for place, version in listing.found.items()):
+            self.sweeper.want(listing.kind)
+        namespaces = (listing.namespace,) if listing.namespace else ()
+        for obj in self.cache.sweep(listing.kind, listing.found, listing.version, namespaces):
+            self._swept(listing.kind, obj)
 
     def _swept(self, kind: str, obj: Object) -> None:
         self.metrics.swept.labels(kind).inc()

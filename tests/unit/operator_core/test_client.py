@@ -157,7 +157,7 @@ async def test_lists_are_read_page_by_page(server: Server, cluster: Cluster) -> 
     server.answers = [first, second]
     found = await cluster.list("Event", "n", labels={"a": "1"}, fields={"involvedObject.uid": "u"})
     assert [item["metadata"]["name"] for item in found] == ["a", "b"]
-    assert dict(server.requests[0].query) == {"limit": "500", "labelSelector": "a=1", "fieldSelector": "involvedObject.uid=u"}
+    assert dict(server.requests[0].query) == {"limit": "250", "labelSelector": "a=1", "fieldSelector": "involvedObject.uid=u"}
 
 
 # --- pods and Prometheus ---
