@@ -21,6 +21,7 @@ POD: Manifest = {
     "env": [{"name": "HF_HOME", "value": "/tmp"}],
 }
 SOURCE: Manifest = {"uri": "hf://org/name", "revision": "abc", "secretRef": {"name": "hf-token"}}
+ROWS = SOURCE | {"uri": "pvc://datasets/rows.jsonl"}
 COLUMNS: Manifest = {"prompt": "p", "completion": "c", "text": "t", "label": "l", "document": "d"}
 TEMPLATE: Manifest = {"prompt": "Sentiment of: {{ text }}", "completion": "{{ label }}"}
 DIGEST = "sha256:" + "0" * 64
@@ -36,7 +37,7 @@ FINE_TUNE_JOB: Manifest = {
         "method": {"type": "LoRA", "lora": {"rank": 8, "alpha": 16, "dropout": "0.1", "targetModules": "AllLinear"}},
         "data": {
             "train": [
-                {"source": SOURCE, "columns": COLUMNS, "template": TEMPLATE, "weight": "0.5"},
+                {"source": ROWS, "columns": COLUMNS, "template": TEMPLATE, "weight": "0.5"},
                 {"feedback": {"deployment": "sentiment"}},
             ],
             "validation": {"fraction": "0.1"},
@@ -62,7 +63,7 @@ FINE_TUNE_JOB: Manifest = {
                 {
                     "name": "held-out",
                     "type": "Dataset",
-                    "dataset": {"source": SOURCE, "columns": COLUMNS, "template": TEMPLATE, "labels": ["good", "bad"]},
+                    "dataset": {"source": ROWS, "columns": COLUMNS, "template": TEMPLATE, "labels": ["good", "bad"]},
                     "metrics": ["Accuracy", "MacroF1"],
                 },
                 {"name": "new", "type": "Dataset", "dataset": {"feedback": {"deployment": "sentiment"}}},
