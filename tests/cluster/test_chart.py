@@ -341,6 +341,7 @@ class Someone:
                 "subjects": [{"apiGroup": "rbac.authorization.k8s.io", "kind": "User", "name": user}],
             }
             api.call("POST", f"/apis/rbac.authorization.k8s.io/v1/namespaces/{namespace}/rolebindings", binding)
+            wait_for(lambda: may(api, user, namespace, "create", "tuneloop.dev", "modelversions"), what="the binding to be in force")
 
     def send(self, method: str, manifest: Manifest, query: str = "") -> str:
         """What the refusal says; "" where there is none."""
