@@ -47,6 +47,7 @@ def made(api: Api, namespace: str, *names: str) -> bool:
     return all(api.get("Job", namespace, f"{name}-work-1") for name in names)
 
 
+@pytest.mark.long
 def test_only_the_leader_works_and_the_other_takes_over_when_it_dies(api: Api, namespace: str, start_operator: Start) -> None:
     first = start_operator("first", module=TOY)
     wait_for(lambda: first.metric("tuneloop_operator_leader") == 1)

@@ -58,7 +58,7 @@ def test_an_outage_is_survived(api: Api, namespace: str, toy: OperatorProcess, p
     follows(api, namespace, 2)
 
 
-@pytest.mark.parametrize("status", [503, 403, 401])
+@pytest.mark.parametrize("status", [503, pytest.param(403, marks=pytest.mark.long), pytest.param(401, marks=pytest.mark.long)])
 def test_refusals_are_survived(api: Api, namespace: str, toy: OperatorProcess, proxy: FaultProxy, status: int) -> None:
     """503: the API server is overloaded; 403: its RBAC cache is cold, or the binding was revoked; 401: the token ran out."""
     proxy.faults.answer = lambda method, path: (status, {})
