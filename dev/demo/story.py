@@ -354,12 +354,12 @@ def _expect(claim: bool, otherwise: str) -> None:
 PHASES: tuple[tuple[str, float, Callable[[Story], None]], ...] = (
     ("Install Tuneloop", 1, install),
     ("Base model and texts onto claims", 1, bring_data),
-    ("Train: a FineTuneJob", 6, train),
+    ("Train: a FineTuneJob", 5, train),
     ("Serve: a ModelDeployment", 3, serve),
-    ("Watch: traffic of the training domain", 3, watch),
-    ("Drift: a new domain", 3, drift),
+    ("Watch: traffic of the training domain", 2.5, watch),
+    ("Drift: a new domain", 2.5, drift),
     ("Label captured requests", 0.5, label),
-    ("Retrain: the operator's own FineTuneJob", 9, retrain),
+    ("Retrain: the operator's own FineTuneJob", 8, retrain),
     ("Roll out the better model", 3, roll_out),
     ("Look again", 1.5, look_again),
 )
