@@ -73,7 +73,7 @@ def install(api: Api, crd: dict[str, Any]) -> None:
 
 
 def _is_served(api: Api, path: str, collection: str) -> bool:
-    conditions = api.call("GET", path).get("status", {}).get("conditions", [])
+    conditions = (api.call("GET", path).get("status") or {}).get("conditions") or []  # null at first, as Go writes an empty list
     if not any(c["type"] == "Established" and c["status"] == "True" for c in conditions):
         return False
     try:
