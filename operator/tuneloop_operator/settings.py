@@ -34,7 +34,6 @@ class Settings(BaseModel):
         default=None, description="Prometheus that monitoring.source: Prometheus reads, e.g. http://prometheus.monitoring:9090."
     )
     prometheus_token_file: str | None = None
-    cluster_domain: str = "cluster.local"
     workers: int = 8
     metrics_port: int = 8080
     progress_interval_seconds: float = 10.0

@@ -48,7 +48,7 @@ async def observe(key: Key, cluster: Cluster, settings: Settings, now: datetime)
         began_with=_began_with(cluster.cache, job, runs),
         versions=_versions(cluster.cache, job, deployment),
         deployment=deployment,
-        missing_claims=await _missing_claims(cluster, job, runs, settings),
+        missing_claims=await _missing_claims(cluster, job, runs),
         progress=await _progress(cluster, job, runs),
         conflicts=tuple(sorted(cluster.conflicts.get(job.metadata.uid, ()), key=lambda taken: (taken.kind, taken.name))),
         children=tuple(_children(cluster.cache, job)),
@@ -156,7 +156,7 @@ def _mute_subject(run: StageRun, now: datetime) -> str | None:
     return run.pod.metadata.uid if is_old and is_creating else None
 
 
-async def _missing_claims(cluster: Cluster, job: api.FineTuneJob, runs: list[StageRun], settings: Settings) -> tuple[str, ...]:
+async def _missing_claims(cluster: Cluster, job: api.FineTuneJob, runs: list[StageRun]) -> tuple[str, ...]:
     """Looked for before the first pod; later the scheduler says it."""
     if runs or job.status.started_at is not None or job.status.finished_at is not None or job.spec.run_policy.suspend:
         return ()

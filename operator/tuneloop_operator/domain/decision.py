@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 Manifest = dict[str, Any]
@@ -71,4 +71,3 @@ class WaitingFor(Exception):
     reason: str
     message: str
     seconds: float = 10.0
-    details: dict[str, str] = field(default_factory=dict)

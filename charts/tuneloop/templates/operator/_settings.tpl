@@ -23,7 +23,6 @@
 {{- if .Values.prometheus.tokenSecret.name }}
 - {name: TUNELOOP_PROMETHEUS_TOKEN_FILE, value: /etc/tuneloop/prometheus/token}
 {{- end }}
-- {name: TUNELOOP_CLUSTER_DOMAIN, value: {{ .Values.operator.clusterDomain | quote }}}
 - {name: TUNELOOP_WORKERS, value: {{ .Values.operator.workers | quote }}}
 - {name: TUNELOOP_METRICS_PORT, value: "8080"}
 - {name: TUNELOOP_PROGRESS_INTERVAL_SECONDS, value: {{ .Values.operator.progressIntervalSeconds | quote }}}
