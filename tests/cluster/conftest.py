@@ -40,10 +40,10 @@ def environment() -> dict[str, str]:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol() -> Generator[None, object, object]:
-    """Around fixtures of every scope too."""
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Around fixtures of every scope too. pytest calls this for the tests of all folders."""
     with pytest.MonkeyPatch.context() as patch:
-        if os.environ.get("CLUSTER") != "current":
+        if Path(__file__).parent in item.path.parents and os.environ.get("CLUSTER") != "current":
             for name, value in environment().items():
                 patch.setenv(name, value)
         return (yield)
