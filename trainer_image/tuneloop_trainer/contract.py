@@ -26,8 +26,9 @@ RESULT_LIMIT = 3500
 PROGRESS_LIMIT = 16 * 1024
 """Bytes that an answer of `GET /progress` may have."""
 MAX_GATES = 16
-TOKENS_PER_MICRO_BATCH = {"cpu": 4096, "cuda": 16384}
-"""The trainer's own choice of a micro-batch is as many rows as have so many tokens."""
+TOKENS_PER_MICRO_BATCH = {"cpu": 512, "cuda": 16384}
+"""The trainer's own choice of a micro-batch is as many rows as have so many tokens. On a CPU, rows of like length in small groups
+cost a tenth less time than the whole batch at once, and half the memory."""
 PROBE_TEXT = "Is the sky blue?"
 """The user turn whose rendering `PrepareSummary.prompt_probe_sha256` is the hash of (Chat: the tokenizer's chat template with
 a generation prompt; Text: the text itself)."""

@@ -12,6 +12,7 @@ from trl import SFTTrainer
 
 from tuneloop_trainer.data.schedule import Order
 from tuneloop_trainer.training.checkpoints import Checkpoints
+from tuneloop_trainer.training.heads import select_positions
 
 
 class OrderSampler(Sampler[int]):
@@ -28,7 +29,8 @@ class OrderSampler(Sampler[int]):
 
 
 class Trainer(SFTTrainer):
-    """Differs from TRL's in two things: rows come in a given order, and a checkpoint is complete or not there at all."""
+    """Differs from TRL's in three things: rows come in a given order, a checkpoint is complete or not there at all, and the head is
+    computed where a token is learned."""
 
     def __init__(self, *args: Any, order: Order, consumed: int, checkpoints: Checkpoints, **kwargs: Any) -> None:  # Any: TRL's
         self.order = order
@@ -37,6 +39,7 @@ class Trainer(SFTTrainer):
         self.best_step: int | None = None
         self._random_state_of: str | None = None
         super().__init__(*args, **kwargs)
+        select_positions(self.model)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return OrderSampler(self.order, self.consumed)
