@@ -279,7 +279,7 @@ async def added_latency(
 
 
 async def highest_rate(port: int, seconds: float, rng: random.Random, start: float) -> float:
-    """Steps of 15 % until a request is shed, fails, or the answers fall behind the requests."""
+    """Steps of 25 % until a request is shed, fails, or the answers fall behind the requests."""
     rate, best = start, 0.0
     while rate < 20_000:
         requests = make_requests(rng, rate, seconds)
@@ -288,7 +288,7 @@ async def highest_rate(port: int, seconds: float, rng: random.Random, start: flo
         print(f"{rate:6.0f} requests/s: {pool.failed} shed or failed, p99 {late:.1f} ms, most waiting {pool.most_waiting}", flush=True)
         if pool.failed or late > 1000:
             break
-        best, rate = rate, rate * 1.15
+        best, rate = rate, rate * 1.25
     return best
 
 
