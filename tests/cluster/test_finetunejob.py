@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from tests.cluster.harness import Api, Object, OperatorProcess, Play, wait_for
-from tests.unit.finetunejob.builders import RESULTS, evaluated, failed
+from tests.unit.finetunejob.builders import RESULTS, evaluated, failed, prepared
 
 from tuneloop_operator.render import names
 from tuneloop_trainer.contract import Progress, Reason, Stage, StageResult
@@ -203,6 +203,27 @@ def test_the_gates_decide_the_approval(api: Api, trainee: Trainee, verdict: str,
     version = api.get("ModelVersion", trainee.namespace, f"{trainee.name}-v1")
     assert version is not None
     assert version["spec"]["approval"] == approval
+
+
+def test_the_sixth_promotion_by_one_set_of_items_waits_for_a_person(api: Api, trainee: Trainee) -> None:
+    gate = {"suite": "tweets", "metric": "Accuracy", "rule": "Superior", "verdict": "Pass", "n": 400, "suiteDigest": "1" * 64}
+    gate |= {"candidate": "0.9", "baseline": "0.6", "difference": "0.3", "interval": "[0.2, 0.4]"}
+    artifact = {"uri": "pvc://models/x", "manifestDigest": "sha256:" + "0" * 64, "format": "Merged", "sizeBytes": 1}
+    evaluation = {"verdict": "Pass", "artifactDigest": artifact["manifestDigest"], "gates": [gate]}
+    for number in range(1, 6):
+        spec = {"model": trainee.name, "version": number, "artifact": artifact, "evaluation": evaluation, "approval": "Approved"}
+        metadata = {"name": f"{trainee.name}-v{number}", "namespace": trainee.namespace}
+        api.create({"apiVersion": "tuneloop.dev/v1alpha1", "kind": "ModelVersion", "metadata": metadata, "spec": spec})
+    trainee.make().ends(Stage.PREPARE, result=prepared(suite_digests={"held-out": "1" * 64}))
+    for stage in (Stage.TRAIN, Stage.PACKAGE, Stage.EVALUATE):
+        trainee.ends(stage)
+    ended = trainee.wait_for("True", "SuiteExhausted")
+    assert "suite held-out has decided 5 promotions" in ended["message"]
+    assert trainee.status()["evaluation"]["gates"][0]["uses"] == 5
+    version = api.get("ModelVersion", trainee.namespace, f"{trainee.name}-v6")
+    assert version is not None
+    assert version["spec"]["approval"] == "Pending"
+    api.patch("ModelVersion", trainee.namespace, f"{trainee.name}-v6", {"spec": {"approval": "Approved"}})
 
 
 def test_a_taken_version_costs_the_next_number(api: Api, trainee: Trainee) -> None:

@@ -350,6 +350,9 @@ class Resolved(Model):
     base_revision: str | None = Field(default=None, max_length=64, description="Commit of the base model.")
     base_digest: str | None = Field(default=None, max_length=80, description="sha256 over the base model's files.")
     dataset_digests: Annotated[dict[str, str], Field(max_length=16)] = Field(default={}, description="sha256 of each source.")
+    suite_digests: Annotated[dict[str, str], Field(max_length=8)] = Field(
+        default={}, description="sha256 of the items of each suite: the version of the suite."
+    )
     baseline: PinnedBaseline | None = Field(default=None, description="What the candidate is compared with.")
     prompt_probe: str | None = Field(default=None, max_length=80, description="sha256 of the probe prompt, as training renders it.")
 
@@ -394,6 +397,10 @@ class GateStatus(Model):
     n: int = Field(description="Items.")
     p: str | None = Field(default=None, max_length=16, description="One-sided p-value.")
     detectable: str | None = Field(default=None, max_length=16, description="Difference found with 80 % power.")
+    suite_digest: str | None = Field(default=None, max_length=80, description="sha256 of the suite's items: its version.")
+    uses: int | None = Field(
+        default=None, description="Promotions of the model that this version of the suite decided before; after 5 it decides none."
+    )
 
 
 class ScoreStatus(Model):

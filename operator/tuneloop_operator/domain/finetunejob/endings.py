@@ -10,6 +10,7 @@ from tuneloop_operator.domain.finetunejob.case import Case, Standing
 from tuneloop_operator.domain.finetunejob.folding import fold
 from tuneloop_operator.domain.finetunejob.resolve import moved_baseline, spec_content
 from tuneloop_operator.domain.finetunejob.stages import advance
+from tuneloop_operator.domain.finetunejob.suites import exhausted, exhausted_sentence
 from tuneloop_operator.render import names, versions
 from tuneloop_trainer.contract import Stage
 
@@ -83,11 +84,14 @@ def _manifest(case: Case, number: int) -> dict[str, object]:
 
 
 def _approval(case: Case) -> versions.Approval:
-    """By the gates; a person's word is needed where the job says so, or the gates do not say anything."""
-    verdict = case.status.evaluation.verdict if case.status.evaluation is not None else "NoGates"
-    if verdict == "Fail":
+    """By the gates; a person's word is needed where the job says so, or the gates do not say anything, or may not any more."""
+    evaluation = case.status.evaluation
+    if evaluation is None:
+        return "Pending"
+    if evaluation.verdict == "Fail":
         return "Rejected"
-    return "Approved" if verdict == "Pass" and case.job.spec.approval == "Automatic" else "Pending"
+    is_decided = evaluation.verdict == "Pass" and not exhausted(evaluation)
+    return "Approved" if is_decided and case.job.spec.approval == "Automatic" else "Pending"
 
 
 def _probes_uri(case: Case, path: str | None) -> str | None:
@@ -103,6 +107,9 @@ def _succeeded(case: Case, made: ModelVersion) -> Standing:
     if reason is JobReason.GATE_PASSED:
         reason = JobReason.COMPLETED
     words = findings.verdict_sentence(evaluation) if evaluation is not None else ""
+    spent = exhausted(evaluation) if evaluation is not None else ()
+    if spent:
+        reason, words = JobReason.SUITE_EXHAUSTED, f"{exhausted_sentence(spent, made.metadata.name)} {words}"
     message = f"{made.metadata.name} is {made.spec.approval}. {words}"
     return Standing("Succeeded", reason, message, succeeded=True, ended=True)
 

@@ -6,6 +6,7 @@ from tuneloop_operator.domain.finetunejob import findings
 from tuneloop_operator.domain.finetunejob.attempts import Active, Done
 from tuneloop_operator.domain.finetunejob.case import Case
 from tuneloop_operator.domain.finetunejob.outcomes import outcome, result, running_seconds
+from tuneloop_operator.domain.finetunejob.suites import with_uses
 from tuneloop_operator.render.run_config import artifact_uri
 from tuneloop_trainer.contract import Progress, Stage
 
@@ -77,6 +78,8 @@ def _packaged(case: Case) -> None:
 def _evaluated(case: Case) -> None:
     verdict = case.verdict(Stage.EVALUATE)
     if isinstance(verdict, Done) and verdict.result.evaluate is not None:
-        case.learn(evaluation=findings.evaluation_status(verdict.result.evaluate, verdict.result))
+        evaluation = findings.evaluation_status(verdict.result.evaluate, verdict.result)
+        of_model = [version for version in case.snapshot.versions if version.spec.model == case.job.spec.output.model]
+        case.learn(evaluation=with_uses(evaluation, case.resolved.suite_digests, of_model, case.job.metadata.uid))
     elif isinstance(verdict, Active):
         case.learn(evaluation=None)  # of another baseline

@@ -147,6 +147,9 @@ def _new_version(case: _Case, job: FineTuneJob) -> Plan | None:
         return None  # it serves already: this alarm is a later one
     if version.spec.approval == "Pending":
         message = f"ModelVersion {version.metadata.name} of FineTuneJob {name} waits for spec.approval: Approved."
+        succeeded = conditions.find(job.status.conditions, JobCondition.SUCCEEDED)
+        if succeeded is not None and succeeded.reason == JobReason.SUITE_EXHAUSTED:
+            message = f"FineTuneJob {name} ended {succeeded.reason}: {succeeded.message}"
         return case.says(R.AWAITING_APPROVAL, message)
     if version.spec.approval != "Approved":
         message = f"ModelVersion {version.metadata.name} of FineTuneJob {name} is {version.spec.approval.lower()}."
