@@ -2,7 +2,7 @@
 
 One file that needs nothing but the standard library: it is mounted into the engine's image and used as
 `--middleware engine_guard.Guard` (vLLM's own key leaves inference paths open) and, before the engine starts, as
-`python3 engine_guard.py verify <model folder> <sha256:digest>`.
+`python3 engine_guard.py verify <model folder> <sha256:digest> [<base folder> <sha256:digest>]`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ OPEN_PATHS = {("GET", "/health"), ("GET", "/metrics")}
 PROBES_PATH = "/tuneloop/probes"
 ALLOWED_PATHS = {"/v1/chat/completions", "/v1/completions", "/v1/models", "/tokenize", PROBES_PATH}
 MANIFEST = "manifest.json"
+BASE_FILES = (".safetensors", ".json", ".jinja", ".txt", ".model", ".tiktoken")
+"""What the trainer's digest of a base model is made of; files below subfolders are left out."""
 MAX_MANIFEST_BYTES = 16 << 20
 MAX_PROBES_BYTES = 2 << 20
 
@@ -114,8 +116,7 @@ class Mismatch(Exception):
 
 def verify(folder: Path, digest: str) -> int:
     """Checks the manifest's digest, then every file's size and sha256, and that no file is unlisted. Returns the number of files."""
-    if not re.fullmatch(r"sha256:[0-9a-f]{64}", digest):
-        raise Mismatch(f"'{digest}' is no digest; it must be sha256: and 64 hexadecimal digits.")
+    _require_digest(digest)
     files = _read_manifest(folder, digest)
     for path, size, sha256 in files:
         _verify_file(folder / path, path, size, sha256)
@@ -125,6 +126,26 @@ def verify(folder: Path, digest: str) -> int:
     if unlisted:
         raise Mismatch(f"{unlisted[0]} is not in the manifest.")
     return len(files)
+
+
+def verify_base(folder: Path, digest: str) -> int:
+    """Checks that the base model of an adapter is the one that it was trained on: the same files, by the trainer's digest over them.
+    Returns the number of files."""
+    _require_digest(digest)
+    if not folder.is_dir():
+        raise Mismatch("the folder does not exist.")
+    paths = sorted(p for p in folder.iterdir() if p.suffix in BASE_FILES and p.name != MANIFEST and p.is_file())
+    listed = [{"path": p.name, "size": p.stat().st_size, "sha256": _sha256(p)} for p in paths]
+    content = {"version": 1, "kind": "model", "files": listed, "metadata": {}}
+    found = "sha256:" + hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    if not hmac.compare_digest(found, digest):
+        raise Mismatch(f"its files have the digest {found}, but the adapter was trained on {digest}. Restore that base, or train again.")
+    return len(paths)
+
+
+def _require_digest(digest: str) -> None:
+    if not re.fullmatch(r"sha256:[0-9a-f]{64}", digest):
+        raise Mismatch(f"'{digest}' is no digest; it must be sha256: and 64 hexadecimal digits.")
 
 
 def _read_manifest(folder: Path, digest: str) -> list[tuple[str, int, str]]:
@@ -154,30 +175,33 @@ def _verify_file(file: Path, path: str, size: int, sha256: str) -> None:
         raise Mismatch(f"{path} is missing.")
     if file.stat().st_size != size:
         raise Mismatch(f"{path} has {file.stat().st_size} bytes instead of {size}.")
-    with file.open("rb") as opened:
-        found = hashlib.file_digest(opened, "sha256").hexdigest() if sys.version_info >= (3, 11) else _hash(opened)
+    found = _sha256(file)
     if not hmac.compare_digest(found, sha256.removeprefix("sha256:")):
         raise Mismatch(f"{path} is not what was published (its sha256 is {found[:12]}…).")
 
 
-def _hash(opened: Any) -> str:
-    """For an engine image with an older Python."""
+def _sha256(file: Path) -> str:
+    """As hex; `hashlib.file_digest` is missing from the Python of older engine images."""
     state = hashlib.sha256()
-    while block := opened.read(1 << 20):
-        state.update(block)
+    with file.open("rb") as opened:
+        while block := opened.read(1 << 20):
+            state.update(block)
     return state.hexdigest()
 
 
 def main(arguments: list[str]) -> int:
-    if len(arguments) != 3 or arguments[0] != "verify":
-        print("usage: engine_guard.py verify <model folder> <sha256:digest>", file=sys.stderr)
+    if len(arguments) not in (3, 5) or arguments[0] != "verify":
+        print("usage: engine_guard.py verify <model folder> <sha256:digest> [<base folder> <sha256:digest>]", file=sys.stderr)
         return 2
-    try:
-        files = verify(Path(arguments[1]), arguments[2])
-    except (Mismatch, OSError) as error:
-        print(f"The model in {arguments[1]} is refused: {error}", file=sys.stderr)
-        return 1
-    print(f"Verified {files} files against {arguments[2]}.")
+    checks = (("model", verify, arguments[1:3]), ("base model", verify_base, arguments[3:5]))
+    for what, check, given in checks[: len(arguments) // 2]:
+        folder, digest = given
+        try:
+            files = check(Path(folder), digest)
+        except (Mismatch, OSError) as error:
+            print(f"The {what} in {folder} is refused: {error}", file=sys.stderr)
+            return 1
+        print(f"Verified {files} files of the {what} against {digest}.")
     return 0
 
 

@@ -85,8 +85,8 @@ MODEL_VERSION: Manifest = {
     "spec": {
         "model": "sentiment",
         "version": 3,
-        "artifact": {"uri": "pvc://models/sentiment/v3", "manifestDigest": DIGEST, "format": "Adapter", "sizeBytes": 100},
-        "base": {"source": SOURCE, "digest": DIGEST},
+        "artifact": {"uri": "pvc://models/sentiment/v3", "manifestDigest": DIGEST, "format": "Adapter", "sizeBytes": 100, "rank": 8},
+        "base": {"source": SOURCE, "digest": DIGEST, "snapshotUri": "pvc://models/cache/bases/org--name@1"},
         "lineage": {
             "fineTuneJob": "full",
             "fineTuneJobUid": "0-0",
@@ -112,6 +112,8 @@ MODEL_VERSION: Manifest = {
                     "n": 600,
                     "p": "1e-9",
                     "detectable": "0.05",
+                    "suiteDigest": "0" * 64,
+                    "uses": 2,
                 }
             ],
             "scores": [

@@ -161,6 +161,7 @@ REFUSED: dict[str, list[Manifest]] = {
         changed(MODEL_VERSION, "spec.evaluation.artifactDigest", "sha256:" + "1" * 64),
         changed(MODEL_VERSION, "spec.evaluation.artifactDigest", ...),
     ],
+    "rank is an adapter's: leave it out, or set format: Adapter.": [changed(MODEL_VERSION, "spec.artifact.format", "Merged")],
     "options takes only async-scheduling, block-size,": [
         changed(MODEL_DEPLOYMENT, "spec.engine.options", {"trust-remote-code": "true"}),
         changed(MODEL_DEPLOYMENT, "spec.engine.options", {"dtype": "auto", "chat-template": "/etc/passwd"}),

@@ -22,6 +22,12 @@ Digest = Annotated[
 class Artifact(Model):
     """What was trained."""
 
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            ("!has(self.rank) || self.format == 'Adapter'", "rank is an adapter's: leave it out, or set format: Adapter.")
+        )
+    )
+
     uri: str = Field(
         pattern=r"^pvc://[^ ]+$",
         max_length=512,
@@ -31,6 +37,9 @@ class Artifact(Model):
     manifest_digest: Digest = Field(description="sha256 of its manifest.")
     format: Literal["Adapter", "Merged"] = Field(description="Adapter: needs the base. Merged: complete.")
     size_bytes: int = Field(ge=0, description="Bytes of all files.")
+    rank: int | None = Field(
+        default=None, ge=1, le=512, description="Rank of an adapter; the engine makes room for it. Absent: that of the lineage, or 32."
+    )
 
 
 class BaseRef(Model):
@@ -38,6 +47,14 @@ class BaseRef(Model):
 
     source: Source = Field(description="Where it came from.")
     digest: str | None = Field(default=None, max_length=80, description="sha256 over its files.")
+    snapshot_uri: Annotated[
+        str | None,
+        Field(
+            pattern=r"^pvc://[^ ]+$",
+            max_length=512,
+            json_schema_extra=sentence("must be pvc://claim/folder, without '..'.", "!self.contains('..')"),
+        ),
+    ] = Field(default=None, description="Where the training keeps a base of the hub: engines read it there, and need no network.")
 
 
 class Lineage(Model):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 from tuneloop_gateway.contract import ENGINE_PORT, SECRETS_PATH
 from tuneloop_operator.api.engineoptions import option_arguments
@@ -72,20 +72,32 @@ def engine_image(engine: Engine, settings: Settings) -> str:
 
 
 def _claims(version: ModelVersion) -> list[str]:
-    uris = [version.spec.artifact.uri, version.spec.probes_uri]
-    if version.spec.artifact.format == "Adapter" and version.spec.base is not None:
-        uris.append(version.spec.base.source.uri)
+    uris = [version.spec.artifact.uri, version.spec.probes_uri, base_uri(version)]
     return [names.parse_pvc(uri)[0] for uri in uris if uri is not None and uri.startswith("pvc://")]
+
+
+def base_uri(version: ModelVersion) -> str | None:
+    """Where the engine finds the base of an adapter: on a claim where it can, else on the hub. None for a model that is complete."""
+    if version.spec.artifact.format == "Merged" or version.spec.base is None:
+        return None
+    return version.spec.base.snapshot_uri or version.spec.base.source.uri
+
+
+def _is_on_claim(uri: str | None) -> TypeGuard[str]:
+    return uri is not None and uri.startswith("pvc://")
 
 
 def _verifier(version: ModelVersion, image: str, mounts: list[Json], settings: Settings) -> Json:
     """Fails closed: the engine starts only after every file was hashed and equals the manifest of this digest."""
-    artifact = version.spec.artifact
+    artifact, base = version.spec.artifact, base_uri(version)
+    checks = [names.pvc_path(artifact.uri), artifact.manifest_digest]
+    if _is_on_claim(base) and version.spec.base is not None and version.spec.base.digest is not None:
+        checks += [names.pvc_path(base), version.spec.base.digest]
     return {
         "name": VERIFY,
         "image": image,
         "imagePullPolicy": settings.image_pull_policy,
-        "command": ["python3", f"{GUARD_PATH}/{GUARD_FILE}", "verify", names.pvc_path(artifact.uri), artifact.manifest_digest],
+        "command": ["python3", f"{GUARD_PATH}/{GUARD_FILE}", "verify", *checks],
         "resources": pods.resources({"cpu": "100m", "memory": "128Mi"}, None),
         "securityContext": pods.container_security(),
         "terminationMessagePolicy": "FallbackToLogsOnError",
@@ -144,12 +156,13 @@ def _model_arguments(version: ModelVersion) -> list[str]:
     path, name = names.pvc_path(version.spec.artifact.uri), model_id(version)
     if version.spec.artifact.format == "Merged" or version.spec.base is None:
         return ["--model", path, "--served-model-name", name]
-    source = version.spec.base.source
-    base = ["--model", names.pvc_path(source.uri) if source.uri.startswith("pvc://") else source.uri.removeprefix("hf://")]
-    if source.revision is not None and source.uri.startswith("hf://"):
-        base += ["--revision", source.revision]
+    base = base_uri(version) or ""
+    model = ["--model", names.pvc_path(base) if _is_on_claim(base) else base.removeprefix("hf://")]
+    revision = version.spec.base.source.revision
+    if revision is not None and not _is_on_claim(base):
+        model += ["--revision", revision]
     return [
-        *base,
+        *model,
         "--served-model-name", f"{name}-base",
         "--enable-lora",
         "--max-lora-rank", str(_lora_rank(version)),
@@ -158,18 +171,23 @@ def _model_arguments(version: ModelVersion) -> list[str]:
 
 
 def _lora_rank(version: ModelVersion) -> int:
-    """The adapter's rank rounded up to one that vLLM takes; 32, the job's default, where the lineage does not say."""
+    """The adapter's rank rounded up to one that vLLM takes; 32, the job's default, where neither version nor lineage says."""
+    if version.spec.artifact.rank is not None:
+        return _rounded_rank(version.spec.artifact.rank)
     lineage = version.spec.lineage
     method = lineage.spec.get("method") if lineage is not None else None
     lora = method.get("lora") if isinstance(method, dict) else None
     rank = lora.get("rank") if isinstance(lora, dict) else None
-    wanted = rank if isinstance(rank, int) else 32
-    return next((size for size in LORA_RANKS if size >= wanted), LORA_RANKS[-1])
+    return _rounded_rank(rank if isinstance(rank, int) else 32)
+
+
+def _rounded_rank(rank: int) -> int:
+    return next((size for size in LORA_RANKS if size >= rank), LORA_RANKS[-1])
 
 
 def _environment(version: ModelVersion, startup_seconds: int, *, on_cpu: bool) -> list[Json]:
-    base = version.spec.base
-    from_hub = version.spec.artifact.format == "Adapter" and base is not None and base.source.uri.startswith("hf://")
+    base = base_uri(version)
+    from_hub = base is not None and not _is_on_claim(base)
     variables = [
         *pods.scratch_environment(),
         pods.value("VLLM_ENGINE_READY_TIMEOUT_S", str(startup_seconds)),

@@ -59,6 +59,15 @@ def paths(job: api.FineTuneJob) -> contract.Paths:
     return contract.Paths(work=f"{store}/runs/{run_folder(job)}", artifact=names.pvc_path(artifact_uri(job)), cache=f"{store}/cache")
 
 
+def base_snapshot_uri(job: api.FineTuneJob, resolved: api.Resolved) -> str | None:
+    """Where prepare keeps a base of the hub at the commit that it found; None for a base that lies on a claim anyway."""
+    source, revision = job.spec.base_model, resolved.base_revision or job.spec.base_model.revision
+    if not source.uri.startswith("hf://") or revision is None:
+        return None
+    repository = base(source).repository or ""
+    return f"{job.spec.output.store.uri.rstrip('/')}/cache/bases/{repository.replace('/', '--')}@{revision}"
+
+
 def output_format(spec: api.FineTuneJobSpec) -> Literal["Adapter", "Merged"]:
     if spec.output.format is not None:
         return spec.output.format

@@ -10,6 +10,7 @@ from tuneloop_operator.api import modelversion as versions
 from tuneloop_operator.api.types import Source
 from tuneloop_operator.render import names
 from tuneloop_operator.render.pods import Json
+from tuneloop_operator.render.run_config import base_snapshot_uri
 
 Approval = Literal["Pending", "Approved", "Rejected"]
 
@@ -33,8 +34,12 @@ def model_version(
     content = versions.ModelVersionSpec(
         model=job.spec.output.model,
         version=number,
-        artifact=versions.Artifact.model_validate(artifact.model_dump()),
-        base=versions.BaseRef(source=_pinned_source(job.spec.base_model, resolved), digest=resolved.base_digest),
+        artifact=versions.Artifact.model_validate({**artifact.model_dump(), "rank": _rank(job.spec, artifact.format)}),
+        base=versions.BaseRef(
+            source=_pinned_source(job.spec.base_model, resolved),
+            digest=resolved.base_digest,
+            snapshot_uri=base_snapshot_uri(job, resolved),
+        ),
         lineage=lineage,
         evaluation=evaluation,
         probes_uri=probes_uri,
@@ -58,6 +63,10 @@ def model_version(
 
 def _pinned_source(source: Source, resolved: api.Resolved) -> Source:
     return source.model_copy(update={"revision": resolved.base_revision or source.revision})
+
+
+def _rank(spec: api.FineTuneJobSpec, format_: str) -> int | None:
+    return (spec.method.lora or api.LoRA()).rank if format_ == "Adapter" else None
 
 
 def _template(spec: api.FineTuneJobSpec) -> str | None:

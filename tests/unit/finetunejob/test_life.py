@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from tests.unit.finetunejob.builders import DIGEST, UID, World, evaluated, make_job, make_spec, packaged, prepared, trained
+from tests.unit.finetunejob.builders import DIGEST, RESULTS, UID, World, evaluated, make_job, make_spec, packaged, prepared, trained
 
-from tuneloop_trainer.contract import Stage
+from tuneloop_operator.api.modelversion import ModelVersion
+from tuneloop_operator.render.names import pvc_uri
+from tuneloop_trainer.bases import base_folder
+from tuneloop_trainer.contract import Base, Paths, Stage
 
 
 def test_first_pass_writes_all_conditions_and_starts_prepare() -> None:
@@ -79,6 +82,35 @@ def test_the_gates_verdict_decides_the_approval_and_never_fails_the_job(verdict:
     world.settle()
     assert world.versions["sentiment-v1"].spec.approval == expected
     assert world.condition("Succeeded") == ("True", reason)
+
+
+def version_of(spec: dict[str, object], **told: object) -> ModelVersion:
+    world = World(job=make_job(spec))
+    world.settle()
+    world.ends(prepared(**told))
+    world.settle()
+    for stage in (Stage.TRAIN, Stage.PACKAGE, Stage.EVALUATE):
+        world.ends(RESULTS[stage]())
+        world.settle()
+    return world.versions["sentiment-v1"]
+
+
+def test_an_adapter_names_its_rank_for_the_engine() -> None:
+    assert version_of(make_spec()).spec.artifact.rank == 32
+    assert version_of(make_spec(method={"type": "LoRA", "lora": {"rank": 12}})).spec.artifact.rank == 12
+
+
+def test_a_base_of_the_hub_is_recorded_where_the_trainer_keeps_it() -> None:
+    spec = make_spec(baseModel={"uri": "hf://org/base"}, output={"model": "sentiment", "store": {"uri": "pvc://models/store"}})
+    base = version_of(spec, base_revision="f" * 40).spec.base
+    assert base is not None
+    assert base.source.revision == "f" * 40
+    told = Base(uri="hf://org/base", repository="org/base", revision="f" * 40)
+    kept = base_folder(told, Paths(work="", artifact="", cache="/volumes/models/store/cache"))
+    assert base.snapshot_uri == pvc_uri(str(kept))
+    on_claim = version_of(make_spec()).spec.base
+    assert on_claim is not None
+    assert on_claim.snapshot_uri is None
 
 
 def test_the_versions_number_is_written_a_pass_before_the_version_is_made() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tuneloop_gateway import engine_guard
-from tuneloop_gateway.engine_guard import Guard, Mismatch, verify
+from tuneloop_gateway.engine_guard import Guard, Mismatch, verify, verify_base
 
 KEY = [(b"authorization", b"Bearer the-key")]
 LISTED_BY_VLLM = (
@@ -170,6 +170,36 @@ def test_any_change_is_refused_with_what_changed(tmp_path: Path, change: Any, sa
         verify(tmp_path, digest)
 
 
+def make_base(folder: Path) -> str:
+    """A base model with files that count and files that do not; its digest by the trainer."""
+    bases = pytest.importorskip("tuneloop_trainer.bases")
+    (folder / "onnx").mkdir(parents=True)
+    counted = ("model.safetensors", "config.json", "chat_template.jinja", "merges.txt", "tokenizer.model")
+    for name in (*counted, "manifest.json", "onnx/config.json", "README.md", "pytorch_model.bin"):
+        (folder / name).write_bytes(name.encode())
+    return str(bases.base_digest(folder))
+
+
+def test_the_digest_of_a_base_is_the_trainers(tmp_path: Path) -> None:
+    assert verify_base(tmp_path / "base", make_base(tmp_path / "base")) == 5
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda f: (f / "model.safetensors").write_bytes(b"model.safetensorz"), "the adapter was trained on sha256:"),
+        (lambda f: (f / "added_tokens.json").write_bytes(b"{}"), "the adapter was trained on sha256:"),
+        (lambda f: (f / "config.json").unlink(), "Restore that base, or train again"),
+        (lambda f: f.rename(f.parent / "away"), "does not exist"),
+    ],
+)
+def test_another_base_is_refused(tmp_path: Path, change: Any, says: str) -> None:
+    digest = make_base(tmp_path / "base")
+    change(tmp_path / "base")
+    with pytest.raises(Mismatch, match=says):
+        verify_base(tmp_path / "base", digest)
+
+
 def test_a_manifest_cannot_point_outside_of_its_folder(tmp_path: Path) -> None:
     (tmp_path / "outside").write_bytes(b"x")
     listed = [{"path": "../outside", "size": 1, "sha256": hashlib.sha256(b"x").hexdigest()}]
@@ -178,14 +208,19 @@ def test_a_manifest_cannot_point_outside_of_its_folder(tmp_path: Path) -> None:
         verify(tmp_path / "model", digest)
 
 
-def test_the_command_fails_closed(tmp_path: Path) -> None:
-    digest = publish(tmp_path, FILES)
+def test_the_command_fails_closed(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
+    digest, base = publish(tmp_path, FILES), tmp_path_factory.mktemp("x") / "base"
+    base_digest = make_base(base)
     for arguments, code, says in (
-        (["verify", str(tmp_path), digest], 0, "Verified 3 files"),
+        (["verify", str(tmp_path), digest], 0, "Verified 3 files of the model"),
         (["verify", str(tmp_path), "sha256:" + "0" * 64], 1, "refused"),
         (["verify", str(tmp_path), ""], 1, "is no digest"),
         (["verify", str(tmp_path / "nowhere"), digest], 1, "manifest.json is missing"),
         (["verify", str(tmp_path)], 2, "usage"),
+        (["verify", str(tmp_path), digest, str(base), base_digest], 0, "of the base model against"),
+        (["verify", str(tmp_path), "sha256:" + "0" * 64, str(base), base_digest], 1, f"The model in {tmp_path} is refused"),
+        (["verify", str(tmp_path), digest, str(base), digest], 1, f"The base model in {base} is refused"),
+        (["verify", str(tmp_path), digest, str(base)], 2, "usage"),
         ([], 2, "usage"),
     ):
         done = subprocess.run([sys.executable, engine_guard.__file__, *arguments], capture_output=True, text=True, check=False)

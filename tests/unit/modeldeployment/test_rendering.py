@@ -110,6 +110,28 @@ def test_the_rank_is_rounded_up(rank: int, served: str) -> None:
     assert args[args.index("--max-lora-rank") + 1] == served
 
 
+def test_a_version_that_names_its_rank_needs_no_lineage() -> None:
+    artifact = ADAPTER["artifact"] | {"rank": 40}
+    args = arguments(World(versions=[make_version(1, lineage=None, artifact=artifact)]))
+    assert args[args.index("--max-lora-rank") + 1] == "64"
+
+
+def test_the_base_of_an_adapter_is_verified_beside_it() -> None:
+    spec = engine_of(World(versions=[make_version(1, **ADAPTER)]))
+    assert spec["initContainers"][0]["command"][2:] == ["verify", "/volumes/adapters/v1", DIGEST, "/volumes/models/base", DIGEST]
+    mounted = {mount["mountPath"] for mount in spec["initContainers"][0]["volumeMounts"]}
+    assert {"/volumes/adapters", "/volumes/models"} <= mounted
+
+
+def test_a_base_of_the_hub_is_read_where_the_training_kept_it() -> None:
+    base = {"source": {"uri": "hf://org/base", "revision": "abc"}, "digest": DIGEST, "snapshotUri": "pvc://store/cache/bases/org--base@abc"}
+    spec = engine_of(World(versions=[make_version(1, base=base, **ADAPTER)]))
+    assert spec["containers"][0]["args"][:3] == ["--model", "/volumes/store/cache/bases/org--base@abc", "--served-model-name"]
+    assert {"name": "HF_HUB_OFFLINE", "value": "1"} in spec["containers"][0]["env"]
+    assert spec["initContainers"][0]["command"][-2:] == ["/volumes/store/cache/bases/org--base@abc", DIGEST]
+    assert "/volumes/store" in {mount["mountPath"] for mount in spec["containers"][0]["volumeMounts"]}
+
+
 def test_a_base_on_the_hub_is_pinned_to_its_commit_and_may_be_fetched() -> None:
     base = {"source": {"uri": "hf://org/base", "revision": "abc"}}
     spec = engine_of(World(versions=[make_version(1, base=base, **ADAPTER)]))
