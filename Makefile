@@ -29,12 +29,12 @@ demo: venv $(call IF_LOCAL,cluster-up images) $(if $(call IF_LOCAL,x),,tools) ##
 	$(PY) -m dev.demo
 
 .PHONY: test
-test: venv control-plane-up cluster-up images ## test-unit, test-cluster and test-e2e in one run
+test: venv postgresql control-plane-up cluster-up images ## test-unit, test-cluster and test-e2e in one run
 	@$(WITH_CLUSTER)
 	$(PYTEST) -m "not long" tests/unit tests/cluster tests/e2e
 
 .PHONY: test-unit
-test-unit: venv ## no cluster, no network; about a minute
+test-unit: venv postgresql ## no cluster, no network; a PostgreSQL of its own on a socket; about a minute
 	@OMP_NUM_THREADS=1 $(PYTEST) -n 2 -m "not long" tests/unit
 
 .PHONY: test-cluster
@@ -48,7 +48,7 @@ test-e2e: venv cluster-up images ## the loop on real pods; about 25 minutes
 	$(PYTEST) -m "not long" tests/e2e
 
 .PHONY: test-long
-test-long: venv control-plane-up cluster-up images ## what takes longer than the others together
+test-long: venv postgresql control-plane-up cluster-up images ## what takes longer than the others together
 	@$(WITH_CLUSTER)
 	$(PYTEST) -m long tests
 
@@ -101,9 +101,12 @@ bench-gateway: venv ## what the gateway adds to a request
 
 # --- steps of the targets above ---
 
-.PHONY: venv control-plane-up tools
+.PHONY: venv postgresql control-plane-up tools
 venv:
 	@$(STEP) "Python environment" dev/venv
+
+postgresql:
+	@$(STEP) "Debian's PostgreSQL" dev/postgresql install
 
 control-plane-up:
 	@$(STEP) "control plane for tests" $(KUBE) up --control-plane-only

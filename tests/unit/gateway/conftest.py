@@ -1,14 +1,13 @@
 """A gateway in the test's own loop: real servers on 127.0.0.1, a real SQLite file.
 
-With TUNELOOP_TEST_DATABASE_URL set (postgresql://…, an empty database of its own) the tests of feedback and of monitoring run on that.
+The tests of modules with `ON_BOTH_STORES = True` run on that and on a real PostgreSQL.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import pytest
 from aiohttp.test_utils import unused_port
 from sqlalchemy.schema import DropSchema
 from tests.unit.gateway.engines import FakeEngine
+from tests.unit.gateway.postgresql import Missing, Server
 
 from tuneloop_gateway.app import Gateway
 from tuneloop_gateway.configuration import Configuration
@@ -38,7 +38,42 @@ def make_config(*revisions: dict[str, Any], generation: int = 1, **more: Any) ->
     return {**own, "revisions": list(revisions or (make_revision(),)), **more}
 
 
-on_sqlite_alone = pytest.mark.skipif("TUNELOOP_TEST_DATABASE_URL" in os.environ, reason="looks at SQLite itself")
+def on_sqlite_alone(test: Callable[..., Any]) -> Callable[..., Any]:
+    """For a test that looks at SQLite itself, in a module whose others run on both stores."""
+    test.on_sqlite_alone = True  # type: ignore[attr-defined]
+    return test
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    both = getattr(metafunc.module, "ON_BOTH_STORES", False) and not hasattr(metafunc.function, "on_sqlite_alone")
+    chosen = any("store" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
+    if both and not chosen and "store" in metafunc.fixturenames:
+        metafunc.parametrize("store", ["sqlite", "postgresql"], indirect=True)
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[Server]:
+    """A real server, started when first asked for."""
+    server = Server()
+    try:
+        yield server.start()
+    except Missing as missing:
+        pytest.skip(str(missing))
+    finally:
+        server.remove()
+
+
+@pytest.fixture
+async def store(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty store: a SQLite file in the test's folder, or a PostgreSQL whose URL lies there."""
+    name = str(getattr(request, "param", "sqlite"))
+    if name == "postgresql":
+        (tmp_path / "url").write_text(request.getfixturevalue("postgresql").url)
+        database = Database(database_url(tmp_path / "url", tmp_path), "team/tweets")
+        async with database.engine.begin() as connection:
+            await connection.execute(DropSchema("team_tweets", cascade=True, if_exists=True))
+        await database.close()
+    return name
 
 
 async def eventually(holds: Callable[[], object], seconds: float = 10) -> None:
@@ -94,15 +129,9 @@ Start = Callable[..., Awaitable[Running]]
 
 
 @pytest.fixture
-async def start(tmp_path: Path) -> AsyncIterator[Start]:
+async def start(tmp_path: Path, store: str) -> AsyncIterator[Start]:
     """`await start(config, endpoints)` starts a gateway; all are stopped at the end."""
     running: list[Running] = []
-    if (url := os.environ.get("TUNELOOP_TEST_DATABASE_URL")) and not (tmp_path / "url").exists():
-        (tmp_path / "url").write_text(url)
-        database = Database(database_url(tmp_path / "url", tmp_path), "team/tweets")
-        async with database.engine.begin() as connection:
-            await connection.execute(DropSchema("team_tweets", cascade=True, if_exists=True))
-        await database.close()
 
     async def start_one(
         config: dict[str, Any] | None = None, endpoints: Mapping[str, tuple[str, ...]] | None = None, keys: Mapping[str, str] | None = None,

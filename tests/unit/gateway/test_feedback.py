@@ -17,6 +17,8 @@ from tuneloop_gateway.tokens import FeedbackToken, sign, verify
 
 KEYS = {"ann": "key-ann", "bob": "key-bob", "cem": "key-cem", "reviewer.rita": "key-rita"}
 
+ON_BOTH_STORES = True
+
 
 def as_(name: str) -> dict[str, str]:
     return {"Authorization": f"Bearer key-{name}"}

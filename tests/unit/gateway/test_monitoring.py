@@ -13,6 +13,8 @@ from tuneloop_gateway.drift.monitor import Monitor
 
 WORDS = {"clean": [f"clean{i}" for i in range(60)], "other": [f"other{i}" for i in range(60)]}
 
+ON_BOTH_STORES = True
+
 
 def drift(**more: Any) -> dict[str, Any]:
     return {"size": 200, "falseAlarmEveryRequests": 10_000, "horizonDays": 1e-9, "mixOverSeconds": 0, **more}
