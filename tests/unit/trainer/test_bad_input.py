@@ -26,7 +26,7 @@ from tuneloop_trainer.contract import (
     Suite,
     Template,
 )
-from tuneloop_trainer.data.sources import MAX_LINE_BYTES
+from tuneloop_trainer.data.formats import MAX_LINE_BYTES
 
 Build = Callable[[Path, Path], RunConfig]
 

@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import csv
-import hashlib
-import json
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from email.message import Message
-from http.client import HTTPResponse
 from pathlib import Path
-from typing import IO, Any
 
-from tuneloop_trainer.contract import DataSource, FeedbackExport, Reason
+from tuneloop_trainer.contract import DataSource, Reason
+from tuneloop_trainer.data.exports import open_export
+from tuneloop_trainer.data.formats import SUFFIXES, Intake, Values, format_of, read_file, read_json_lines
 from tuneloop_trainer.errors import Invalid, StageError
 
-MAX_LINE_BYTES = 1 << 20
-MAX_ROWS = 1_000_000
-MAX_BYTES = 1 << 30
-SUFFIXES = (".jsonl", ".ndjson", ".csv", ".parquet")
-HTTP_TIMEOUT_SECONDS = 30.0
-HTTP_ATTEMPTS = 6
+MAX_ROWS = 20_000_000
+MAX_FILES = 10_000
+VOLUMES = Path("/volumes")
+"""Claims are mounted below it, each in a folder of its name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +24,8 @@ class Row:
     number: int
     values: dict[str, object] | None
     problem: str = ""
+    file: str = ""
+    """Name of its file where the source is a folder."""
 
 
 @dataclass
@@ -40,133 +33,67 @@ class Reading:
     """A source while it is read: iterate over `rows()` once, then `digest` is the sha256 of all bytes read."""
 
     source: DataSource
-    _hash: Any = field(default_factory=hashlib.sha256)  # Any: hashlib's own type is private
-    _bytes: int = 0
+    _intake: Intake = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._intake = Intake(self.source.uri)
 
     @property
     def digest(self) -> str:
-        return str(self._hash.hexdigest())
+        return str(self._intake.hash.hexdigest())
 
     def rows(self) -> Iterator[Row]:
         number = 0
-        for values in self._values():
+        for file, values in self._values():
             number += 1
             if number > MAX_ROWS:
                 raise Invalid(f"Dataset {self.source.uri} has more than {MAX_ROWS} rows. Split it, or take a sample.")
-            yield Row(number, values) if isinstance(values, dict) else Row(number, None, values)
+            yield Row(number, values, file=file) if isinstance(values, dict) else Row(number, None, values, file)
         if number == 0:
             raise Invalid(f"Dataset {self.source.uri} is empty: it has no rows.", Reason.DATA_EMPTY)
 
-    def _values(self) -> Iterator[dict[str, object] | str]:
+    def _values(self) -> Iterator[tuple[str, Values]]:
         if self.source.feedback is not None:
-            with _open_export(self.source.feedback, self.source.uri) as response:
-                yield from self._json_lines(response)
+            with open_export(self.source.feedback, self.source.uri) as response:
+                for values in read_json_lines(response, self._intake):
+                    yield "", values
                 if response.length:
                     raise StageError(f"The export {self.source.uri} broke off {response.length} bytes before its end.")
             return
-        for path in _files(Path(self.source.path or ""), self.source.uri):
-            try:
-                if path.suffix == ".parquet":
-                    yield from self._parquet(path)
-                    continue
-                with path.open("rb") as file:
-                    yield from self._csv(file) if path.suffix == ".csv" else self._json_lines(file)
-            except OSError as error:
-                raise Invalid(f"Dataset {self.source.uri} cannot be read: {error.strerror}.", Reason.ACCESS_DENIED) from error
-
-    def _lines(self, stream: IO[bytes]) -> Iterator[bytes]:
-        number = 0
-        while line := stream.readline(MAX_LINE_BYTES + 1):
-            number += 1
-            if len(line) > MAX_LINE_BYTES:
-                raise Invalid(f"Dataset {self.source.uri}, line {number}: longer than {MAX_LINE_BYTES} bytes.")
-            self._count(line)
-            yield line
-
-    def _count(self, content: bytes) -> None:
-        self._hash.update(content)
-        self._bytes += len(content)
-        if self._bytes > MAX_BYTES:
-            raise Invalid(f"Dataset {self.source.uri} is larger than {MAX_BYTES >> 20} MiB. Split it, or take a sample.")
-
-    def _json_lines(self, stream: IO[bytes]) -> Iterator[dict[str, object] | str]:
-        for line in self._lines(stream):
-            if not line.strip():
-                continue
-            try:
-                values = json.loads(line)
-            except (ValueError, RecursionError):
-                yield "it is not JSON"
-                continue
-            yield values if isinstance(values, dict) else "it is not a JSON object"
-
-    def _csv(self, stream: IO[bytes]) -> Iterator[dict[str, object] | str]:
-        csv.field_size_limit(MAX_LINE_BYTES)
-        text = (line.decode("utf-8-sig" if index == 0 else "utf-8") for index, line in enumerate(self._lines(stream)))
-        try:
-            for values in csv.DictReader(text, strict=True):
-                extra = None in values
-                yield "it has more fields than the header" if extra else {key: value for key, value in values.items() if value is not None}
-        except UnicodeDecodeError as error:
-            raise Invalid(f"Dataset {self.source.uri} is not UTF-8.") from error
-        except csv.Error as error:
-            raise Invalid(f"Dataset {self.source.uri} is not CSV: {error}.") from error
-
-    def _parquet(self, path: Path) -> Iterator[dict[str, object] | str]:
-        import pyarrow
-        import pyarrow.parquet
-
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                self._count(chunk)
-        try:
-            with pyarrow.parquet.ParquetFile(path) as table:
-                for batch in table.iter_batches(batch_size=1024):
-                    yield from batch.to_pylist()
-        except pyarrow.ArrowException as error:
-            raise Invalid(f"Dataset {self.source.uri} is not Parquet: {error}.") from error
+        files = files_of(Path(self.source.path or ""), self.source.uri)
+        for path in files:
+            for values in read_file(path, self._intake):
+                yield path.name if len(files) > 1 else "", values
 
 
-def _files(path: Path, uri: str) -> list[Path]:
-    """The file itself, or a folder's files of a known format in the order of their names."""
-    if path.is_file():
-        if path.suffix not in SUFFIXES:
-            raise Invalid(f"Dataset {uri} is of no known format. Use a file that ends in {', '.join(SUFFIXES)}.")
-        return [path]
-    if not path.is_dir():
-        raise Invalid(f"Dataset {uri} does not exist.")
-    found = sorted(entry for entry in path.iterdir() if entry.is_file() and entry.suffix in SUFFIXES)
-    if not found:
-        raise Invalid(f"Dataset {uri} is a folder without a file that ends in {', '.join(SUFFIXES)}.", Reason.DATA_EMPTY)
-    return found
+def files_of(path: Path, uri: str) -> list[Path]:
+    """The file itself, or a folder's files of a known format in the order of their names. Raises Invalid for what leads elsewhere."""
+    known = ", ".join(SUFFIXES) + " (the text formats also with .gz or .zst)"
+    if ".." in path.parts:
+        raise Invalid(f"Dataset {uri} has '..' in its path. Name the file or folder itself.")
+    if path.is_dir():
+        entries = sorted(entry for entry in path.iterdir() if format_of(entry.name) is not None and not entry.is_dir())
+        if not entries:
+            raise Invalid(f"Dataset {uri} is a folder without a file that ends in {known}.", Reason.DATA_EMPTY)
+        if len(entries) > MAX_FILES:
+            raise Invalid(f"Dataset {uri} is a folder of {len(entries)} files; at most {MAX_FILES} are read. Join them.")
+    else:
+        entries = [path]
+    root = _root_of(path)
+    for entry in entries:
+        if not entry.resolve().is_relative_to(root):
+            raise Invalid(f"Dataset {uri}: {entry.name} is a link that leads outside its claim. Copy the file.")
+        if not entry.exists():
+            raise Invalid(f"Dataset {uri} does not exist." if entry == path else f"Dataset {uri}: {entry.name} is a link to nowhere.")
+        if not entry.is_file():
+            raise Invalid(f"Dataset {uri}: {entry.name} is no regular file.")
+        if format_of(entry.name) is None:
+            raise Invalid(f"Dataset {uri} is of no known format. Use a file that ends in {known}.")
+    return entries
 
 
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """A redirect would carry the token to wherever it points."""
-
-    def redirect_request(self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Message, newurl: str) -> None:
-        return None
-
-
-def _open_export(export: FeedbackExport, uri: str) -> HTTPResponse:
-    """The export's body as a stream. A gateway that is away for a moment is asked again."""
-    token = Path(export.token_file).read_text().strip()
-    separator = "&" if "?" in export.url else "?"
-    request = urllib.request.Request(f"{export.url}{separator}split={export.split}", headers={"Authorization": f"Bearer {token}"})
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirects())
-    for attempt in range(HTTP_ATTEMPTS):
-        if attempt:
-            time.sleep(min(2.0**attempt, 20.0))
-        try:
-            response = opener.open(request, timeout=HTTP_TIMEOUT_SECONDS)
-            assert isinstance(response, HTTPResponse)
-            return response
-        except urllib.error.HTTPError as error:
-            if error.code in (401, 403):
-                message = f"The gateway of {export.deployment} refuses the export {uri} ({error.code})."
-                raise Invalid(message, Reason.ACCESS_DENIED) from None
-            if error.code < 500:
-                raise Invalid(f"The gateway of {export.deployment} has no export for {uri} ({error.code}).") from None
-        except (urllib.error.URLError, TimeoutError, ConnectionError):
-            continue
-    raise StageError(f"The gateway of {export.deployment} did not answer {HTTP_ATTEMPTS} times; its export {uri} is needed.")
+def _root_of(path: Path) -> Path:
+    """Links may lead within the claim (as in the hub's cache); outside of a claim, within the source's own folder."""
+    if path.is_relative_to(VOLUMES) and len(path.parts) > len(VOLUMES.parts):
+        return VOLUMES.joinpath(path.parts[len(VOLUMES.parts)]).resolve()
+    return (path.parent.resolve() / path.name) if path.is_dir() else path.parent.resolve()
