@@ -162,8 +162,14 @@ class Checkpoint(Model):
 
 
 class Curation(Model):
-    deduplicate: Literal["None", "Exact"] = "Exact"
+    deduplicate: Literal["None", "Exact", "Near"] = "Exact"
     decontaminate: bool = True
+    personal_data: Literal["Keep", "Redact", "Drop"] = "Keep"
+    quality: Literal["None", "Gopher"] = "None"
+    languages: tuple[str, ...] = ()
+    max_toxicity: float | None = None
+    max_class_ratio: float | None = None
+    """Rows of the largest class for each of the smallest; what is beyond is dropped."""
 
 
 class Suite(Model):
@@ -283,7 +289,9 @@ class PrepareSummary(Model):
     rows_in: int
     rows_kept: int
     dropped: dict[str, int] = {}
-    """Rows dropped by reason (at most 12 reasons): Duplicate, Contaminated, TooLong, NoSupervisedToken, Empty …"""
+    """Rows dropped by reason (at most 16 reasons): Duplicate, Contaminated, TooLong, NoSupervisedToken, Empty …"""
+    warnings: tuple[Annotated[str, Field(max_length=160)], ...] = Field(default=(), max_length=8)
+    """What is likely wrong and was not refused; the data card has all of them."""
     tokens: int
     supervised_share: float
     truncated: int = 0

@@ -1,19 +1,119 @@
-"""What is removed from the training rows, in order: duplicates, what equals an evaluation item, what is held out."""
+"""What is removed from the training rows: what is wrong with a row alone, duplicates, what equals an evaluation item, what is
+held out, and what is beyond a class's share. Every drop is counted by reason."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+from pathlib import Path
 
+from tuneloop_trainer.contract import Curation
 from tuneloop_trainer.data.contamination import ContaminationIndex
+from tuneloop_trainer.data.filters import Filters, batches
+from tuneloop_trainer.data.near import NearDuplicates
 from tuneloop_trainer.data.records import Record
+from tuneloop_trainer.data.spool import Rows, Spool, order_key
 from tuneloop_trainer.data.splits import held_out_documents
+from tuneloop_trainer.errors import Invalid
 
-Sources = list[list[Record]]
-"""Records per source."""
+MAX_CLASSES, MAX_CLASS_CHARACTERS = 64, 64
+Sources = Sequence[Rows]
+"""Training records per source, in the order of the configuration."""
 
 
-def deduplicate(sources: Sources, drops: Counter[str]) -> Sources:
+class Curating:
+    """Takes the sources one after the other, keeps what is worth keeping on disk, and then looks at the whole."""
+
+    def __init__(self, asked: Curation, folder: Path, seed: int, most_held_out: int) -> None:
+        self.drops: Counter[str] = Counter()
+        self.filters = Filters(asked)
+        self._asked = asked
+        self._seed = seed
+        self._most_held_out = most_held_out
+        self._spool = Spool(folder, seed)
+        self._near = NearDuplicates(folder) if asked.deduplicate == "Near" else None
+        self._index: ContaminationIndex | None = None
+        self._sources = 0
+
+    def close(self) -> None:
+        self._spool.close()
+        if self._near is not None:
+            self._near.close()
+
+    def guard(self, items: Iterable[Record]) -> None:
+        """Evaluation items that no training row may equal; to be told before the first source."""
+        texts = [self.filters.redacted(record.content) for record in items]
+        self._index = ContaminationIndex(texts) if texts and self._asked.decontaminate else None
+
+    def add(self, records: Iterable[Record]) -> None:
+        """One source's records."""
+        for batch in batches(records):
+            kept = [record for record in self.filters.apply(batch) if self._is_new(record) and self._is_clean(record, self._index)]
+            for record in kept:
+                self._spool.add(self._sources, record)
+            if self._near is not None:
+                self._near.add([f"{record.content} {record.completion}" for record in kept])
+        self._sources += 1
+
+    def divide(self, validation_fraction: float) -> tuple[Sources, list[Record]]:
+        """Training records per source, and the validation split."""
+        if self._near is not None:
+            self.drops["NearDuplicate"] += self._spool.drop(self._near.later())
+        self._spool.hold_out(validation_fraction, self._most_held_out)
+        validation = self._spool.held() if validation_fraction > 0 else []
+        if self._asked.decontaminate and validation:
+            index = ContaminationIndex([record.content for record in validation])
+            self._spool.drop([number for number, record in self._spool.everything() if not self._is_clean(record, index)])
+        self._cap_classes()
+        self.drops += self.filters.drops
+        return [self._spool.train(source) for source in range(self._sources)], validation
+
+    def _is_new(self, record: Record) -> bool:
+        if self._asked.deduplicate == "None" or self._spool.is_new(record):
+            return True
+        self.drops["Duplicate"] += 1
+        return False
+
+    def _is_clean(self, record: Record, index: ContaminationIndex | None) -> bool:
+        rule = index.rule(record.content) if index is not None else None
+        if rule is not None:
+            self.drops[rule] += 1
+        return rule is None
+
+    def _cap_classes(self) -> None:
+        """Drop rows of the classes that have more than `max_class_ratio` times the smallest's, by a seeded order of their own."""
+        if self._asked.max_class_ratio is None:
+            return
+        classes = classes_of(chain.from_iterable(self._spool.train(source) for source in range(self._sources)))
+        if classes is None:
+            raise Invalid(f"data.curation.classBalance needs completions of at most {MAX_CLASSES} classes; the rows have more.")
+        most = int(self._asked.max_class_ratio * min(classes.values(), default=0))
+        places: dict[str, list[tuple[bytes, int]]] = {name: [] for name, count in classes.items() if count > most}
+        for number, record in self._spool.everything():
+            if (name := record.completion.strip()) in places:
+                places[name].append((order_key(record, self._seed), number))
+        for found in places.values():
+            self.drops["ClassBalance"] += self._spool.drop(number for _, number in sorted(found)[most:])
+
+
+def classes_of(records: Iterable[Record]) -> Counter[str] | None:
+    """Rows by completion; None where the completions are no classes (long, or too many)."""
+    found: Counter[str] = Counter()
+    for name in _names(records):
+        if name is None or (name not in found and len(found) == MAX_CLASSES):
+            return None
+        found[name] += 1
+    return found
+
+
+def _names(records: Iterable[Record]) -> Iterator[str | None]:
+    for record in records:
+        name = record.completion.strip()
+        yield name if len(name) <= MAX_CLASS_CHARACTERS else None
+
+
+def deduplicate(sources: list[list[Record]], drops: Counter[str]) -> list[list[Record]]:
     """Keep the first of equal rows, over all sources."""
     seen: set[bytes] = set()
 
@@ -28,7 +128,7 @@ def deduplicate(sources: Sources, drops: Counter[str]) -> Sources:
     return [[record for record in records if is_new(record)] for records in sources]
 
 
-def decontaminate(sources: Sources, items: Sequence[str], drops: Counter[str]) -> Sources:
+def decontaminate(sources: list[list[Record]], items: Sequence[str], drops: Counter[str]) -> list[list[Record]]:
     """Drop rows that equal an evaluation item by any rule, counted by rule."""
     if not items:
         return sources
@@ -43,7 +143,7 @@ def decontaminate(sources: Sources, items: Sequence[str], drops: Counter[str]) -
     return [[record for record in records if is_clean(record)] for records in sources]
 
 
-def hold_out(sources: Sources, fraction: float, seed: int) -> tuple[Sources, list[Record]]:
+def hold_out(sources: list[list[Record]], fraction: float, seed: int) -> tuple[list[list[Record]], list[Record]]:
     """Training rows and the validation split: whole documents."""
     documents = held_out_documents([record.document for records in sources for record in records], fraction, seed)
     train = [[record for record in records if record.document not in documents] for records in sources]
