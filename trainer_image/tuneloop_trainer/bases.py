@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 
-from tuneloop_trainer.contract import Artifact, Base, Paths, Reason
+from tuneloop_trainer import hub
+from tuneloop_trainer.contract import Artifact, Base, Manifest, Paths, Reason, RunConfig
 from tuneloop_trainer.errors import Invalid, Mismatch
 from tuneloop_trainer.manifests import MANIFEST, files_digest, list_files, publish, read_manifest, staging, verify
 
@@ -15,28 +17,44 @@ PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*
 """What a model needs to be loaded and to tokenise. Pickles are never fetched, read or hashed."""
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A base model that is there, and the commit that it is of, where it has one."""
+
+    folder: Path
+    revision: str | None
+
+
 def base_folder(base: Base, paths: Paths) -> Path:
-    """Where the base model lies, or will lie once `prepare_base` has run."""
+    """Where the base model lies; one of the hub, at a commit."""
     if base.path is not None:
         return Path(base.path)
     repository = (base.repository or "").replace("/", "--")
-    return Path(paths.cache) / "bases" / f"{repository}@{base.revision or 'main'}"
+    return Path(paths.cache) / "bases" / f"{repository}@{base.revision}"
 
 
-def prepare_base(base: Base, paths: Paths) -> Path:
-    """The folder with the base model, downloaded if it comes from the hub. Raises Invalid if it cannot be used."""
+def prepare_base(base: Base, paths: Paths) -> Prepared:
+    """The base model, downloaded if it comes from the hub: at its commit, which is looked up here, once, where only a branch or
+    nothing is given. Raises Invalid if it cannot be used, Unavailable if the hub does not answer."""
+    if base.path is None:
+        base = base.model_copy(update={"revision": hub.resolve(base)})
+        _download(base, base_folder(base, paths))
     folder = base_folder(base, paths)
-    if base.repository is not None and base.path is None:
-        _download(base, folder)
     if not folder.is_dir():
         raise Invalid(f"Model {base.uri} does not exist.", Reason.MODEL_NOT_FOUND)
     _refuse_unusable(folder, base.uri)
-    return folder
+    return Prepared(folder, base.revision)
 
 
 def base_digest(folder: Path) -> str:
     """`sha256:<hex>` over the files of the base model, the same wherever the folder lies."""
     return files_digest(tuple(file for file in list_files(folder, PATTERNS) if "/" not in file.path))
+
+
+def require_prepared(config: RunConfig, prepared: Manifest) -> Path:
+    """The folder of the base that prepare found, at its commit. Raises Mismatch."""
+    revision = prepared.metadata.get("base_revision", config.base.revision)
+    return require_base(config.base.model_copy(update={"revision": revision}), config.paths, str(prepared.metadata["base_digest"]))
 
 
 def require_base(base: Base, paths: Paths, digest: str) -> Path:
@@ -59,35 +77,12 @@ def _download(base: Base, folder: Path) -> None:
     if (folder / MANIFEST).is_file():
         read_manifest(folder)
         return
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
-
     with staging(folder, shared=True) as temporary:
-        try:
-            snapshot_download(base.repository, revision=base.revision, local_dir=temporary, allow_patterns=list(PATTERNS))
-        except GatedRepoError as error:
-            raise Invalid(f"Model {base.uri} is gated: the token may not read it.", Reason.ACCESS_DENIED) from error
-        except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-            status = getattr(getattr(error, "response", None), "status_code", 404)
-            if status in (401, 403):
-                raise Invalid(f"Model {base.uri} may not be read with this token, or does not exist.", Reason.ACCESS_DENIED) from error
-            raise Invalid(f"Model {base.uri} does not exist at revision {base.revision}.", Reason.MODEL_NOT_FOUND) from error
-        except HfHubHTTPError as error:
-            if error.response is not None and error.response.status_code in (401, 403):
-                raise Invalid(f"Model {base.uri} may not be read with this token.", Reason.ACCESS_DENIED) from error
-            raise
-        _remove_download_notes(temporary)
+        hub.download(base, str(base.revision), temporary, PATTERNS)
         if (folder / MANIFEST).is_file():
             return  # another run of the store was faster
         publish(temporary, folder, "model", {"uri": base.uri, "revision": base.revision})
-    log.info("downloaded %s to the shared cache", base.uri)
-
-
-def _remove_download_notes(folder: Path) -> None:
-    """The hub's client keeps notes in .cache below a local folder; they are no part of the model."""
-    import shutil
-
-    shutil.rmtree(folder / ".cache", ignore_errors=True)
+    log.info("downloaded %s at %s to the shared cache", base.uri, base.revision)
 
 
 def _refuse_unusable(folder: Path, uri: str) -> None:

@@ -52,6 +52,8 @@ class ExitCode(IntEnum):
     STALLED = 13
     INTERRUPTED = 75
     """Saved after SIGTERM: start another attempt, which resumes."""
+    UNAVAILABLE = 69
+    """The hub, a source or the store does not answer: another attempt may do better."""
 
 
 class Stage(StrEnum):
@@ -70,6 +72,8 @@ class Reason(StrEnum):
     ACCESS_DENIED = "AccessDenied"
     OUT_OF_MEMORY = "OutOfMemory"
     NON_FINITE_LOSS = "NonFiniteLoss"
+    SOURCE_UNAVAILABLE = "SourceUnavailable"
+    STORE_UNAVAILABLE = "StoreUnavailable"
     STEP_STALLED = "StepStalled"
     PREEMPTED = "Preempted"
     INTERNAL_ERROR = "InternalError"
@@ -345,6 +349,8 @@ class GateResult(Model):
     upper: float
     n: int
     p: float | None = None
+    steps_lost: int = 0
+    """As in `TrainSummary`."""
     discordant: int | None = None
     detectable: float | None = None
     """The difference that this n would find with 80 % power at the observed discordance."""
@@ -422,3 +428,4 @@ class Manifest(Model):
     def digest(self) -> str:
         """`sha256:<hex>` over `canonical()`; equals the hash of the file `manifest.json`."""
         return "sha256:" + hashlib.sha256(self.canonical()).hexdigest()
+    """Steps of the whole run that were done and had to be done again, over all attempts so far."""

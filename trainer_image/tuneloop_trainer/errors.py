@@ -39,6 +39,17 @@ class NonFinite(StageError):
     reason = Reason.NON_FINITE_LOSS
 
 
+class Unavailable(StageError):
+    """Something outside does not answer; another attempt may do better."""
+
+    exit_code = ExitCode.UNAVAILABLE
+    reason = Reason.SOURCE_UNAVAILABLE
+
+    def __init__(self, message: str, reason: Reason = Reason.SOURCE_UNAVAILABLE) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 class Interrupted(BaseException):
     """SIGTERM was received; what was reached is saved. No `Exception`, so that no library's broad except takes it for its own."""
 

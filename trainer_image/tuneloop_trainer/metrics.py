@@ -18,6 +18,7 @@ GAUGES = {
     "tuneloop_trainer_tokens_per_second": ("tokens_per_second", "Tokens trained on a second, padding left out"),
     "tuneloop_trainer_remaining_seconds": ("remaining_seconds", "Seconds that the stage will still take"),
     "tuneloop_trainer_checkpoint_step": ("checkpoint_step", "Step of the newest complete checkpoint"),
+    "tuneloop_trainer_steps_lost": ("steps_lost", "Steps of the run that had to be done again, over all attempts so far"),
     "tuneloop_trainer_peak_memory_bytes": ("peak_memory_bytes", "Peak memory of the worker: the device's, or resident on a CPU"),
 }
 INFO = "tuneloop_trainer_stage_info"

@@ -25,6 +25,7 @@ failover leaves no gap: aggregate with `max by (...)`.
     tuneloop_operator_finetunejob_step{namespace, name}               optimiser steps done; only in phase Training
     tuneloop_operator_finetunejob_loss{namespace, name}               last training loss; only in phase Training
     tuneloop_operator_finetunejob_tokens_per_second{namespace, name}  only in phase Training
+    tuneloop_operator_finetunejob_steps_lost{namespace, name}         steps that had to be done again; only in phase Training
     tuneloop_operator_modelversions{namespace, model, approval}       versions by approval
     tuneloop_operator_modeldeployments{namespace, state}              state: Ready, Progressing, Degraded, Stalled, Unavailable
     tuneloop_operator_modeldeployment_version{namespace, name}        number of the stable version
@@ -117,6 +118,7 @@ class Objects(Collector):
         yield _of_each("finetunejob_step", "Optimiser steps done.", training, _at("progress", "step"))
         yield _of_each("finetunejob_loss", "Last training loss.", training, _at("progress", "loss"))
         yield _of_each("finetunejob_tokens_per_second", "Training tokens a second.", training, _at("progress", "tokensPerSecond"))
+        yield _of_each("finetunejob_steps_lost", "Steps that had to be done again.", training, _steps_lost)
         yield _tallied(
             "retrainings",
             "Retraining jobs of a deployment by outcome.",
@@ -161,6 +163,11 @@ def _of_each(name: str, text: str, objects: Iterable[Object], read: Callable[[Ob
         if value is not None:
             family.add_metric((_namespace(obj), obj["metadata"]["name"]), value)
     return family
+
+
+def _steps_lost(obj: Object) -> float:
+    lost = _status(obj).get("stepsLost")
+    return float(lost) if isinstance(lost, int) else 0.0
 
 
 def _at(block: str, field: str) -> Callable[[Object], float | None]:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from tests.unit.finetunejob.builders import World, evaluated, failed, make_job, make_spec, packaged, trained
 
-from tuneloop_trainer.contract import Progress, Reason, Stage
+from tuneloop_trainer.contract import Progress, Reason, Stage, StageResult
 
 
 def training(**run_policy: Any) -> World:
@@ -194,10 +194,72 @@ def test_jobs_deleted_by_hand_are_made_again() -> None:
     assert world.current().stage is Stage.EVALUATE
 
 
-def test_lost_steps_are_summed_over_attempts() -> None:
-    world = training()
-    done = trained()
+def stopped(step: int, code: int = 75, steps_lost: int = 0) -> StageResult:
+    done = trained(step)
     assert done.train is not None
-    world.ends(done.model_copy(update={"train": done.train.model_copy(update={"steps_lost": 3})}))
+    summary = done.train.model_copy(update={"steps_lost": steps_lost})
+    return done.model_copy(update={"exit_code": code, "reason": Reason.PREEMPTED, "train": summary})
+
+
+def test_lost_steps_are_those_of_the_whole_run() -> None:
+    world = training()
+    world.ends(stopped(4, steps_lost=2))
     world.settle()
-    assert world.job.status.steps_lost == 3
+    assert world.job.status.steps_lost == 2
+    world.pod_runs()
+    world.progress = polled(6).model_copy(update={"steps_lost": 5})
+    world.settle()
+    assert world.job.status.steps_lost == 5, "while it runs, too"
+    world.progress = None
+    world.ends(trained())
+    world.settle()
+    assert world.job.status.steps_lost == 5, "an attempt that knows of fewer takes none back"
+
+
+def test_where_an_interrupted_attempt_stopped_is_told() -> None:
+    world = training()
+    world.pod_runs()
+    world.progress = polled(3, checkpoint=2)
+    world.settle()
+    world.progress = None
+    world.ends(stopped(7))
+    world.settle()
+    status = world.job.status
+    assert status.progress is not None
+    assert (status.progress.display, status.progress.percent, status.checkpoint_step) == ("7/12", 58, 7)
+    assert world.current().from_step == 7
+    assert status.progress.loss == "0.5"
+
+
+def test_an_attempt_that_lost_its_store_saved_nothing() -> None:
+    world = training()
+    world.ends(stopped(7, code=69).model_copy(update={"reason": Reason.STORE_UNAVAILABLE}))
+    world.settle()
+    assert world.job.status.checkpoint_step is None
+
+
+def test_what_does_not_answer_is_tried_again_within_bounds_and_named() -> None:
+    world = training(maxRestarts=2)
+    for attempt in range(1, 4):
+        assert world.current().number == attempt
+        world.ends(failed(Stage.TRAIN, 69, Reason.STORE_UNAVAILABLE, "The store cannot be written."))
+        world.settle()
+        world.wait(600)
+        world.settle()
+    assert world.condition("Succeeded") == ("False", "StoreUnavailable")
+    assert world.message().startswith("The store cannot be written. Stage train could not reach")
+
+
+def test_a_hub_that_stays_down_stalls_the_job_until_it_answers() -> None:
+    world = World()
+    world.settle()
+    for _ in range(4):
+        world.ends(failed(Stage.PREPARE, 69, Reason.SOURCE_UNAVAILABLE, "The hub does not answer for hf://org/x."))
+        world.settle()
+        world.wait(90)
+        world.settle()
+    assert world.condition("Stalled") == ("True", "SourceUnavailable")
+    assert world.job.status.phase == "Stalled"
+    world.wait(300)
+    world.settle()
+    assert world.current().number == 5

@@ -33,13 +33,14 @@ def read(cache: Cache, name: str) -> dict[tuple[str, ...], float]:
 
 def test_jobs_are_counted_by_phase_and_progress_is_told_of_the_running(cache: Cache) -> None:
     progress = {"step": 120, "maxSteps": 480, "loss": "1.25", "tokensPerSecond": "900"}
-    put(cache, "FineTuneJob", "a", {"phase": "Training", "progress": progress})
+    put(cache, "FineTuneJob", "a", {"phase": "Training", "progress": progress, "stepsLost": 7})
     put(cache, "FineTuneJob", "b", {"phase": "Succeeded", "progress": progress})
     put(cache, "FineTuneJob", "c", {})
     assert read(cache, "finetunejobs") == {("n", "Training"): 1, ("n", "Succeeded"): 1, ("n", "Pending"): 1}
     assert read(cache, "finetunejob_progress_ratio") == {("n", "a"): 0.25}
     assert read(cache, "finetunejob_loss") == {("n", "a"): 1.25}
     assert read(cache, "finetunejob_tokens_per_second") == {("n", "a"): 900}
+    assert read(cache, "finetunejob_steps_lost") == {("n", "a"): 7}
 
 
 def test_a_number_that_is_none_is_left_out(cache: Cache) -> None:

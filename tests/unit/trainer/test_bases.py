@@ -1,31 +1,23 @@
-"""The base model is fetched once, at a revision, without anything that could run code; what the hub refuses is named."""
+"""The base model is fetched once, at a commit, without anything that could run code; what the hub refuses is named."""
 
 from __future__ import annotations
 
-import shutil
+import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import huggingface_hub
 import pytest
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-from tests.unit.trainer.builders import make_config
+from tests.unit.trainer.builders import make_config, make_gated, replace, run_stage
+from tests.unit.trainer.hubs import COMMIT, Hub, serving
 
+from tuneloop_trainer import hub as hub_client
 from tuneloop_trainer.bases import base_digest, prepare_base, require_base
-from tuneloop_trainer.contract import Base, Paths, Reason
-from tuneloop_trainer.errors import Invalid, Mismatch
+from tuneloop_trainer.contract import Base, ExitCode, Paths, Reason, RunConfig, Stage
+from tuneloop_trainer.errors import Invalid, Mismatch, Unavailable
+from tuneloop_trainer.manifests import verify
 
-HUB = Base(uri="hf://org/tiny", repository="org/tiny", revision="abc")
-
-
-class Response:
-    """What the hub's errors carry."""
-
-    headers: dict[str, str] = {}  # noqa: RUF012
-    request = None
-
-    def __init__(self, status: int) -> None:
-        self.status_code = status
+HUB = Base(uri="hf://org/tiny", repository="org/tiny")
+OTHER_COMMIT = "f" * 40
 
 
 @pytest.fixture
@@ -33,44 +25,112 @@ def paths(tmp_path: Path) -> Paths:
     return make_config(tmp_path, tmp_path).paths
 
 
-def test_hub_model_is_downloaded_once_without_pickles(paths: Paths, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[dict[str, Any]] = []
+@pytest.fixture
+def hub(base: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    monkeypatch.setattr(hub_client, "DELAYS", (0.0, 0.0))
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client waits between attempts of its own
+    with serving(base) as served:
+        # Both are made of HF_ENDPOINT when the client is imported.
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", served.url)
+        template = f"{served.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+        yield served
 
-    def download(repository: str, **options: Any) -> None:
-        calls.append({"repository": repository} | options)
-        shutil.copytree(base, options["local_dir"], dirs_exist_ok=True)
-        (Path(options["local_dir"]) / ".cache").mkdir()
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    folder = prepare_base(HUB, paths)
+def test_model_without_a_revision_is_fetched_once_at_its_commit_without_pickles(hub: Hub, paths: Paths, base: Path) -> None:
+    hub.files |= {"pytorch_model.bin": b"pickle", "modeling.py": b"code", "../escaped.json": b"{}", "onnx/model.safetensors": b""}
 
-    assert prepare_base(HUB, paths) == folder
-    assert base_digest(folder) == base_digest(base), "the digest is that of the files, wherever they lie"
-    assert len(calls) == 1
-    assert (calls[0]["repository"], calls[0]["revision"]) == ("org/tiny", "abc")
-    assert not [pattern for pattern in calls[0]["allow_patterns"] if "bin" in pattern or "py" in pattern]
-    assert not (folder / ".cache").exists()
+    found = prepare_base(HUB, paths)
+    downloads = [asked for asked in hub.asked if asked.startswith("GET /org")]
+    again = prepare_base(HUB, paths)
+
+    assert found.revision == COMMIT
+    assert found.folder.name == f"org--tiny@{COMMIT}"
+    assert again == found
+    assert base_digest(found.folder) == base_digest(base), "the digest is that of the files, wherever they lie"
+    assert [asked for asked in hub.asked if asked.startswith("GET /org")] == downloads, "the second run reads the cache"
+    assert {path.name for path in found.folder.iterdir()} == {path.name for path in base.iterdir()} | {"manifest.json"}
+    assert not list(Path(paths.cache).rglob("escaped.json"))
+
+
+def test_commit_that_is_in_the_cache_needs_no_hub(hub: Hub, paths: Paths) -> None:
+    pinned = HUB.model_copy(update={"revision": COMMIT})
+    prepare_base(pinned, paths)
+    hub.asked.clear()
+
+    assert prepare_base(pinned, paths).revision == COMMIT
+    assert hub.asked == []
 
 
 @pytest.mark.parametrize(
-    ("error", "reason"),
-    [
-        (RepositoryNotFoundError("no", response=Response(404)), Reason.MODEL_NOT_FOUND),
-        (RepositoryNotFoundError("no", response=Response(401)), Reason.ACCESS_DENIED),
-        (RevisionNotFoundError("no", response=Response(404)), Reason.MODEL_NOT_FOUND),
-        (GatedRepoError("no", response=Response(403)), Reason.ACCESS_DENIED),
-    ],
+    ("status", "reason"),
+    [(404, Reason.MODEL_NOT_FOUND), (401, Reason.ACCESS_DENIED), (403, Reason.ACCESS_DENIED)],
 )
-def test_refusal_of_the_hub_is_named(error: Exception, reason: Reason, paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*args: Any, **options: Any) -> None:
-        raise error
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+def test_refusal_of_the_hub_is_named_at_once(status: int, reason: Reason, hub: Hub, paths: Paths) -> None:
+    hub.failures = [status] * 3
 
     with pytest.raises(Invalid, match="hf://org/tiny") as caught:
         prepare_base(HUB, paths)
     assert caught.value.reason == reason
+    assert len(hub.asked) == 1
     assert list(Path(paths.cache).rglob("*.safetensors")) == []
+
+
+def test_revision_that_does_not_exist_is_named(hub: Hub, paths: Paths) -> None:
+    with pytest.raises(Invalid, match="does not exist at revision v9") as caught:
+        prepare_base(HUB.model_copy(update={"revision": "v9"}), paths)
+    assert caught.value.reason == Reason.MODEL_NOT_FOUND
+
+
+@pytest.mark.parametrize("status", [500, 503, 429, 0])
+def test_hub_that_is_down_for_a_moment_is_asked_again(status: int, hub: Hub, paths: Paths) -> None:
+    hub.failures = [status, status]
+
+    assert prepare_base(HUB, paths).revision == COMMIT
+
+
+def test_hub_that_stays_down_ends_the_stage_within_bounds_and_leaves_nothing(hub: Hub, paths: Paths) -> None:
+    hub.failures = [503] * 100
+
+    with pytest.raises(Unavailable, match="does not answer for hf://org/tiny: HTTP status 503") as caught:
+        prepare_base(HUB, paths)
+    assert (caught.value.exit_code, caught.value.reason) == (ExitCode.UNAVAILABLE, Reason.SOURCE_UNAVAILABLE)
+    assert len(hub.asked) == 3
+    assert not any(path.is_file() for path in Path(paths.cache).rglob("*"))
+
+
+def test_hub_that_goes_down_during_a_download_leaves_no_half_model(hub: Hub, paths: Paths) -> None:
+    pinned = HUB.model_copy(update={"revision": COMMIT})
+    real, seen = hub.answer, []
+
+    def goes_down(handler: object) -> None:
+        seen.append(handler)
+        hub.failures = [503] if len(seen) > 4 else []
+        real(handler)  # type: ignore[arg-type]
+
+    hub.answer = goes_down  # type: ignore[method-assign]
+
+    with pytest.raises(Unavailable):
+        prepare_base(pinned, paths)
+    assert not any(path.is_file() for path in Path(paths.cache).rglob("*"))
+
+
+def test_later_stages_use_the_commit_that_prepare_found(hub: Hub, tmp_path: Path, base: Path) -> None:
+    config: RunConfig = replace(make_gated(tmp_path, base), base=HUB)
+    summary = run_stage(config, Stage.PREPARE).prepare
+    hub.commit = OTHER_COMMIT  # main moves on
+    hub.files["config.json"] = b"{}"
+
+    trained = run_stage(config, Stage.TRAIN)
+    packaged = run_stage(config, Stage.PACKAGE)
+    evaluated = run_stage(config, Stage.EVALUATE)
+
+    assert summary.base_revision == COMMIT
+    assert [stage.exit_code for stage in (trained, packaged, evaluated)] == [ExitCode.DONE] * 3
+    assert verify(Path(config.paths.work) / "prepare").metadata["base_revision"] == COMMIT
+    adapter = json.loads((Path(config.paths.artifact) / "adapter_config.json").read_text())
+    assert adapter["revision"] == COMMIT
 
 
 def test_changed_model_is_not_the_pinned_one(paths: Paths, base: Path) -> None:

@@ -54,7 +54,7 @@ def evaluate(config: RunConfig, progress: ProgressWriter) -> StageResult:
     progress.phase("LoadingModel")
     hardware.use_threads(config.threads)
     manifest, prepared = require_stage(config, Stage.PREPARE)
-    base = bases.require_base(config.base, config.paths, str(manifest.metadata["base_digest"]))
+    base = bases.require_prepared(config, manifest)
     tokenizer = models.load_tokenizer(base, config.base.uri)
     formatter = Formatter(tokenizer, stop_ids(base, tokenizer), config.prompt_format)
     digests = prepared.prepare.suite_digests if prepared.prepare else {}

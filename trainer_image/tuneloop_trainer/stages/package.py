@@ -40,11 +40,11 @@ def package(config: RunConfig, progress: ProgressWriter) -> StageResult:
         raise StageError("The results of prepare and train have no summaries.")
     if trained_manifest.metadata.get("run_key") != run_key(config):
         raise StageError("The output of train was made for another configuration of this run.")
-    base = bases.require_base(config.base, config.paths, str(prepared_manifest.metadata["base_digest"]))
+    base = bases.require_prepared(config, prepared_manifest)
     with staging(target) as folder:
         progress.phase("Packaging")
         if config.output_format == "Adapter":
-            write_adapter(config, trained, folder)
+            write_adapter(config, trained, folder, prepared.prepare.base_revision)
         else:
             write_merged(config, base, trained, folder)
         (folder / "README.md").write_text(model_card(config, prepared.prepare, trained_result.train))
@@ -61,13 +61,13 @@ def package(config: RunConfig, progress: ProgressWriter) -> StageResult:
     return _result(config, manifest)
 
 
-def write_adapter(config: RunConfig, trained: Path, folder: Path) -> None:
+def write_adapter(config: RunConfig, trained: Path, folder: Path, base_revision: str | None) -> None:
     """The adapter's weights and configuration; the base is named as the user named it, not by a path of this pod."""
     if config.method.type != "LoRA":
         raise StageError("Only LoRA makes an adapter.")
     shutil.copyfile(trained / "adapter_model.safetensors", folder / "adapter_model.safetensors")
     adapter = json.loads((trained / "adapter_config.json").read_text())
-    adapter |= {"base_model_name_or_path": config.base.uri, "revision": config.base.revision, "inference_mode": True}
+    adapter |= {"base_model_name_or_path": config.base.uri, "revision": base_revision, "inference_mode": True}
     adapter["target_modules"] = sorted(adapter["target_modules"])  # peft keeps a set: equal runs would differ in their digest
     (folder / "adapter_config.json").write_text(json.dumps(adapter, indent=1, sort_keys=True))
 

@@ -19,7 +19,7 @@ from tuneloop_trainer.data.shards import TokenRow, write_shards
 from tuneloop_trainer.data.suites import Item, items_of, labels_of, needs_labels, suites_of, write_items
 from tuneloop_trainer.data.tokens import Tokenizing
 from tuneloop_trainer.errors import Invalid
-from tuneloop_trainer.manifests import publish, sha256_file, staging
+from tuneloop_trainer.manifests import Metadata, publish, sha256_file, staging
 from tuneloop_trainer.progress import ProgressWriter
 from tuneloop_trainer.results import RESULT_FILE, write_result
 from tuneloop_trainer.stages.outputs import run_key, stage_folder, told_again
@@ -46,7 +46,8 @@ def prepare(config: RunConfig, progress: ProgressWriter) -> StageResult:
         return result
     parse_arguments(config.training.extra_arguments)
     progress.phase("LoadingModel")
-    base = bases.prepare_base(config.base, config.paths)
+    found = bases.prepare_base(config.base, config.paths)
+    base = found.folder
     tokenizer = models.load_tokenizer(base, config.base.uri)
     formatter = Formatter(tokenizer, stop_ids(base, tokenizer), config.prompt_format)
 
@@ -60,7 +61,7 @@ def prepare(config: RunConfig, progress: ProgressWriter) -> StageResult:
         summary = summary.model_copy(
             update={
                 "base_digest": bases.base_digest(base),
-                "base_revision": config.base.revision,
+                "base_revision": found.revision,
                 "suite_digests": suites,
                 "prompt_probe_sha256": hashlib.sha256(formatter.probe.encode()).hexdigest(),
             }
@@ -178,8 +179,12 @@ def finish(config: RunConfig, summary: PrepareSummary, folder: Path) -> StageRes
         stage=Stage.PREPARE, exit_code=ExitCode.DONE, uri=str(target / CARD), sha256=sha256_file(folder / CARD), prepare=summary
     )
     write_result(folder / RESULT_FILE, result)
-    publish(
-        folder, target, "dataset", {"run_key": run_key(config), "base_digest": summary.base_digest, "shards_digest": summary.shards_digest}
-    )
+    metadata: Metadata = {
+        "run_key": run_key(config),
+        "base_digest": summary.base_digest,
+        "base_revision": summary.base_revision,
+        "shards_digest": summary.shards_digest,
+    }
+    publish(folder, target, "dataset", metadata)
     log.info("kept %d of %d rows, %d tokens, %d steps", summary.rows_kept, summary.rows_in, summary.tokens, summary.max_steps)
     return result

@@ -50,7 +50,7 @@ def train(config: RunConfig, progress: ProgressWriter, interrupts: Interrupts) -
         return result
     progress.phase("LoadingData")
     manifest, prepared = require_stage(config, Stage.PREPARE)
-    base = bases.require_base(config.base, config.paths, str(manifest.metadata["base_digest"]))
+    base = bases.require_prepared(config, manifest)
     progress.phase("LoadingModel")
     attempt = assemble(config, prepared, base, progress, interrupts)
     started = time.monotonic()
@@ -113,8 +113,8 @@ def assemble(config: RunConfig, prepared: StageResult, base: Path, progress: Pro
     if stop_early is not None:
         trainer.best_step = stop_early.best_step
         stop_early.keep = lambda step: setattr(trainer, "best_step", step)
-    progress.update(checkpoint_step=resumed.step if resumed else None)
-    lost = max(0, checkpoints.reached_step() - (resumed.step if resumed else 0))
+    lost = checkpoints.take_up(resumed.step if resumed else 0)
+    progress.update(checkpoint_step=resumed.step if resumed else None, steps_lost=lost)
     return Attempt(trainer, report, plan, checkpoints, resumed, lost, stop_early)
 
 

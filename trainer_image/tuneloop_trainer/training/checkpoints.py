@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -14,7 +15,7 @@ from tuneloop_trainer.manifests import publish, read_manifest, verify, write_ato
 
 log = logging.getLogger("tuneloop.checkpoints")
 PREFIX = "step-"
-REACHED = "reached-step"
+POSITION = "position.json"
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
 WEIGHTS = (*ADAPTER, "model*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json")
 
@@ -33,6 +34,7 @@ class Checkpoints:
         self._folder = folder
         self._plan = plan
         self._keep = max(1, keep)
+        self._lost = 0
         folder.mkdir(parents=True, exist_ok=True)
 
     def newest(self) -> Checkpoint | None:
@@ -70,15 +72,28 @@ class Checkpoints:
     def clear(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
 
+    def take_up(self, step: int) -> int:
+        """An attempt goes on from this step. Returns how many steps the run has lost so far: done, and to be done again."""
+        reached, lost = self._position()
+        self._lost = lost + max(0, reached - step)
+        self.note_step(step)
+        return self._lost
+
     def note_step(self, step: int) -> None:
         """Remember the last step done, to tell after a kill how many were lost."""
-        write_atomically(self._folder / REACHED, str(step).encode(), durable=False)
-
-    def reached_step(self) -> int:
+        position = {"plan": self._plan, "reached": step, "lost": self._lost}
         try:
-            return int((self._folder / REACHED).read_text())
-        except (OSError, ValueError):
-            return 0
+            write_atomically(self._folder / POSITION, json.dumps(position).encode(), durable=False)
+        except OSError as error:
+            log.warning("step %d is not noted: %s", step, error)
+
+    def _position(self) -> tuple[int, int]:
+        """(last step done, steps lost before) of this plan's attempts."""
+        try:
+            position = json.loads((self._folder / POSITION).read_bytes())
+            return (int(position["reached"]), int(position["lost"])) if position["plan"] == self._plan else (0, 0)
+        except (OSError, ValueError, KeyError, TypeError):
+            return 0, 0
 
     def _steps(self) -> list[int]:
         names = (path.name.removeprefix(PREFIX) for path in self._folder.glob(f"{PREFIX}*"))

@@ -1,7 +1,8 @@
 """What follows from a stage's attempts so far: it is done, it goes on, another attempt is due, or it is over.
 
 Attempts are counted from the Jobs, each time anew. What the user must change is never tried again; what nobody is to blame for is,
-within bounds: a failed node and a stalled step up to `maxRestarts`, too little memory once, an interruption as long as it got further.
+within bounds: a failed node and a stalled step up to `maxRestarts`, too little memory once, an interruption (by SIGTERM, or by a store or
+hub that does not answer) as long as it got further.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ FAILURES = {
     Outcome.STALLED: "made no step for too long",
     Outcome.LOST: "lost its pod",
     Outcome.INTERRUPTED: "was interrupted before it got further",
+    Outcome.UNAVAILABLE: "could not reach what it reads or writes",
 }
 
 
@@ -97,7 +99,7 @@ def _after(
         case Outcome.NON_FINITE:
             fallback = "The loss is no longer finite."
             return Over(last, how, JobReason.NON_FINITE_LOSS, f"{told or fallback} Lower training.learningRate, or look for broken rows.")
-        case Outcome.STALLED | Outcome.LOST | Outcome.INTERRUPTED:
+        case Outcome.STALLED | Outcome.LOST | Outcome.INTERRUPTED | Outcome.UNAVAILABLE:
             return _after_failure(stage, runs, how, max_restarts, reached)
     return Over(last, how, JobReason.INTERNAL_ERROR, told or f"Stage {stage.value} failed without a reason. Look at the pod's log.")
 
@@ -120,9 +122,10 @@ def _after_failure(stage: Stage, runs: tuple[StageRun, ...], how: Outcome, max_r
     if last not in counted:
         return Due(because=f"Stage {stage.value} was interrupted, and goes on where it was saved.")
     if len(counted) > max_restarts:
-        reason = JobReason.STEP_STALLED if how is Outcome.STALLED else JobReason.RESTART_LIMIT
         sentence = f"Stage {stage.value} {FAILURES[how]}; that makes {len(counted)} failures, and runPolicy.maxRestarts is {max_restarts}."
-        return Over(last, how, reason, sentence)
+        if how is Outcome.UNAVAILABLE and (said := result(last)) is not None:
+            sentence = f"{said.message} {sentence}"
+        return Over(last, how, _final_reason(last, how), sentence)
     delay = min(FIRST_DELAY * 2 ** (len(counted) - 1), LONGEST_DELAY)
     ended = times.parse(ended_at(last))
     because = f"Attempt {last.number} of stage {stage.value} failed ({how.value}); restart {len(counted)} of {max_restarts}."
@@ -132,11 +135,17 @@ def _after_failure(stage: Stage, runs: tuple[StageRun, ...], how: Outcome, max_r
 def _counts(run: StageRun, step_after: int) -> bool:
     """Whether an attempt uses up a restart: not if it was suspended, nor if it was interrupted after having got further."""
     how = outcome(run)
-    if how is Outcome.INTERRUPTED:
+    if how in (Outcome.INTERRUPTED, Outcome.UNAVAILABLE):
         said = result(run)
         saved = said.train.step if said is not None and said.train is not None else 0
         return not run.job.spec.suspend and max(saved, step_after) <= run.from_step
     return how in (Outcome.LOST, Outcome.STALLED) and not run.job.spec.suspend
+
+
+def _final_reason(run: StageRun, how: Outcome) -> JobReason:
+    if how is Outcome.UNAVAILABLE:
+        return _told_reason(result(run), JobReason.RESTART_LIMIT)
+    return JobReason.STEP_STALLED if how is Outcome.STALLED else JobReason.RESTART_LIMIT
 
 
 def _told_reason(said: StageResult | None, otherwise: JobReason) -> JobReason:

@@ -99,6 +99,21 @@ def finished_progress(summary: TrainSummary, before: ProgressStatus | None) -> P
         update={
             "step": summary.step,
             "max_steps": summary.max_steps,
+def stopped_progress(summary: TrainSummary, before: ProgressStatus | None) -> ProgressStatus:
+    """Where an attempt stopped that was not done; the loss stays where it made no step."""
+    known = before or ProgressStatus()
+    return known.model_copy(
+        update={
+            "step": summary.step,
+            "max_steps": summary.max_steps,
+            "percent": 100 * summary.step // max(summary.max_steps, 1),
+            "display": f"{summary.step}/{summary.max_steps}",
+            "loss": optional(summary.loss) or known.loss,
+            "estimated_completion_time": None,
+        }
+    )
+
+
             "percent": 100,
             "display": f"{summary.step}/{summary.max_steps}",
             "loss": optional(summary.loss),

@@ -6,9 +6,10 @@ from tuneloop_operator.domain.finetunejob import findings
 from tuneloop_operator.domain.finetunejob.attempts import Active, Done
 from tuneloop_operator.domain.finetunejob.case import Case
 from tuneloop_operator.domain.finetunejob.outcomes import outcome, result, running_seconds
+from tuneloop_operator.domain.finetunejob.snapshot import StageRun
 from tuneloop_operator.domain.finetunejob.suites import with_uses
 from tuneloop_operator.render.run_config import artifact_uri
-from tuneloop_trainer.contract import Progress, Stage
+from tuneloop_trainer.contract import ExitCode, Progress, Stage
 
 WHOLE_SECONDS = 60
 """Running time is written in steps of so much, while something runs."""
@@ -35,10 +36,22 @@ def _count(case: Case) -> None:
         running_seconds=_running_seconds(case),
     )
     said = [found.train for run in runs if (found := result(run)) is not None and found.train is not None]
-    case.learn(steps_lost=max(case.status.steps_lost, sum(summary.steps_lost for summary in said)))
+    case.learn(steps_lost=max([case.status.steps_lost, *(summary.steps_lost for summary in said)]))
     progress = case.snapshot.progress
     if progress is not None and progress.stage is Stage.TRAIN:
         _progressed(case, progress)
+    elif runs and not outcome(runs[-1]).is_active:
+        _stopped(case, runs[-1])
+
+
+def _stopped(case: Case, run: StageRun) -> None:
+    """How far the newest attempt came, where it ended before the run did: what was polled last may be a minute old."""
+    said = result(run)
+    if said is None or said.train is None or said.exit_code == ExitCode.DONE:
+        return
+    case.learn(progress=findings.stopped_progress(said.train, case.status.progress))
+    if said.exit_code == ExitCode.INTERRUPTED:
+        case.learn(checkpoint_step=max(case.status.checkpoint_step or 0, said.train.step))
 
 
 def _running_seconds(case: Case) -> int:
@@ -52,6 +65,7 @@ def _running_seconds(case: Case) -> int:
 
 def _progressed(case: Case, progress: Progress) -> None:
     case.learn(progress=findings.progress_status(progress, case.status.progress, case.now))
+    case.learn(steps_lost=max(case.status.steps_lost, progress.steps_lost))
     if progress.checkpoint_step is not None:
         case.learn(checkpoint_step=max(case.status.checkpoint_step or 0, progress.checkpoint_step))
 

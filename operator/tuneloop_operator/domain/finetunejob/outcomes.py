@@ -34,6 +34,8 @@ class Outcome(StrEnum):
     INTERRUPTED = "Interrupted"
     LOST = "Lost"
     """The pod or its node went away without a word."""
+    UNAVAILABLE = "Unavailable"
+    """What it reads or writes did not answer."""
     BUG = "Bug"
 
     @property
@@ -47,6 +49,7 @@ BY_EXIT_CODE = {
     KILLED: Outcome.OUT_OF_MEMORY,
     ExitCode.NON_FINITE: Outcome.NON_FINITE,
     ExitCode.STALLED: Outcome.STALLED,
+    ExitCode.UNAVAILABLE: Outcome.UNAVAILABLE,
     ExitCode.INTERRUPTED: Outcome.INTERRUPTED,
     TERMINATED: Outcome.LOST,
     ExitCode.DONE: Outcome.LOST,
