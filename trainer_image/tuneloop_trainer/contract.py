@@ -50,10 +50,10 @@ class ExitCode(IntEnum):
     OUT_OF_MEMORY = 11
     NON_FINITE = 12
     STALLED = 13
-    INTERRUPTED = 75
-    """Saved after SIGTERM: start another attempt, which resumes."""
     UNAVAILABLE = 69
     """The hub, a source or the store does not answer: another attempt may do better."""
+    INTERRUPTED = 75
+    """Saved after SIGTERM: start another attempt, which resumes."""
 
 
 class Stage(StrEnum):
@@ -70,10 +70,10 @@ class Reason(StrEnum):
     DATA_EMPTY = "DataEmpty"
     MODEL_NOT_FOUND = "ModelNotFound"
     ACCESS_DENIED = "AccessDenied"
-    OUT_OF_MEMORY = "OutOfMemory"
-    NON_FINITE_LOSS = "NonFiniteLoss"
     SOURCE_UNAVAILABLE = "SourceUnavailable"
     STORE_UNAVAILABLE = "StoreUnavailable"
+    OUT_OF_MEMORY = "OutOfMemory"
+    NON_FINITE_LOSS = "NonFiniteLoss"
     STEP_STALLED = "StepStalled"
     PREEMPTED = "Preempted"
     INTERNAL_ERROR = "InternalError"
@@ -283,6 +283,8 @@ class Progress(Model):
     tokens_per_second: float | None = None
     remaining_seconds: float | None = None
     checkpoint_step: int | None = None
+    steps_lost: int = 0
+    """As in `TrainSummary`."""
     peak_memory_bytes: int | None = None
 
 
@@ -323,6 +325,7 @@ class TrainSummary(Model):
     seconds: float
     resumed_from_step: int | None = None
     steps_lost: int = 0
+    """Steps of the whole run that were done and had to be done again, over all attempts so far."""
     peak_memory_bytes: int | None = None
     micro_batch_size: int = 1
 
@@ -349,8 +352,6 @@ class GateResult(Model):
     upper: float
     n: int
     p: float | None = None
-    steps_lost: int = 0
-    """As in `TrainSummary`."""
     discordant: int | None = None
     detectable: float | None = None
     """The difference that this n would find with 80 % power at the observed discordance."""
@@ -428,4 +429,3 @@ class Manifest(Model):
     def digest(self) -> str:
         """`sha256:<hex>` over `canonical()`; equals the hash of the file `manifest.json`."""
         return "sha256:" + hashlib.sha256(self.canonical()).hexdigest()
-    """Steps of the whole run that were done and had to be done again, over all attempts so far."""

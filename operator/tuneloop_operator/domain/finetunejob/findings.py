@@ -92,13 +92,6 @@ def _is_worth_a_write(progress: Progress, percent: int, before: ProgressStatus, 
     return before.step != progress.step and times.seconds_between(before.updated_at, now) >= PROGRESS_SECONDS
 
 
-def finished_progress(summary: TrainSummary, before: ProgressStatus | None) -> ProgressStatus:
-    """Early stopping ends below the last step, and is done all the same."""
-    known = before or ProgressStatus()
-    return known.model_copy(
-        update={
-            "step": summary.step,
-            "max_steps": summary.max_steps,
 def stopped_progress(summary: TrainSummary, before: ProgressStatus | None) -> ProgressStatus:
     """Where an attempt stopped that was not done; the loss stays where it made no step."""
     known = before or ProgressStatus()
@@ -114,6 +107,13 @@ def stopped_progress(summary: TrainSummary, before: ProgressStatus | None) -> Pr
     )
 
 
+def finished_progress(summary: TrainSummary, before: ProgressStatus | None) -> ProgressStatus:
+    """Early stopping ends below the last step, and is done all the same."""
+    known = before or ProgressStatus()
+    return known.model_copy(
+        update={
+            "step": summary.step,
+            "max_steps": summary.max_steps,
             "percent": 100,
             "display": f"{summary.step}/{summary.max_steps}",
             "loss": optional(summary.loss),
