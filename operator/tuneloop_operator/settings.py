@@ -34,6 +34,9 @@ class Settings(BaseModel):
         default=None, description="Prometheus that monitoring.source: Prometheus reads, e.g. http://prometheus.monitoring:9090."
     )
     prometheus_token_file: str | None = None
+    device: str | None = Field(
+        default=None, description="Device that estimates are made for where a job's node selector names none, e.g. h100."
+    )
     workers: int = 8
     metrics_port: int = 8080
     progress_interval_seconds: float = 10.0

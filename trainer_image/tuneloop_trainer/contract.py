@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections.abc import Iterable, Mapping
 from enum import IntEnum, StrEnum
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.alias_generators import to_camel
 
 VERSION = 1
@@ -291,6 +293,53 @@ class Progress(Model):
 # --- results -----------------------------------------------------------------
 
 
+class ModelShape(Model):
+    """What the memory and the time of training follow from: at most 200 bytes as JSON."""
+
+    parameters: int = Field(ge=1, le=10**13)
+    hidden_size: int = Field(ge=1, le=10**6)
+    intermediate_size: int = Field(ge=1, le=10**6)
+    layers: int = Field(ge=1, le=10**4)
+    heads: int = Field(ge=1, le=10**4)
+    key_value_heads: int = Field(ge=1, le=10**4)
+    head_size: int = Field(ge=1, le=10**4)
+    vocabulary: int = Field(ge=1, le=10**7)
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], headers: Iterable[Mapping[str, Any]]) -> ModelShape | None:
+        """From a model's `config.json` and the headers of its safetensors files; None for a model that is described otherwise."""
+        nested = config.get("text_config")
+        text: Mapping[str, Any] = nested if isinstance(nested, Mapping) else config
+
+        def read(*names: str) -> int | None:
+            found = (text.get(name) for name in names)
+            return next((value for value in found if isinstance(value, int) and not isinstance(value, bool)), None)
+
+        hidden, heads = read("hidden_size", "d_model", "n_embd"), read("num_attention_heads", "n_head", "num_heads")
+        if hidden is None or not heads:
+            return None
+        given = {
+            "parameters": _count(headers),
+            "hidden_size": hidden,
+            "intermediate_size": read("intermediate_size", "d_ff", "ffn_dim", "n_inner") or 4 * hidden,
+            "layers": read("num_hidden_layers", "n_layer", "num_layers"),
+            "heads": heads,
+            "key_value_heads": read("num_key_value_heads") or heads,
+            "head_size": read("head_dim", "d_kv") or hidden // heads,
+            "vocabulary": read("vocab_size"),
+        }
+        try:
+            return cls.model_validate(given)
+        except ValidationError:
+            return None
+
+
+def _count(headers: Iterable[Mapping[str, Any]]) -> int:
+    """Numbers in all tensors."""
+    tensors = (tensor for header in headers for name, tensor in header.items() if name != "__metadata__")
+    return sum(math.prod(tensor["shape"]) for tensor in tensors if isinstance(tensor, Mapping) and isinstance(tensor.get("shape"), list))
+
+
 class PrepareSummary(Model):
     rows_in: int
     rows_kept: int
@@ -313,6 +362,10 @@ class PrepareSummary(Model):
     """sha256 over ordered input_ids and labels."""
     prompt_probe_sha256: str | None = None
     """sha256 of a rendered probe prompt (chat template of the tokenizer), to compare with what is served."""
+    longest_row: int | None = None
+    """Tokens of the longest training row."""
+    model: ModelShape | None = None
+    """None where the base model's config does not say."""
 
 
 class TrainSummary(Model):

@@ -68,6 +68,7 @@ class JobReason(StrEnum):
     UNSCHEDULABLE = "Unschedulable"
     VOLUME_NOT_SHARED = "VolumeNotShared"
     IMAGE_PULL_FAILED = "ImagePullFailed"
+    DOES_NOT_FIT = "DoesNotFit"
     OUT_OF_MEMORY = "OutOfMemory"
     NON_FINITE_LOSS = "NonFiniteLoss"
     STEP_STALLED = "StepStalled"

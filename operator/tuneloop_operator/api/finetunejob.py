@@ -165,6 +165,9 @@ class Compute(Model):
 
     accelerators_per_node: int = Field(default=1, ge=0, le=16, description="Devices of the training pod; 0 trains on the CPU.")
     accelerator_resource: str = Field(default="nvidia.com/gpu", max_length=128, description="Resource name of the devices.")
+    cost_per_accelerator_hour: Number | None = Field(
+        default=None, description="Price of one device for an hour, in any currency; status.estimate then tells the cost."
+    )
     pod: PodOverrides = Field(
         default=PodOverrides(), description="Overrides for the pods of all stages; resources only for train and evaluate."
     )
@@ -370,6 +373,27 @@ class DataStatus(Model):
     report_uri: str | None = Field(default=None, max_length=512, description="The data card.")
 
 
+class Estimate(Model):
+    """What the training will need, before it takes a device; and beside it what it took."""
+
+    device: str = Field(max_length=32, description="cpu, a device of the operator's table, or unknown.")
+    peak_memory_bytes: int = Field(description="Highest memory of one device, or of the process on a CPU.")
+    memory_limit_bytes: int | None = Field(default=None, description="What there is: the pod's memory limit on a CPU, or the device's.")
+    disk_bytes: int = Field(description="Checkpoints, artifact and tokenised rows on the store.")
+    micro_batch_size: int = Field(description="Rows that a device takes at a time.")
+    accumulation_steps: int = Field(description="Micro-batches of one optimiser step.")
+    gradient_checkpointing: bool = Field(description="Whether activations are computed again in the backward pass.")
+    hours_from: Number | None = Field(default=None, description="Shortest training time.")
+    hours_to: Number | None = Field(default=None, description="Longest training time.")
+    hours_basis: str | None = Field(
+        default=None, max_length=16, description="DeviceTable: by the device's usual speed. Measured: by the speed of the first 20 steps."
+    )
+    cost_from: Number | None = Field(default=None, description="Devices x hoursFrom x compute.costPerAcceleratorHour.")
+    cost_to: Number | None = Field(default=None, description="The same of hoursTo.")
+    measured_peak_memory_bytes: int | None = Field(default=None, description="What the training took.")
+    measured_hours: Number | None = Field(default=None, description="How long the last attempt trained.")
+
+
 class ProgressStatus(Model):
     """How far the training is; written at most once a minute or per percent."""
 
@@ -454,6 +478,7 @@ class FineTuneJobStatus(Model):
     running_seconds: int = Field(default=0, description="Training time so far, queueing and suspension excluded.")
     resolved: Resolved = Field(default=Resolved(), description="Inputs resolved once.")
     data: DataStatus | None = Field(default=None, description="What the prepare stage made of the data.")
+    estimate: Estimate | None = Field(default=None, description="What the training will need, known before it starts.")
     progress: ProgressStatus | None = Field(default=None, description="How far the training is.")
     attempts: int = Field(default=0, description="Training attempts.")
     checkpoint_step: int | None = Field(default=None, description="Newest checkpoint.")

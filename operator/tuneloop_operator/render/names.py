@@ -25,6 +25,8 @@ FROM_STEP_LABEL = "tuneloop.dev/from-step"
 ENGINE_LABEL = "tuneloop.dev/engine"
 EPISODE_LABEL = "tuneloop.dev/episode"
 RETRY_ANNOTATION = "tuneloop.dev/retry"
+IGNORE_ESTIMATE_ANNOTATION = "tuneloop.dev/ignore-estimate"
+"""`true`: train although the estimate says that it does not fit."""
 REARM_ANNOTATION = "tuneloop.dev/rearm"
 
 

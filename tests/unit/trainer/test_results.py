@@ -11,6 +11,7 @@ from tuneloop_trainer.contract import (
     RESULT_LIMIT,
     EvaluateSummary,
     GateResult,
+    ModelShape,
     PrepareSummary,
     Reason,
     Stage,
@@ -73,6 +74,17 @@ def make_preparation() -> StageResult:
             suite_digests={f"{number}" + "s" * 62: "a" * 64 for number in range(8)},
             shards_digest="a" * 64,
             prompt_probe_sha256="a" * 64,
+            longest_row=131_072,
+            model=ModelShape(
+                parameters=10**13,
+                hidden_size=10**6,
+                intermediate_size=10**6,
+                layers=10**4,
+                heads=10**4,
+                key_value_heads=10**4,
+                head_size=10**4,
+                vocabulary=10**7,
+            ),
         ),
     )
 

@@ -22,6 +22,7 @@ from tuneloop_trainer.errors import Invalid
 from tuneloop_trainer.manifests import Metadata, publish, sha256_file, staging
 from tuneloop_trainer.progress import ProgressWriter
 from tuneloop_trainer.results import RESULT_FILE, write_result
+from tuneloop_trainer.shapes import read_shape
 from tuneloop_trainer.stages.outputs import run_key, stage_folder, told_again
 from tuneloop_trainer.training.arguments import parse_arguments
 
@@ -61,6 +62,7 @@ def prepare(config: RunConfig, progress: ProgressWriter) -> StageResult:
         summary = summary.model_copy(
             update={
                 "base_digest": bases.base_digest(base),
+                "model": read_shape(base),
                 "base_revision": found.revision,
                 "suite_digests": suites,
                 "prompt_probe_sha256": hashlib.sha256(formatter.probe.encode()).hexdigest(),
@@ -154,6 +156,7 @@ def tokenize(
         base_digest="",
         dataset_digests=gathered.digests,
         shards_digest=digest,
+        longest_row=max((len(row.input_ids) for rows in sources for row in rows), default=0),
     )
 
 

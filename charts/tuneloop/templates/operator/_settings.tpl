@@ -23,6 +23,9 @@
 {{- if .Values.prometheus.tokenSecret.name }}
 - {name: TUNELOOP_PROMETHEUS_TOKEN_FILE, value: /etc/tuneloop/prometheus/token}
 {{- end }}
+{{- with .Values.operator.device }}
+- {name: TUNELOOP_DEVICE, value: {{ . | quote }}}
+{{- end }}
 - {name: TUNELOOP_WORKERS, value: {{ .Values.operator.workers | quote }}}
 - {name: TUNELOOP_METRICS_PORT, value: "8080"}
 - {name: TUNELOOP_PROGRESS_INTERVAL_SECONDS, value: {{ .Values.operator.progressIntervalSeconds | quote }}}

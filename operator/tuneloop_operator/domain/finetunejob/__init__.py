@@ -8,7 +8,7 @@ from tuneloop_operator.api.conditions import JobReason
 from tuneloop_operator.domain import times
 from tuneloop_operator.domain.conditions import shortened, with_times
 from tuneloop_operator.domain.decision import Decision, EventNote, Invalid, WaitingFor
-from tuneloop_operator.domain.finetunejob import endings, lifecycle, stages
+from tuneloop_operator.domain.finetunejob import endings, fits, lifecycle, stages
 from tuneloop_operator.domain.finetunejob.case import Case, Standing
 from tuneloop_operator.domain.finetunejob.conditions import conditions
 from tuneloop_operator.domain.finetunejob.folding import fold
@@ -24,6 +24,7 @@ POLICIES = (
     lifecycle.deadline,
     stages.prepare,
     endings.already_trained,
+    fits.fits,
     stages.train,
     stages.package,
     endings.baseline_moved,

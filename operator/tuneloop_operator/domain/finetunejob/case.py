@@ -94,9 +94,12 @@ class Case:
         return stage.value
 
     def micro_batch(self) -> int | None:
-        """Half of what the trainer would take itself, after an attempt that was out of memory."""
+        """What was estimated to fit; half of it, or of what the trainer would take itself, after an attempt that was out of memory."""
+        estimated = self.status.estimate.micro_batch_size if self.status.estimate is not None else None
         if not out_of_memory_attempts(self.snapshot.of(Stage.TRAIN)):
-            return None
+            return estimated
+        if estimated is not None:
+            return max(1, estimated // 2)
         asked = self.job.spec.training
         tokens = TOKENS_PER_MICRO_BATCH["cuda" if self.job.spec.compute.accelerators_per_node else "cpu"]
         own_choice = min(asked.global_batch_size, max(1, tokens // asked.max_sequence_length))

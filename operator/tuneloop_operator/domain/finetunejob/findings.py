@@ -7,6 +7,7 @@ from datetime import datetime, timedelta
 from tuneloop_operator.api.finetunejob import (
     ArtifactStatus,
     DataStatus,
+    Estimate,
     EvaluationStatus,
     GateStatus,
     ProgressStatus,
@@ -52,6 +53,12 @@ def data_status(summary: PrepareSummary, result: StageResult) -> DataStatus:
         supervised_share=f"{min(max(summary.supervised_share, 0.0), 1.0):.4f}",
         report_uri=_report_uri(result),
     )
+
+
+def measured_estimate(estimate: Estimate, summary: TrainSummary) -> Estimate:
+    """Beside what was estimated, what the training took."""
+    hours = optional(summary.seconds / 3600)
+    return estimate.model_copy(update={"measured_peak_memory_bytes": summary.peak_memory_bytes, "measured_hours": hours})
 
 
 def with_digests(resolved: Resolved, summary: PrepareSummary) -> Resolved:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tuneloop_operator.domain.finetunejob import findings
+from tuneloop_operator.domain.finetunejob import findings, fits
 from tuneloop_operator.domain.finetunejob.attempts import Active, Done
 from tuneloop_operator.domain.finetunejob.case import Case
 from tuneloop_operator.domain.finetunejob.outcomes import outcome, result, running_seconds
@@ -65,6 +65,7 @@ def _running_seconds(case: Case) -> int:
 
 def _progressed(case: Case, progress: Progress) -> None:
     case.learn(progress=findings.progress_status(progress, case.status.progress, case.now))
+    fits.measure_speed(case, progress)
     case.learn(steps_lost=max(case.status.steps_lost, progress.steps_lost))
     if progress.checkpoint_step is not None:
         case.learn(checkpoint_step=max(case.status.checkpoint_step or 0, progress.checkpoint_step))
@@ -75,12 +76,15 @@ def _prepared(case: Case) -> None:
     if isinstance(verdict, Done) and verdict.result.prepare is not None:
         summary = verdict.result.prepare
         case.learn(data=findings.data_status(summary, verdict.result), resolved=findings.with_digests(case.resolved, summary))
+        fits.estimate(case, summary)
 
 
 def _trained(case: Case) -> None:
     verdict = case.verdict(Stage.TRAIN)
     if isinstance(verdict, Done) and verdict.result.train is not None:
         case.learn(progress=findings.finished_progress(verdict.result.train, case.status.progress))
+        if case.status.estimate is not None:
+            case.learn(estimate=findings.measured_estimate(case.status.estimate, verdict.result.train))
 
 
 def _packaged(case: Case) -> None:

@@ -51,7 +51,7 @@ def config_digest(spec: FineTuneJobSpec) -> str:
     asked = spec_content(spec)
     for field in ("runPolicy", "approval"):
         asked.pop(field, None)
-    compute = {field: value for field, value in asked.pop("compute", {}).items() if field != "pod"}
+    compute = {field: value for field, value in asked.pop("compute", {}).items() if field not in ("pod", "costPerAcceleratorHour")}
     if compute:
         asked["compute"] = compute
     text = json.dumps(asked, sort_keys=True, separators=(",", ":"))

@@ -1,0 +1,261 @@
+"""How far the memory estimate is from what training takes: random models on a CPU, each training in a process of its own.
+
+`python -m bench.estimate` makes a Llama for each shape, prepares rows of exactly the wanted length, trains three steps by the trainer's
+own stage, and compares the peak of the resident set after imports with the operator's estimate. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tuneloop_operator.domain.finetunejob import estimates
+from tuneloop_trainer.contract import (
+    TOKENS_PER_MICRO_BATCH,
+    Base,
+    Checkpoint,
+    Curation,
+    DataSource,
+    Lora,
+    Method,
+    Paths,
+    RunConfig,
+    Stage,
+    Training,
+)
+
+STEPS = 3
+RANK = 16
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+@dataclass(frozen=True)
+class Shape:
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    key_value_heads: int
+    vocabulary: int
+
+
+SHAPES = {
+    "wide": Shape(1024, 2816, 6, 16, 8, 4_000),
+    "deep": Shape(512, 1408, 16, 8, 8, 8_000),
+    "wordy": Shape(512, 1536, 6, 8, 2, 48_000),
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One training. `batch` is the global one; the micro-batch is the trainer's choice."""
+
+    shape: str
+    method: str
+    length: int
+    batch: int
+    precision: str = "BF16"
+
+
+GRID = (
+    Point("wide", "LoRA", 128, 4),
+    Point("wide", "LoRA", 512, 2),
+    Point("wide", "LoRA", 1024, 2),
+    Point("wide", "Full", 256, 4),
+    Point("wide", "Full", 1024, 1),
+    Point("deep", "LoRA", 256, 4),
+    Point("deep", "LoRA", 1024, 1),
+    Point("deep", "LoRA", 512, 1, "FP32"),
+    Point("deep", "Full", 256, 2),
+    Point("deep", "Full", 1024, 2),
+    Point("wordy", "LoRA", 128, 2),
+    Point("wordy", "LoRA", 1024, 1),
+    Point("wordy", "Full", 64, 8),
+    Point("wordy", "Full", 512, 2),
+)
+
+
+def run_config(root: Path, point: Point) -> RunConfig:
+    method = Method(type="LoRA", lora=Lora(rank=RANK, alpha=RANK)) if point.method == "LoRA" else Method(type="Full")
+    return RunConfig(
+        namespace="bench",
+        name="estimate",
+        uid="0",
+        paths=Paths(work=str(root / "work"), artifact=str(root / "artifact"), cache=str(root / "cache")),
+        base=Base(uri="pvc://models/base", path=str(root / "base")),
+        method=method,
+        loss="FullSequence",
+        prompt_format="Text",
+        train=(DataSource(uri="pvc://data/rows.jsonl", path=str(root / "rows.jsonl")),),
+        training=Training(
+            max_steps=STEPS, global_batch_size=point.batch, max_sequence_length=point.length, warmup_steps=0, precision=point.precision
+        ),
+        curation=Curation(deduplicate="None", decontaminate=False),
+        checkpoint=Checkpoint(every_minutes=None),
+        model="estimate",
+        output_format="Adapter" if point.method == "LoRA" else "Merged",
+        threads=1,
+    )
+
+
+# --- in processes of their own ------------------------------------------------
+
+
+def make(root: Path, point: Point) -> None:
+    """Model, tokenizer of one token a word, rows of exactly the wanted length, and the prepare stage. Prints its summary."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    shape = SHAPES[point.shape]
+    words = {("</s>", "<unk>")[number] if number < 2 else f"w{number}": number for number in range(shape.vocabulary)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<unk>", unk_token="<unk>")
+    fast.save_pretrained(root / "base")
+    config = LlamaConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.key_value_heads,
+        tie_word_embeddings=True,
+        eos_token_id=0,
+        bos_token_id=None,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(root / "base")
+    draw = random.Random(0)
+    with (root / "rows.jsonl").open("w") as file:
+        for _ in range(point.batch):
+            text = [f"w{draw.randrange(2, shape.vocabulary)}" for _ in range(point.length - 1)]
+            half = point.length // 2
+            file.write(json.dumps({"prompt": " ".join(text[:half]), "completion": " " + " ".join(text[half:])}) + "\n")
+    result = _stage(root, point, Stage.PREPARE)
+    assert result.prepare is not None
+    assert result.prepare.longest_row == point.length
+    assert result.prepare.model is not None
+    print(json.dumps({"shape": result.prepare.model.model_dump(), "supervised_share": result.prepare.supervised_share}))
+
+
+def train(root: Path, point: Point) -> None:
+    """Prints the peak of the resident set over what the imports took, and the seconds of the steps."""
+    import datasets  # noqa: F401  # counted as imports
+    import peft  # noqa: F401
+    import trl  # noqa: F401
+
+    import tuneloop_trainer.stages.train
+    import tuneloop_trainer.training.callbacks
+    import tuneloop_trainer.training.trainer  # noqa: F401
+
+    imports = _resident("VmRSS")
+    result = _stage(root, point, Stage.TRAIN)
+    assert result.train is not None, result
+    report = {"imports": imports, "measured": _resident("VmHWM") - imports}
+    print(json.dumps(report | {"micro_batch": result.train.micro_batch_size, "seconds": result.train.seconds}))
+
+
+def _stage(root: Path, point: Point, stage: Stage):  # type: ignore[no-untyped-def]  # StageResult: the trainer is imported late
+    from tuneloop_trainer.interrupts import Interrupts
+    from tuneloop_trainer.progress import ProgressWriter
+    from tuneloop_trainer.worker import run
+
+    return run(stage, run_config(root, point), ProgressWriter(root / "progress.json", stage, "bench"), Interrupts())
+
+
+def _resident(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(name))
+
+
+# --- the grid -----------------------------------------------------------------
+
+
+def measure(point: Point) -> dict[str, object]:
+    with tempfile.TemporaryDirectory(prefix="tuneloop-estimate-") as folder:
+        made, trained = _child("make", folder, point), _child("train", folder, point)
+    workload = workload_of(point, made)
+    if trained["micro_batch"] != workload.micro_batch:
+        raise SystemExit(f"{point}: the trainer took micro-batches of {trained['micro_batch']}, not {workload.micro_batch}")
+    predicted = estimates.peak_memory(workload) - estimates.IMPORTS
+    measured = trained["measured"]
+    flops = estimates.flops_per_token(workload) * STEPS * point.batch * point.length
+    return asdict(point) | {
+        "predicted_mib": predicted >> 20,
+        "measured_mib": measured >> 20,
+        "imports_mib": trained["imports"] >> 20,
+        "error": round(abs(predicted - measured) / measured, 3),
+        "gflops": round(flops / trained["seconds"] / 1e9, 1),
+    }
+
+
+def workload_of(point: Point, made: dict[str, object]) -> estimates.Workload:
+    """As the operator would make it of the job and of what prepare told."""
+    limit = max(1, TOKENS_PER_MICRO_BATCH["cpu"] // point.length)
+    micro = max(size for size in range(1, point.batch + 1) if point.batch % size == 0 and size <= limit)
+    return estimates.Workload(
+        shape=estimates.ModelShape.model_validate(made["shape"]),
+        method="LoRA" if point.method == "LoRA" else "Full",
+        rank=RANK,
+        only_attention=False,
+        precision="FP32" if point.precision == "FP32" else "BF16",
+        device="cpu",
+        micro_batch=micro,
+        accumulation=point.batch // micro,
+        longest=point.length,
+        supervised_share=float(str(made["supervised_share"])),
+        checkpointing=False,
+    )
+
+
+def _child(step: str, folder: str, point: Point):  # type: ignore[no-untyped-def]  # JSON of the step
+    command = [sys.executable, "-m", "bench.estimate", "--step", step, "--root", folder, "--point", json.dumps(asdict(point))]
+    done = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{step} of {point} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="bench.estimate", description=__doc__)
+    parser.add_argument("--points", type=int, default=len(GRID), help="measure the first so many points (default: all)")
+    parser.add_argument("--workers", type=int, default=2, help="trainings at a time (default: %(default)s)")
+    parser.add_argument("--step", choices=("make", "train"), help=argparse.SUPPRESS)
+    parser.add_argument("--root", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--point", type=json.loads, help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    if arguments.step is not None:
+        {"make": make, "train": train}[arguments.step](arguments.root, Point(**arguments.point))
+        return
+    found = []
+    with ThreadPoolExecutor(arguments.workers) as pool:
+        for row in pool.map(measure, GRID[: arguments.points]):
+            print(json.dumps(row), flush=True)
+            found.append(row)
+    errors = [float(str(row["error"])) for row in found]
+    sizes = [int(str(row["measured_mib"])) for row in found]
+    print(
+        json.dumps(
+            {
+                "points": len(found),
+                "median_error": round(statistics.median(errors), 3),
+                "max_error": max(errors),
+                "span": round(max(sizes) / min(sizes), 1),
+                "imports_mib": max(int(str(row["imports_mib"])) for row in found),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

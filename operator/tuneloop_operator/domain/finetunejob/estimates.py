@@ -1,0 +1,172 @@
+"""What a training will need: peak memory of a device, disk, time. Arithmetic over the model's shape; nothing is loaded.
+
+Memory = weights + trained weights x (gradient, two moments of Adam) + what the forward pass keeps for the backward one + the head's tile.
+What a layer keeps was counted with torch's `saved_tensors_hooks` (torch 2.13, transformers 5.19, peft 0.21) and follows from three facts:
+RMSNorm keeps its input in fp32; under autocast every linear layer of fp32 weights keeps its own bf16 copy of its input; LoRA does so for
+every layer that it adapts. On a CPU the result is the process's resident set, and two things come on top: what the imports take, and the
+holes of glibc's heap. Before its version 2.38 (the image has 2.36) an aligned block that was freed cannot be used again for one of the
+same size, so that temporaries between kept tensors stay resident: their share of what is kept is HOLES. With every tensor in a mapping of
+its own the holes vanish, at twice the time of a step; the formulas without holes then hold within 3 %, which is how they were told apart.
+On CUDA the result is what the allocator holds at once (`max_memory_allocated`); the context and fragmentation are left to SPARE.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tuneloop_trainer.contract import ModelShape
+
+MIB = 1 << 20
+IMPORTS = 840 * MIB
+"""Resident set of a worker that has imported torch, transformers, TRL, peft and datasets."""
+FILE_PAGES = 320 * MIB
+"""Of these, pages of the libraries' files: the kernel drops them before it ends a process for memory."""
+STARTED = 40 * MIB
+"""What the first step touches whatever the model: kernels of libraries, data loader, optimiser, saving."""
+HOLES = {"LoRA": 0.85, "Full": 0.45}
+SPARE = 0.92
+"""Share of a device's memory that an estimate may fill."""
+POSITIONS = {"cpu": 1024, "cuda": 4096}
+"""Positions whose logits exist at once: of the trainer's own head, and of TRL's tile on CUDA."""
+TILE_WIDTH = 32_768
+"""Columns of TRL's tile."""
+OPTIMIZER_BYTES = {"sgd": 0, "adafactor": 0, "adamw_bnb_8bit": 2, "adamw_8bit": 2}
+"""Per trained weight; every other optimiser is taken for Adam with two moments in fp32."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is trained, and how."""
+
+    shape: ModelShape
+    method: Literal["LoRA", "Full"]
+    rank: int
+    only_attention: bool
+    """Whether LoRA leaves the MLP alone."""
+    precision: Literal["BF16", "FP32"]
+    device: Literal["cpu", "cuda"]
+    micro_batch: int
+    accumulation: int
+    longest: int
+    """Tokens of the longest row."""
+    supervised_share: float
+    checkpointing: bool
+    optimizer: str = "adamw_torch"
+
+    @property
+    def tokens(self) -> int:
+        """Of a micro-batch."""
+        return self.micro_batch * self.longest
+
+    @property
+    def global_batch(self) -> int:
+        return self.micro_batch * self.accumulation
+
+
+def trained_parameters(work: Workload) -> int:
+    """Full: all. LoRA: rank x (inputs + outputs) of every layer that it adapts."""
+    shape = work.shape
+    if work.method == "Full":
+        return shape.parameters
+    hidden, wide = shape.hidden_size, shape.intermediate_size
+    query, key = shape.heads * shape.head_size, shape.key_value_heads * shape.head_size
+    sides = 2 * (hidden + query) + 2 * (hidden + key)
+    if not work.only_attention:
+        sides += 3 * (hidden + wide)
+    return shape.layers * work.rank * sides
+
+
+def peak_memory(work: Workload) -> int:
+    """Bytes at the highest point of a step: on a CPU the resident set of the process, on CUDA what the allocator holds."""
+    kept = _kept_by_layers(work)
+    if work.device == "cpu":
+        return int(IMPORTS + STARTED + max(_static(work) + kept * (1 + HOLES[work.method]) + _head(work), _end_of_backward(work)))
+    return int(max(_static(work) + kept + _head(work), _end_of_backward(work)))
+
+
+def needed_of_limit(work: Workload) -> int:
+    """Bytes that a limit must have: of the pod on a CPU, of one device on CUDA."""
+    peak = peak_memory(work)
+    return peak - FILE_PAGES if work.device == "cpu" else int(peak / SPARE)
+
+
+def flops_per_token(work: Workload) -> float:
+    """Full: 6 for each weight (2 forward, 4 backward). LoRA: 4, since no frozen weight has a gradient. 2 more where the forward pass is
+    made again. Attention by the mean length of the keys, half the row."""
+    per_weight = (6 if work.method == "Full" else 4) + (2 if work.checkpointing else 0)
+    attention = 6 * work.shape.layers * work.shape.heads * work.shape.head_size * work.longest
+    return float(per_weight * work.shape.parameters + attention)
+
+
+def disk(work: Workload, keep: int, tokens: int, merged: bool) -> int:
+    """Bytes on the store: the checkpoints that are kept and the one being written, the artifact, the tokenised rows."""
+    trained = trained_parameters(work)
+    checkpoint = trained * (4 + _optimizer_bytes(work))
+    artifact = 2 * work.shape.parameters if merged else 4 * trained
+    return (keep + 1) * checkpoint + artifact + 9 * tokens
+
+
+# --- parts --------------------------------------------------------------------
+
+
+def _optimizer_bytes(work: Workload) -> int:
+    return OPTIMIZER_BYTES.get(work.optimizer, 8)
+
+
+def _static(work: Workload) -> int:
+    """What is there when the backward pass begins: weights, moments, gradients of earlier micro-batches, autocast's bf16 weights."""
+    shape, trained = work.shape, trained_parameters(work)
+    casts = 2 * trained if work.precision == "BF16" else 0
+    moments = trained * _optimizer_bytes(work)
+    if work.method == "Full":
+        gradients = 4 * trained if work.accumulation > 1 else 0
+        return 4 * shape.parameters + moments + gradients + casts
+    weights = shape.parameters * (2 if work.precision == "BF16" else 4)
+    return weights + 4 * trained + moments + 4 * trained + casts
+
+
+def _end_of_backward(work: Workload) -> int:
+    """Weights, moments and all gradients; the activations are gone."""
+    trained = trained_parameters(work)
+    frozen = work.shape.parameters * (2 if work.precision == "BF16" else 4) if work.method == "LoRA" else 0
+    return frozen + trained * (4 + 4 + _optimizer_bytes(work))
+
+
+def _kept_by_layers(work: Workload) -> int:
+    """With gradient checkpointing each layer's input and one layer as a whole, else all of all layers."""
+    layer = _kept_by_layer(work) * work.tokens
+    if not work.checkpointing:
+        return layer * work.shape.layers
+    stream = 2 if work.method == "LoRA" and work.precision == "BF16" else 4
+    return layer + work.shape.layers * stream * work.shape.hidden_size * work.tokens
+
+
+def _kept_by_layer(work: Workload) -> int:
+    """Bytes for each token. Four tensors are as wide as the MLP (gate, its activation, up, their product); queries and the
+    attention's output as wide as the queries, keys and values as wide as theirs; one number for each head."""
+    shape = work.shape
+    hidden, wide = shape.hidden_size, shape.intermediate_size
+    query, key = shape.heads * shape.head_size, shape.key_value_heads * shape.head_size
+    each = 2 if work.precision == "BF16" else 4
+    common = each * (4 * wide + 2 * query + 2 * key) + 4 * shape.heads
+    adapted = 4 if work.only_attention else 7
+    if work.precision == "FP32":
+        own = 24 * hidden if work.method == "Full" else 16 * hidden
+    elif work.method == "Full":
+        own = 16 * hidden + 10 * hidden  # four in fp32; five copies in bf16 for q, k, v, gate, up
+    else:
+        copies = 3 if work.only_attention else 5
+        own = 8 * hidden + 2 * copies * hidden + 2 * query  # two in fp32; a copy for each adapter, that of the output projection too
+    return common + own + (each * adapted * work.rank if work.method == "LoRA" else 0)
+
+
+def _head(work: Workload) -> int:
+    """Logits, their softmax, and the temporaries of gradient and entropy: four tensors in fp32. A trained head has a gradient."""
+    positions = max(1, round(work.tokens * min(max(work.supervised_share, 0.0), 1.0)))
+    vocabulary = work.shape.vocabulary
+    gradient = 6 * vocabulary * work.shape.hidden_size if work.method == "Full" else 0
+    if work.device == "cuda":
+        tile = 2 * min(positions, POSITIONS["cuda"]) * min(vocabulary, TILE_WIDTH)
+        return tile + 4 * positions * work.shape.hidden_size + gradient
+    return 16 * min(positions, POSITIONS["cpu"]) * vocabulary + gradient
