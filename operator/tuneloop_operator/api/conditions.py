@@ -105,6 +105,8 @@ class DeploymentReason(StrEnum):
     PROMPT_MISMATCH = "PromptMismatch"
     SERVING_MISMATCH = "ServingMismatch"
     ENGINE_FAILED = "EngineFailed"
+    MODEL_NOT_FOUND = "ModelNotFound"
+    ACCESS_DENIED = "AccessDenied"
     STARTUP_TIMEOUT = "StartupTimeout"
     IMAGE_PULL_FAILED = "ImagePullFailed"
     UNSCHEDULABLE = "Unschedulable"

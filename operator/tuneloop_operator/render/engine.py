@@ -10,6 +10,7 @@ from tuneloop_operator.api.modeldeployment import Engine, ModelDeployment
 from tuneloop_operator.api.modelversion import ModelVersion
 from tuneloop_operator.render import names, pods
 from tuneloop_operator.render.revisions import Pinned
+from tuneloop_operator.render.training import HUB_TOKEN
 from tuneloop_operator.settings import Settings
 
 Json = dict[str, Any]
@@ -200,6 +201,8 @@ def _environment(version: ModelVersion, startup_seconds: int, *, on_cpu: bool) -
         variables.append(pods.value("TUNELOOP_PROBES_FILE", names.pvc_path(version.spec.probes_uri)))
     if not from_hub:
         variables.append(pods.value("HF_HUB_OFFLINE", "1"))
+    elif version.spec.base is not None and version.spec.base.source.secret_ref is not None:
+        variables.append(pods.from_secret("HF_TOKEN", version.spec.base.source.secret_ref.name, HUB_TOKEN))
     if on_cpu:
         variables.append(pods.value("VLLM_CPU_KVCACHE_SPACE", "1"))
     return variables

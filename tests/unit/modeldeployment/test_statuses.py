@@ -48,8 +48,8 @@ def waiting(reason: str, message: str = "why.") -> dict[str, object]:
     return {"phase": "Pending", "containerStatuses": [state]}
 
 
-def ended(name: str = "engine", code: int = 1, reason: str = "Error", restarts: int = 5) -> dict[str, object]:
-    state = {"name": name, "restartCount": restarts, "lastState": {"terminated": {"exitCode": code, "reason": reason, "message": "Boom."}}}
+def ended(name: str = "engine", code: int = 1, reason: str = "Error", restarts: int = 5, message: str = "Boom.") -> dict[str, object]:
+    state = {"name": name, "restartCount": restarts, "lastState": {"terminated": {"exitCode": code, "reason": reason, "message": message}}}
     return {"initContainerStatuses" if name == "verify" else "containerStatuses": [state]}
 
 
@@ -152,6 +152,12 @@ STATES: dict[str, Callable[[], World]] = {
     "A new revision lacks a Secret": lambda: rolling_out(**waiting("CreateContainerConfigError")),
     "A new revision ran out of memory, Latest": lambda: rolling_out(**ended(code=137, reason="OOMKilled", restarts=1)),
     "A new revision crashed three times, Latest": lambda: rolling_out(**ended()),
+    "A new revision's engine refuses its adapter, Latest": lambda: rolling_out(
+        **ended(restarts=0, message="ValueError: Loading lora sentiment failed: No adapter found for <path>")
+    ),
+    "The first revision's model is not where it should be": lambda: unserved_failure(
+        **ended(restarts=0, message="HFValidationError: Repo id must be in the form 'repo_name': '/volumes/models/gone'.")
+    ),
     "A new revision's files do not have its digest, Latest": lambda: rolling_out(**ended("verify", restarts=1)),
     "A new revision was not ready in time, Latest": timed_out,
     "A new version answers unlike the evaluator, Latest": lambda: rejected(pinned=False),

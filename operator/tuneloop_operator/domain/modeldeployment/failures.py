@@ -10,6 +10,7 @@ from tuneloop_operator.api.conditions import DeploymentReason
 from tuneloop_operator.api.kubernetes import ContainerStatus, Deployment, Pod, Terminated
 from tuneloop_operator.domain import times
 from tuneloop_operator.domain.conditions import shortened
+from tuneloop_operator.domain.modeldeployment.crashes import diagnose, sentence
 from tuneloop_operator.render.engine import VERIFY
 
 PULL_REASONS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "RegistryUnavailable")
@@ -79,11 +80,21 @@ def _of_container(what: str, container: ContainerStatus) -> Failure | None:
     if ended.reason == "OOMKilled":
         message = f"{what} ran out of memory and was killed. Raise engine.pod.resources (requests and limits of memory)."
         return Failure(DeploymentReason.OUT_OF_MEMORY, message, is_fatal=True)
-    if container.restart_count < CRASHES:
+    return _crashed(what, container.restart_count, ended)
+
+
+def _crashed(what: str, restarts: int, ended: Terminated) -> Failure | None:
+    """At once where what it said leaves no hope; else a crash may be bad luck."""
+    said, known = sentence(ended.message), diagnose(ended.message)
+    is_hopeless = known is not None and known.is_permanent
+    if restarts < CRASHES and not is_hopeless:
         return None
-    last = shortened(ended.message[-300:], 300) or "look at the pod's log."
-    message = f"{what} ended {container.restart_count} times, last with exit code {ended.exit_code}: {last}"
-    return Failure(DeploymentReason.ENGINE_FAILED, message, is_fatal=True)
+    last = said or shortened(ended.message[-300:], 300) or "look at the pod's log."
+    times_ = f"{restarts} times, last " if restarts > 1 else ""
+    message = f"{what} ended {times_}with exit code {ended.exit_code}: {last}"
+    if known is None:
+        return Failure(DeploymentReason.ENGINE_FAILED, message, is_fatal=True)
+    return Failure(known.reason, f"{message.rstrip('. ')}. {known.remedy}", is_fatal=True)
 
 
 def _unverified(what: str, ended: Terminated) -> Failure:
