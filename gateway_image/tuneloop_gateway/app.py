@@ -10,20 +10,23 @@ from typing import Any
 
 from aiohttp import web
 
+from tuneloop_gateway.allowances import OwnAllowances, SharedAllowances
 from tuneloop_gateway.capture import Capture
 from tuneloop_gateway.cluster import ApiServer, ClusterWatch
 from tuneloop_gateway.configuration import Configuration
+from tuneloop_gateway.contract import ForgetReceipt, ForgetRequest
 from tuneloop_gateway.curation import Curation
 from tuneloop_gateway.database import Database, database_url
 from tuneloop_gateway.drift.monitor import Monitor
 from tuneloop_gateway.endpoints import Endpoints
 from tuneloop_gateway.feedback import Feedback
 from tuneloop_gateway.internal import Internal
-from tuneloop_gateway.keys import KeyRing, read_secrets
+from tuneloop_gateway.keys import KeyRing, read_secrets, subject_of
 from tuneloop_gateway.metrics import Metrics
 from tuneloop_gateway.probes import Prober
 from tuneloop_gateway.proxy import Exchange, Proxy
 from tuneloop_gateway.public import Public
+from tuneloop_gateway.retention import Retention
 from tuneloop_gateway.routing import Router
 from tuneloop_gateway.settings import Settings
 from tuneloop_gateway.state import State
@@ -53,25 +56,35 @@ class Gateway:
         self.monitor = Monitor(configuration, self.database, settings.pod_uid)
         self.capture = Capture(configuration, self.database, self.metrics, self.monitor.take)
         self.curation = Curation(self.database)
+        self.retention = Retention(configuration, self.database, self.metrics)
+        self._feedback_key = secrets.feedback_key
         self.proxy = Proxy(configuration, self.router, self.metrics, secrets.engine_key, self._ended)
         self.prober = Prober(configuration, self.endpoints, self.router, self.proxy.session, secrets.engine_key)
+        self.allowances = SharedAllowances(self.database) if self.database.is_shared else OwnAllowances()
         feedback = Feedback(configuration, self.curation, self.metrics, secrets.feedback_key)
         self.public = Public(
-            configuration, self.keys, self.proxy, self.capture, feedback, self.monitor, self.metrics, secrets.feedback_key
+            configuration, self.keys, self.proxy, self.capture, feedback, self.monitor, self.metrics, secrets.feedback_key,
+            self.allowances,
         )  # fmt: skip
         state = State(configuration, self.endpoints, self.router, self.prober, self.capture, self.monitor, self.curation, settings.pod_uid)
-        self.internal = Internal(configuration, state, self.curation, self.monitor, self.metrics, secrets.internal_token)
+        self.internal = Internal(configuration, state, self.curation, self.monitor, self.metrics, secrets.internal_token, self.forget)
         self.api = ApiServer(settings.api_server, settings.token_path) if settings.api_server else None
         self._tasks: list[asyncio.Task[None]] = []
         self._public_site: web.TCPSite | None = None
         self._runners: list[web.AppRunner] = []
+
+    async def forget(self, whose: ForgetRequest) -> ForgetReceipt:
+        """Deletes a subject's rows, and what waits here to be stored. Raises Unavailable."""
+        subject = whose.subject or subject_of(whose.key or "", self._feedback_key)
+        self.capture.forget(subject)
+        return await self.retention.forget(subject)
 
     def _ended(self, exchange: Exchange) -> None:
         self.capture.offer(exchange)
 
     async def start(self) -> None:
         """Opens both ports and starts what runs beside requests."""
-        for work in (self.capture.prepare, self.capture.write, self.capture.sweep, self.monitor.run, self.prober.run, self._follow_keys):
+        for work in (self.capture.prepare, self.capture.write, self.retention.run, self.monitor.run, self.prober.run, self._follow_keys):
             self._tasks.append(asyncio.create_task(_keep_running(work.__qualname__, work)))
         if self.settings.endpoints is not None or self.api is None or self.settings.config_map is None:
             seconds = FILE_SECONDS
@@ -132,6 +145,8 @@ class Gateway:
         await self.proxy.close()
         if self.api is not None:
             await self.api.close()
+        if isinstance(self.allowances, SharedAllowances):
+            await self.allowances.close()
         await self.database.close()
 
 

@@ -10,13 +10,13 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from sqlalchemy import delete, insert, select
+from sqlalchemy import insert
 
 from tuneloop_gateway.answers import read_answer
 from tuneloop_gateway.canonical import MAX_CHARS, canonical, redact_personal_data, storable
 from tuneloop_gateway.configuration import Configuration
 from tuneloop_gateway.contract import CaptureReport
-from tuneloop_gateway.database import Database, Unavailable, captured, corrections, feedback, labels
+from tuneloop_gateway.database import Database, Unavailable, captured
 from tuneloop_gateway.inbound import Inbound
 from tuneloop_gateway.metrics import Metrics
 from tuneloop_gateway.proxy import Exchange
@@ -25,9 +25,6 @@ logger = logging.getLogger(__name__)
 BATCH = 200
 BATCH_SECONDS = 0.25
 TRIES = 3
-CURATED_DAYS = 180
-SWEEP_SECONDS = 3600.0
-SWEEP_ROWS = 500
 LARGE_ANSWER_BYTES = 32 << 10
 MAX_QUEUED_BYTES = 64 << 20
 
@@ -136,6 +133,13 @@ class Capture:
         self.new_rows += len(batch)
         self._metrics.captured(len(batch))
 
+    def forget(self, subject: str) -> None:
+        """What waits to be stored of this subject is not stored. It was not lost, so it does not count as dropped."""
+        self._rows = deque(row for row in self._rows if row["subject"] != subject)
+        for exchange in self._ended:
+            if exchange.subject == subject:
+                exchange.keep = False
+
     async def flush(self, seconds: float) -> None:
         """Before the end: stores what is pending, once, and counts what could not be stored."""
         deadline = time.monotonic() + seconds
@@ -145,34 +149,6 @@ class Capture:
             await asyncio.sleep(0.05)
         if lost := self.pending:
             logger.error("%d captured rows were lost at the end.", lost)
-
-    async def sweep(self) -> None:
-        """Deletes what is past its retention, at start and every hour, in small steps. Runs for ever."""
-        while True:
-            try:
-                gone = await self.sweep_once(time.time())
-                if gone:
-                    logger.info("Retention: %d captured rows deleted.", gone)
-            except Unavailable as error:
-                logger.warning("Retention could not be enforced now: %s.", error)
-            await asyncio.sleep(SWEEP_SECONDS)
-
-    async def sweep_once(self, now: float) -> int:
-        """Raw rows after the configured days, curated rows (which hold their own copy of a text) after 180."""
-        oldest = now - self._configuration.current.capture.retention_days * 86400
-        gone = 0
-        while True:
-            async with self._database.begin() as connection:
-                stale = select(captured.c.id).where(captured.c.captured_at < oldest).limit(SWEEP_ROWS)
-                deleted = (await connection.execute(delete(captured).where(captured.c.id.in_(stale)))).rowcount
-            gone += deleted
-            if deleted < SWEEP_ROWS:
-                break
-        async with self._database.begin() as connection:
-            await connection.execute(delete(feedback).where(feedback.c.updated_at < oldest))
-            for table in (labels, corrections):
-                await connection.execute(delete(table).where(table.c.updated_at < now - CURATED_DAYS * 86400))
-        return gone
 
 
 def _row(exchange: Exchange, text: str, redact: bool) -> Row:

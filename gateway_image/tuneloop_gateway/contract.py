@@ -27,7 +27,7 @@ TOKEN_PATH = "/var/run/secrets/tuneloop"
 PUBLIC_PORT = 8080
 """/v1/chat/completions, /v1/completions, /v1/models, /v1/feedback, /healthz, /readyz"""
 INTERNAL_PORT = 8081
-"""/internal/state (open), /metrics (open), /internal/export and /internal/labels (token)"""
+"""/internal/state (open), /metrics (open), /internal/export, /internal/labels and /internal/forget (token)"""
 ENGINE_PORT = 8000
 ENGINE_PROBES_PATH = "/tuneloop/probes"
 """Answered by the engine's guard (with the engine key): JSON list of the trainer's `Probe` items recorded for its artifact."""
@@ -119,7 +119,9 @@ class Drift(Model):
 class Limits(Model):
     max_body_bytes: int = 1 << 20
     requests_per_minute: int | None = None
-    """Per API key."""
+    """Per API key, over all replicas; callers without a key count as one."""
+    tokens_per_minute: int | None = None
+    """Likewise: tokens of prompts and answers, as the engines report them."""
     upstream_timeout_seconds: float = 300
     max_in_flight: int = 512
 
@@ -261,6 +263,25 @@ class ExportRow(Model):
     kind: Literal["Label", "Correction"]
 
 
+class ForgetRequest(Model):
+    """Body of `POST /internal/forget`: whose rows to delete. One of the two."""
+
+    key: str | None = Field(default=None, min_length=1, max_length=253)
+    """Name of an API key, as in `KEYS_PATH`; `anonymous`: all who had none."""
+    subject: str | None = Field(default=None, pattern="^[0-9a-f]{24}$")
+    """Its pseudonym, where a table or an answer to this request showed it."""
+
+
+class ForgetReceipt(Model):
+    """Answer of `POST /internal/forget`: rows that were deleted."""
+
+    subject: str
+    captured: int = 0
+    feedback: int = 0
+    labels: int = 0
+    corrections: int = 0
+
+
 # --- names of metrics (prometheus-client adds _total to counters) ---------------
 
 
@@ -285,6 +306,8 @@ class Metric:
     CAPTURED = "tuneloop_gateway_captured"
     CAPTURE_DROPPED = "tuneloop_gateway_capture_dropped"
     """counter; + reason (queue_full, database)"""
+    ROWS_DELETED = "tuneloop_gateway_rows_deleted"
+    """counter; + table (captured, feedback, labels, corrections), reason (retention, subject)"""
     FEEDBACK = "tuneloop_feedback"
     """counter; + kind (rating, preference, correction), value (up, down, none)"""
     LABELLED_ROWS = "tuneloop_feedback_labelled_rows"

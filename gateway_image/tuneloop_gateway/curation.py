@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tuneloop_gateway.canonical import normalise
 from tuneloop_gateway.contract import CapturedRow, ExportRow, FeedbackReport, LabelReceipt, LabelRow
-from tuneloop_gateway.database import Database, captured, corrections, feedback, labels, upsert
+from tuneloop_gateway.database import Database, captured, corrections, feedback, insert_unless_there, labels, upsert
 from tuneloop_gateway.drift.process import rfc3339
 
 AGREEMENT = 2
@@ -59,17 +59,14 @@ class Curation:
         """Stores one vote; the same subject's later vote on the response replaces it. True where it is the first."""
         now = time.time()
         async with self._database.begin() as connection:
-            key = (
-                feedback.c.response_id == vote.response_id,
-                feedback.c.subject == vote.subject,
-                feedback.c.kind == vote.kind,
-            )
-            is_first = (await connection.execute(select(feedback.c.kind).where(*key))).first() is None
             row = {
                 "response_id": vote.response_id, "subject": vote.subject, "kind": vote.kind, "value": vote.value,
                 "text": None if vote.kind == "correction" else vote.text, "reviewer": vote.reviewer, "epoch": epoch, "updated_at": now,
             }  # fmt: skip
-            await connection.execute(upsert(connection, feedback), row)
+            # Which of two replicas is the first is for the database to say.
+            is_first = (await connection.execute(insert_unless_there(connection, feedback), row)).rowcount == 1
+            if not is_first:
+                await connection.execute(upsert(connection, feedback), row)
             if vote.kind == "correction" and vote.text is not None:
                 await self._add_correction(connection, vote, vote.text, epoch, now)
         self._report_key = ""
@@ -77,13 +74,13 @@ class Curation:
 
     async def _add_correction(self, connection: AsyncConnection, vote: Vote, correction: str, epoch: str, now: float) -> None:
         """Keeps the input beside the correction, so that it outlives the raw row. An answer that was not captured cannot be learnt from."""
-        text = (await connection.execute(select(captured.c.text).where(captured.c.id == vote.response_id))).scalar()
-        if text is None:
+        asked = (await connection.execute(select(captured.c.text, captured.c.subject).where(captured.c.id == vote.response_id))).first()
+        if asked is None:
             return
-        document = document_of(text)
+        document = document_of(asked.text)
         row = {
-            "response_id": vote.response_id, "subject": vote.subject, "document": document, "text": text, "correction": correction,
-            "reviewer": vote.reviewer, "split": split_of(document), "epoch": epoch, "updated_at": now,
+            "response_id": vote.response_id, "subject": vote.subject, "document": document, "text": asked.text, "correction": correction,
+            "reviewer": vote.reviewer, "split": split_of(document), "epoch": epoch, "updated_at": now, "asked_by": asked.subject,
         }  # fmt: skip
         await connection.execute(upsert(connection, corrections), row)
 
@@ -94,16 +91,16 @@ class Curation:
         now = time.time()
         async with self._database.begin() as connection:
             for ids in _chunks(list(latest), CHUNK):
-                texts = await _texts(connection, ids)
+                texts = await _asked(connection, ids)
                 stored = []
-                for id_, text in texts.items():
+                for id_, (text, asked_by) in texts.items():
                     document = latest[id_].document or document_of(text)
                     split = split_of(document)
                     splits[split] += 1
                     stored.append(
                         {
                             "id": id_, "document": document, "text": text, "label": latest[id_].label,
-                            "split": split, "epoch": epoch, "updated_at": now,
+                            "split": split, "epoch": epoch, "updated_at": now, "asked_by": asked_by,
                         }
                     )  # fmt: skip
                 if stored:
@@ -210,14 +207,15 @@ def _of(query: Select[Any], table: Any, epoch: str | None) -> Select[Any]:
     return query if epoch is None else query.where(table.c.epoch == epoch)
 
 
-async def _texts(connection: AsyncConnection, ids: list[str]) -> dict[str, str]:
-    rows = await connection.execute(select(captured.c.id, captured.c.text).where(captured.c.id.in_(ids)))
-    texts = {row.id: row.text for row in rows}
-    missing = [i for i in ids if i not in texts]
+async def _asked(connection: AsyncConnection, ids: list[str]) -> dict[str, tuple[str, str | None]]:
+    """Text and subject by id."""
+    rows = await connection.execute(select(captured.c.id, captured.c.text, captured.c.subject).where(captured.c.id.in_(ids)))
+    asked: dict[str, tuple[str, str | None]] = {row.id: (row.text, row.subject) for row in rows}
+    missing = [i for i in ids if i not in asked]
     if missing:  # past raw retention, but labelled before
-        rows = await connection.execute(select(labels.c.id, labels.c.text).where(labels.c.id.in_(missing)))
-        texts.update({row.id: row.text for row in rows})
-    return texts
+        rows = await connection.execute(select(labels.c.id, labels.c.text, labels.c.asked_by).where(labels.c.id.in_(missing)))
+        asked.update({row.id: (row.text, row.asked_by) for row in rows})
+    return asked
 
 
 def _chunks(items: list[str], size: int) -> Iterable[list[str]]:

@@ -12,15 +12,19 @@ from typing import Any
 
 from sqlalchemy import Boolean, Column, Double, Index, Integer, LargeBinary, MetaData, String, Table, Text, event
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import ProgrammingError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
-from sqlalchemy.schema import CreateSchema
+from sqlalchemy.pool import NullPool
+
+from tuneloop_gateway.schema import Newer, upgrade
 
 logger = logging.getLogger(__name__)
 SECONDS = 8.0
 """No operation takes longer."""
+MIGRATION_SECONDS = 600.0
 
 metadata = MetaData()
+"""As the newest migration leaves them (a test compares)."""
 
 captured = Table(
     "captured",
@@ -32,13 +36,13 @@ captured = Table(
     Column("text", Text, nullable=False),
     Column("answer", Text, nullable=False),
     Column("finish_reason", String(32), nullable=False),
-    Column("subject", String(64), nullable=False),
+    Column("subject", String(64), nullable=False, index=True),
 )
 feedback = Table(
     "feedback",
     metadata,
     Column("response_id", String(64), primary_key=True),
-    Column("subject", String(64), primary_key=True),
+    Column("subject", String(64), primary_key=True, index=True),
     Column("kind", String(16), primary_key=True),
     Column("value", Integer, nullable=False),
     Column("text", Text),
@@ -56,8 +60,10 @@ labels = Table(
     Column("label", Text, nullable=False),
     Column("split", String(8), nullable=False),
     Column("epoch", String(64), nullable=False),
-    Column("updated_at", Double, nullable=False),
+    Column("updated_at", Double, nullable=False, index=True),
+    Column("asked_by", String(64), index=True),
 )
+"""asked_by: the subject whose request it was; None where the label is older than that column and the raw row was gone."""
 corrections = Table(
     "corrections",
     metadata,
@@ -69,9 +75,11 @@ corrections = Table(
     Column("reviewer", Boolean, nullable=False),
     Column("split", String(8), nullable=False),
     Column("epoch", String(64), nullable=False),
-    Column("updated_at", Double, nullable=False),
+    Column("updated_at", Double, nullable=False, index=True),
+    Column("asked_by", String(64), index=True),
     Index("corrections_by_document", "document"),
 )
+"""subject: who corrects; asked_by: whose request it was."""
 drift_state = Table(
     "drift_state",
     metadata,
@@ -87,6 +95,15 @@ drift_parts = Table(
     Column("name", String(32), primary_key=True),
     Column("data", LargeBinary, nullable=False),
 )
+
+allowances = Table(
+    "allowances",
+    metadata,
+    Column("subject", String(64), primary_key=True),
+    Column("requests_until", Double, nullable=False),
+    Column("tokens_until", Double, nullable=False),
+)
+"""What each key has used of its minute: the times (the server's) from which on it has all of it again."""
 
 
 class Unavailable(Exception):
@@ -110,7 +127,7 @@ def schema_of(deployment: str) -> str:
 
 
 class Database:
-    """Connections, opened when first needed and again after any failure. The tables are made by the first to come.
+    """Connections, opened when first needed and again after any failure. The tables are made, or brought up to date, before the first use.
 
     On PostgreSQL they lie in a schema of the deployment's own, so that several deployments may share one database.
     """
@@ -119,40 +136,73 @@ class Database:
         self._sqlite, self._seconds = url.get_backend_name() == "sqlite", seconds
         self._schema = schema_of(deployment)
         self.search_path = f'"{self._schema}"'
-        arguments: dict[str, Any] = {"timeout": 2.0}
-        if not self._sqlite:
-            arguments = {"timeout": 5.0, "command_timeout": seconds, "server_settings": {"search_path": self.search_path}}
-        pool: dict[str, Any] = {} if self._sqlite else {"pool_size": 3, "max_overflow": 2, "pool_timeout": 3}
-        self.engine: AsyncEngine = create_async_engine(url, connect_args=arguments, pool_pre_ping=not self._sqlite, **pool)
-        if self._sqlite:
-            event.listen(self.engine.sync_engine, "connect", _set_pragmas)
+        arguments: dict[str, Any] = {"timeout": 2.0} if self._sqlite else {"timeout": 5.0, "command_timeout": seconds}
+        pool: dict[str, Any] = {} if self._sqlite else {"pool_size": 3, "max_overflow": 2, "pool_timeout": 3, "pool_pre_ping": True}
+        self.engine = self._open(url, arguments, pool)
+        # A migration may take longer than any other operation.
+        self._for_migrations = self._open(url, {"timeout": 5.0}, {"poolclass": NullPool})
         self._ready = False
-        self._making = asyncio.Lock()
+        self._making: asyncio.Task[None] | None = None
         # SQLite has one writer; waiting for it here is cheaper and fairer than its own busy loop.
         self._turn: asyncio.Lock | asyncio.Semaphore = asyncio.Lock() if self._sqlite else asyncio.Semaphore(5)
+
+    @property
+    def is_shared(self) -> bool:
+        """Other replicas may use it too."""
+        return not self._sqlite
+
+    def _open(self, url: URL, arguments: dict[str, Any], pool: dict[str, Any]) -> AsyncEngine:
+        if not self._sqlite:
+            arguments = {**arguments, "server_settings": {"search_path": self.search_path}}
+        engine = create_async_engine(url, connect_args=arguments, **pool)
+        if self._sqlite:
+            event.listen(engine.sync_engine, "connect", _set_pragmas)
+        return engine
+
+    def beside(self, seconds: float, connections: int) -> AsyncEngine:
+        """Connections of their own, each statement a transaction: for what may not wait behind anything else. PostgreSQL alone."""
+        arguments = {"timeout": seconds, "command_timeout": seconds}
+        pool = {"pool_size": connections, "max_overflow": 0, "pool_timeout": seconds, "isolation_level": "AUTOCOMMIT"}
+        return self._open(self.engine.url, arguments, pool)
 
     @asynccontextmanager
     async def begin(self) -> AsyncIterator[AsyncConnection]:
         """A transaction. Raises Unavailable for whatever goes wrong with the database."""
         try:
             async with asyncio.timeout(self._seconds), self._turn:
-                if not self._ready:
-                    await self._make()
+                await self.prepare()
                 async with self.engine.begin() as connection:
                     yield connection
+        except ProgrammingError as error:
+            self.look_again()
+            raise Unavailable(f"{type(error.orig or error).__name__}") from error
+        except Newer as error:
+            raise Unavailable(str(error)) from error
         except (SQLAlchemyError, OSError, TimeoutError) as error:
             cause = getattr(error, "orig", None) or error
             raise Unavailable(f"{type(cause).__name__}") from error
 
+    def look_again(self) -> None:
+        """Somebody put another database in its place: before the next use the tables are made again."""
+        self._ready = False
+
+    async def prepare(self) -> None:
+        """Returns once the tables are those of this release. Who gives up waiting does not stop a migration that runs."""
+        if self._ready:
+            return
+        if self._making is None:
+            self._making = asyncio.create_task(self._make())
+            self._making.add_done_callback(self._made)
+        await asyncio.shield(self._making)
+
     async def _make(self) -> None:
-        async with self._making:
-            if self._ready:
-                return
-            async with self.engine.begin() as connection:
-                if not self._sqlite:
-                    await connection.execute(CreateSchema(self._schema, if_not_exists=True))
-                await connection.run_sync(metadata.create_all)
-            self._ready = True
+        async with asyncio.timeout(MIGRATION_SECONDS), self._for_migrations.begin() as connection:
+            await connection.run_sync(upgrade, self._schema)
+
+    def _made(self, task: asyncio.Task[None]) -> None:
+        self._making = None
+        self._ready = not task.cancelled() and task.exception() is None
+        if self._ready:
             logger.info("The capture database is ready.")
 
     @asynccontextmanager
@@ -163,6 +213,7 @@ class Database:
 
     async def close(self) -> None:
         await self.engine.dispose()
+        await self._for_migrations.dispose()
 
 
 def _set_pragmas(connection: Any, _: Any) -> None:
@@ -174,15 +225,24 @@ def _set_pragmas(connection: Any, _: Any) -> None:
 
 
 def upsert(connection: AsyncConnection, table: Table) -> Any:
-    """An INSERT that replaces the row of the same primary key; both dialects spell it alike, in different modules."""
-    if connection.dialect.name == "sqlite":
-        from sqlalchemy.dialects.sqlite import insert as sqlite_insert
-
-        statement: Any = sqlite_insert(table)
-    else:
-        from sqlalchemy.dialects.postgresql import insert as postgresql_insert
-
-        statement = postgresql_insert(table)
+    """An INSERT that replaces the row of the same primary key."""
+    statement = _insert(connection, table)
     keys = [c.name for c in table.primary_key]
     new = {c.name: statement.excluded[c.name] for c in table.columns if c.name not in keys}
     return statement.on_conflict_do_update(index_elements=keys, set_=new)
+
+
+def insert_unless_there(connection: AsyncConnection, table: Table) -> Any:
+    """An INSERT that does nothing (row count 0) where there is a row of the same primary key."""
+    return _insert(connection, table).on_conflict_do_nothing(index_elements=[c.name for c in table.primary_key])
+
+
+def _insert(connection: AsyncConnection, table: Table) -> Any:
+    """Both dialects spell it alike, in different modules."""
+    if connection.dialect.name == "sqlite":
+        from sqlalchemy.dialects.sqlite import insert as sqlite_insert
+
+        return sqlite_insert(table)
+    from sqlalchemy.dialects.postgresql import insert as postgresql_insert
+
+    return postgresql_insert(table)

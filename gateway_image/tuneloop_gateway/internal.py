@@ -11,7 +11,7 @@ from aiohttp import web
 from pydantic import BaseModel, ValidationError
 
 from tuneloop_gateway.configuration import Configuration
-from tuneloop_gateway.contract import TOKEN_HEADER, LabelRow
+from tuneloop_gateway.contract import TOKEN_HEADER, ForgetReceipt, ForgetRequest, LabelRow
 from tuneloop_gateway.curation import Curation
 from tuneloop_gateway.database import Unavailable
 from tuneloop_gateway.drift.monitor import Monitor
@@ -24,6 +24,7 @@ from tuneloop_gateway.state import State
 MAX_LABEL_ROWS = 10_000
 MAX_LABEL_BYTES = 32 << 20
 MAX_SAMPLE = 10_000
+MAX_FORGET_BYTES = 4096
 NDJSON = "application/x-ndjson"
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -32,9 +33,10 @@ class Internal:
     """Handlers of the internal port."""
 
     def __init__(
-        self, configuration: Configuration, state: State, curation: Curation, monitor: Monitor, metrics: Metrics, token: str
-    ) -> None:
-        self._configuration, self._state, self._curation = configuration, state, curation
+        self, configuration: Configuration, state: State, curation: Curation, monitor: Monitor, metrics: Metrics, token: str,
+        forget: Callable[[ForgetRequest], Awaitable[ForgetReceipt]],
+    ) -> None:  # fmt: skip
+        self._configuration, self._state, self._curation, self._forget = configuration, state, curation, forget
         self._monitor, self._metrics, self._token = monitor, metrics, token.encode()
 
     def application(self) -> web.Application:
@@ -44,6 +46,7 @@ class Internal:
         app.router.add_get("/internal/export", self._guarded(self.export))
         app.router.add_get("/internal/labels", self._guarded(self.sample))
         app.router.add_post("/internal/labels", self._guarded(self.label))
+        app.router.add_post("/internal/forget", self._guarded(self.forget))
         return app
 
     def _guarded(self, handler: Handler) -> Handler:
@@ -94,6 +97,16 @@ class Internal:
             raise Refused(413, f"At most {MAX_LABEL_ROWS} rows a request.", code="request_too_large")
         rows = [_parse_label(number, line) for number, line in enumerate(lines, 1)]
         receipt = await self._curation.add_labels(rows, self._monitor.epoch)
+        return web.Response(body=receipt.model_dump_json(by_alias=True).encode(), content_type="application/json")
+
+    async def forget(self, request: web.Request) -> web.StreamResponse:
+        try:
+            whose = ForgetRequest.model_validate_json(await read_body(request, MAX_FORGET_BYTES))
+        except ValidationError as error:
+            raise invalid(f"{error.errors(include_input=False, include_url=False)[0]['msg']}.") from None
+        if (whose.key is None) == (whose.subject is None):
+            raise invalid("Name either the 'key' or the 'subject' whose rows shall be deleted.")
+        receipt = await self._forget(whose)
         return web.Response(body=receipt.model_dump_json(by_alias=True).encode(), content_type="application/json")
 
 

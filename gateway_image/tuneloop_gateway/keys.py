@@ -1,4 +1,4 @@
-"""Who asks: API keys, their tiers and subjects, their rate limits, and the gateway's own secrets."""
+"""Who asks: API keys, their tiers and subjects, and the gateway's own secrets."""
 
 from __future__ import annotations
 
@@ -93,21 +93,3 @@ def bearer(authorization: str | None) -> str | None:
         return None
     scheme, _, token = authorization.partition(" ")
     return token.strip()[:MAX_KEY_BYTES] if scheme.lower() == "bearer" else None
-
-
-class RateLimit:
-    """Requests a minute by subject: a bucket that holds a minute's requests and fills evenly (GCRA)."""
-
-    def __init__(self) -> None:
-        self._full_at: dict[str, float] = {}
-
-    def wait(self, subject: str, per_minute: int, now: float) -> float:
-        """Seconds to wait; 0 where the request may pass (and is counted)."""
-        step = 60 / per_minute
-        due = max(self._full_at.get(subject, now), now)
-        if due - now > 60 - step + 1e-9:
-            return due - now - 60 + step
-        self._full_at[subject] = due + step
-        if len(self._full_at) > 10_000:
-            self._full_at = {s: at for s, at in self._full_at.items() if at > now}
-        return 0.0

@@ -37,6 +37,7 @@ class Metrics:
         self._agreement = gauge(Metric.PROBE_AGREEMENT, "Share of the probes answered as the evaluator did.", "revision")
         self._captured = counter(Metric.CAPTURED, "Requests stored.")
         self._dropped = counter(Metric.CAPTURE_DROPPED, "Requests not stored.", "reason")
+        self._deleted = counter(Metric.ROWS_DELETED, "Stored rows that were deleted.", "table", "reason")
         self._feedback = counter(Metric.FEEDBACK, "Feedback received.", "kind", "value")
         self._labelled = gauge(Metric.LABELLED_ROWS, "Curated rows of the current epoch.", "split")
         self._evidence = gauge(Metric.DRIFT_LOG_EVIDENCE, "Natural logarithm of the evidence that users' inputs changed.")
@@ -94,6 +95,9 @@ class Metrics:
 
     def dropped(self, reason: str, rows: int = 1) -> None:
         self._dropped.labels(**self.own, reason=reason).inc(rows)
+
+    def deleted(self, table: str, reason: str, rows: int) -> None:
+        self._deleted.labels(**self.own, table=table, reason=reason).inc(rows)
 
     def feedback(self, kind: str, value: str) -> None:
         self._feedback.labels(**self.own, kind=kind, value=value).inc()

@@ -20,6 +20,7 @@ from tuneloop_gateway.errors import Refused, render_error
 from tuneloop_gateway.inbound import Inbound
 from tuneloop_gateway.metrics import Metrics
 from tuneloop_gateway.routing import RETRY_AFTER_SECONDS, Router, Target
+from tuneloop_gateway.usage import UsageFilter, with_usage
 
 logger = logging.getLogger(__name__)
 MAX_ATTEMPTS = 20
@@ -58,6 +59,8 @@ class Exchange:
     status: int = 0
     finish_reason: str = ""
     tokens: tuple[int, int] = (0, 0)
+    hidden_usage: UsageFilter | None = None
+    """Set where a stream's tokens must be known, and its client did not ask for them."""
     sent: web.StreamResponse | None = None
     """Set once something went to the client."""
     kept: list[bytes] = field(default_factory=list)
@@ -158,7 +161,10 @@ class Proxy:
         """One replica's try. Raises TryElsewhere only while nothing has been sent to the client."""
         revision, endpoint = target.revision, target.endpoint
         exchange.revision, exchange.version, exchange.status = revision.name, revision.version, 500
-        body = json.dumps(self._configuration.prompts[revision.name].apply(exchange.inbound), ensure_ascii=False, separators=(",", ":"))
+        fields = self._configuration.prompts[revision.name].apply(exchange.inbound)
+        if exchange.hidden_usage is not None:
+            fields, exchange.hidden_usage = with_usage(fields), UsageFilter()
+        body = json.dumps(fields, ensure_ascii=False, separators=(",", ":"))
         count = self._router.count(revision.name)
         count.in_flight += 1
         endpoint.in_flight += 1
@@ -247,17 +253,19 @@ class Proxy:
         """Writes what arrives as it arrives. A client never takes a cut answer for a whole one: its connection breaks too."""
         answer = web.StreamResponse(status=response.status, headers=self._headers(exchange, response))
         self._metrics.first_byte(exchange.revision, time.perf_counter() - exchange.started)
-        exchange.sent = answer
+        exchange.sent, shown = answer, exchange.hidden_usage
         try:
             await answer.prepare(request)
-            if first:
-                exchange.note(first)
-                await answer.write(first)
-            content = response.content
-            while (chunk := await content.readany()) or not content.at_eof():
-                exchange.note(chunk)
-                await answer.write(chunk)
-            await answer.write_eof()
+            chunk, content = first, response.content
+            while chunk or not content.at_eof():
+                if chunk:
+                    exchange.note(chunk)
+                    if shown is not None:
+                        chunk = shown.feed(chunk)
+                    if chunk:
+                        await answer.write(chunk)
+                chunk = await content.readany()
+            await answer.write_eof(shown.end() if shown is not None else b"")
         except (*FAILURES, asyncio.CancelledError) as error:
             gone = request.transport is None or request.transport.is_closing()
             exchange.status, exchange.finish_reason = (499, "cancelled") if gone else (500, "broken")

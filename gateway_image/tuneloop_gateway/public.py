@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 import secrets
 import time
 
 from aiohttp import web
 
+from tuneloop_gateway.allowances import Allowances, is_limited
 from tuneloop_gateway.capture import Capture
 from tuneloop_gateway.configuration import Configuration
 from tuneloop_gateway.contract import FEEDBACK_HEADER
@@ -16,10 +18,11 @@ from tuneloop_gateway.drift.monitor import Monitor
 from tuneloop_gateway.errors import Refused, render_error
 from tuneloop_gateway.feedback import Feedback
 from tuneloop_gateway.inbound import CHAT_PATH, COMPLETION_PATH, parse_inbound, read_body
-from tuneloop_gateway.keys import Caller, KeyRing, RateLimit
+from tuneloop_gateway.keys import Caller, KeyRing
 from tuneloop_gateway.metrics import Metrics
 from tuneloop_gateway.proxy import Exchange, Proxy
 from tuneloop_gateway.tokens import FeedbackToken, sign
+from tuneloop_gateway.usage import UsageFilter, asks_for_usage
 
 logger = logging.getLogger(__name__)
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
@@ -30,11 +33,11 @@ class Public:
 
     def __init__(
         self, configuration: Configuration, keys: KeyRing, proxy: Proxy, capture: Capture, feedback: Feedback, monitor: Monitor,
-        metrics: Metrics, feedback_key: bytes,
+        metrics: Metrics, feedback_key: bytes, allowances: Allowances,
     ) -> None:  # fmt: skip
         self._configuration, self._keys, self._proxy, self._capture = configuration, keys, proxy, capture
         self._feedback, self._monitor, self._metrics, self._feedback_key = feedback, monitor, metrics, feedback_key
-        self._rates = RateLimit()
+        self._allowances = allowances
         self._started = int(time.time())
         self.in_flight = 0
         self.stopping = False
@@ -60,21 +63,33 @@ class Public:
             response.force_close()
             response.headers["Connection"] = "close"
 
-    def _caller(self, request: web.BaseRequest) -> Caller:
-        """Raises Refused 401 and 429."""
+    async def _caller(self, request: web.BaseRequest) -> Caller:
+        """Who asks, with one request of its allowance taken. Raises Refused 401 and 429."""
         config = self._configuration.current
         caller = self._keys.find(request.headers.get("Authorization"))
         if caller is None:
             if config.require_key:
                 raise Refused(401, "Send a valid API key as 'Authorization: Bearer <key>'.", code="invalid_api_key")
             caller = self._keys.anonymous
-        per_minute = config.limits.requests_per_minute
-        if per_minute is not None:
-            wait = self._rates.wait(caller.subject, per_minute, time.monotonic())
-            if wait > 0:
-                message = f"More than {per_minute} requests a minute."
-                raise Refused(429, message, code="rate_limit_exceeded", retry_after=int(wait) + 1)
+        limits = config.limits
+        if is_limited(limits):
+            wait = await self._allowances.take(caller.subject, limits)
+            if wait is not None:
+                allowed = limits.tokens_per_minute if wait.what == "tokens" else limits.requests_per_minute
+                message = f"This key has used its {allowed} {wait.what} a minute; wait {math.ceil(wait.seconds)} seconds."
+                raise Refused(429, message, code="rate_limit_exceeded", retry_after=max(1, math.ceil(wait.seconds)))
         return caller
+
+    def _charge(self, exchange: Exchange) -> None:
+        """The tokens of one answer. Of one that was cut off nobody told them: its events and its question's bytes are counted instead."""
+        limits = self._configuration.current.limits
+        if limits.tokens_per_minute is None or not exchange.revision:
+            return
+        tokens = sum(exchange.tokens)
+        if not tokens and exchange.sent is not None and exchange.status != 200:
+            events = exchange.hidden_usage.events if exchange.hidden_usage is not None else 0
+            tokens = events + len(exchange.inbound.text) // 4
+        self._allowances.charge(exchange.subject, tokens, limits)
 
     async def complete(self, request: web.Request) -> web.StreamResponse:
         """Chat and text completions."""
@@ -87,13 +102,18 @@ class Public:
             limits = self._configuration.current.limits
             if self.in_flight > limits.max_in_flight:
                 raise Refused(503, "The gateway is at its limit of running requests.", code="overloaded", retry_after=1)
-            caller = self._caller(request)
+            caller = await self._caller(request)
             raw = await read_body(request, limits.max_body_bytes)
             inbound = parse_inbound(raw, request.path, self._configuration.current.model)
             token = FeedbackToken(response_id, caller.subject, int(time.time()))
             headers = {"x-request-id": request_id, FEEDBACK_HEADER: sign(token, self._feedback_key)}
             exchange = Exchange(inbound, response_id, caller.subject, headers, keep=self._capture.wants_answer(), started=started)
-            return await self._proxy.answer(request, exchange)
+            if limits.tokens_per_minute is not None and inbound.stream and not asks_for_usage(inbound.body):
+                exchange.hidden_usage = UsageFilter()
+            try:
+                return await self._proxy.answer(request, exchange)
+            finally:
+                self._charge(exchange)
         except Refused as refused:
             if refused.code not in ("upstream_timeout", "upstream_refused", "upstream_unavailable"):  # counted with their revision
                 self._metrics.request("", f"{refused.status // 100}xx", "refused")
@@ -110,14 +130,14 @@ class Public:
 
     async def models(self, request: web.Request) -> web.StreamResponse:
         try:
-            self._caller(request)
+            await self._caller(request)
         except Refused as refused:
             return render_error(refused)
         return web.json_response({"object": "list", "data": [self._model()]})
 
     async def model(self, request: web.Request) -> web.StreamResponse:
         try:
-            self._caller(request)
+            await self._caller(request)
             if request.match_info["model"] != self._configuration.current.model:
                 raise Refused(404, "There is no such model here.", code="model_not_found", param="model")
         except Refused as refused:
@@ -126,7 +146,7 @@ class Public:
 
     async def feedback(self, request: web.Request) -> web.StreamResponse:
         try:
-            return await self._feedback.take(request, self._caller(request), self._monitor.epoch)
+            return await self._feedback.take(request, await self._caller(request), self._monitor.epoch)
         except Refused as refused:
             return render_error(refused)
 

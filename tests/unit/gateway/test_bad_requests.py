@@ -11,7 +11,8 @@ from aiohttp import web
 from tests.unit.gateway.conftest import Running, Start, eventually, make_config
 from tests.unit.gateway.engines import FakeEngine, chat_answer
 
-from tuneloop_gateway.keys import RateLimit
+from tuneloop_gateway.allowances import OwnAllowances
+from tuneloop_gateway.contract import Limits
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 
@@ -97,12 +98,14 @@ async def test_each_key_has_its_own_rate(start: Start, engine: FakeEngine) -> No
 
 
 def test_a_rate_fills_again_evenly() -> None:
-    limit = RateLimit()
-    assert [limit.wait("s", 60, 100.0) for _ in range(60)] == [0.0] * 60
-    assert limit.wait("s", 60, 100.0) == pytest.approx(1.0)
-    assert limit.wait("s", 60, 101.0) == 0.0
-    assert limit.wait("s", 60, 101.0) > 0
-    assert limit.wait("s", 60, 300.0) == 0.0
+    own, limits = OwnAllowances(), Limits(requests_per_minute=60)
+    assert [own.take_at("s", limits, 100.0) for _ in range(60)] == [None] * 60
+    wait = own.take_at("s", limits, 100.0)
+    assert wait is not None
+    assert (wait.seconds, wait.what) == (pytest.approx(1.0), "requests")
+    assert own.take_at("s", limits, 101.0) is None
+    assert own.take_at("s", limits, 101.0) is not None
+    assert own.take_at("s", limits, 300.0) is None
 
 
 async def test_more_running_requests_than_the_limit_are_shed_at_once(start: Start, engine: FakeEngine) -> None:

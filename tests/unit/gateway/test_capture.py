@@ -228,5 +228,5 @@ async def test_what_is_past_its_retention_is_deleted(gateway: Running) -> None:
     await gateway.captured()
     async with gateway.gateway.database.begin() as connection:
         await connection.execute(sql("UPDATE captured SET captured_at = captured_at - 31 * 86400 WHERE text = 'old'"))
-    assert await gateway.gateway.capture.sweep_once(time.time()) == 1
+    assert await gateway.gateway.retention.sweep(time.time()) == 1
     assert [row[0] for row in await rows(gateway)] == ["new"]
