@@ -162,7 +162,7 @@ MODEL_DEPLOYMENT: Manifest = {
         "rollout": {"strategy": "BlueGreen", "keepPreviousSeconds": 60},
         "gateway": {
             "replicas": 1,
-            "auth": {"apiKeys": {"secretRef": {"name": "keys"}, "requestsPerMinute": 600}},
+            "auth": {"apiKeys": {"secretRef": {"name": "keys"}}, "requestsPerMinute": 600, "tokensPerMinute": 100000},
             "capture": {
                 "sampleRate": "1",
                 "personalData": "Redact",

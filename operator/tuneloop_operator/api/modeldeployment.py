@@ -90,13 +90,21 @@ class ApiKeys(Model):
     """Keys of the API."""
 
     secret_ref: SecretRef = Field(description="Secret with one key per entry; an entry named `reviewer.<name>` may correct answers.")
-    requests_per_minute: int | None = Field(default=None, ge=1, description="Limit for each key.")
 
 
 class Auth(Model):
     """Who may use the API."""
 
     api_keys: ApiKeys | None = Field(default=None, description="Absent: everybody who reaches the Service.")
+    requests_per_minute: int | None = Field(
+        default=None, ge=1, le=1_000_000, description="For each key, over all gateway replicas. Without keys: for all callers together."
+    )
+    tokens_per_minute: int | None = Field(
+        default=None,
+        ge=1,
+        le=1_000_000_000,
+        description="Likewise, of prompts and answers together. Counted when an answer ends: a key that used more waits until it is even.",
+    )
 
 
 class DatabaseSecret(Model):

@@ -34,7 +34,7 @@ FULL: dict[str, Any] = {
     },
     "gateway": {
         "replicas": 2,
-        "auth": {"apiKeys": {"secretRef": {"name": "api-keys"}, "requestsPerMinute": 60}},
+        "auth": {"apiKeys": {"secretRef": {"name": "api-keys"}}, "requestsPerMinute": 60, "tokensPerMinute": 9000},
         "capture": {
             "sampleRate": "0.5",
             "personalData": "Keep",
@@ -235,7 +235,7 @@ def test_every_setting_of_the_spec_reaches_the_gateway() -> None:
     world.settle()
     config = world.config
     assert config.require_key is True
-    assert config.limits.requests_per_minute == 60
+    assert (config.limits.requests_per_minute, config.limits.tokens_per_minute) == (60, 9000)
     assert (config.capture.sample_rate, config.capture.personal_data, config.capture.retention_days) == (0.5, "Keep", 7)
     assert config.max_share_of_one_subject == 0.1
     assert config.drift is not None

@@ -49,7 +49,6 @@ def _next_generation(snapshot: Snapshot) -> int:
 def _config(snapshot: Snapshot, rollout: Rollout, epoch: Epoch, generation: int) -> GatewayConfig:
     deployment = snapshot.deployment
     gateway = deployment.spec.gateway
-    api_keys = gateway.auth.api_keys
     return GatewayConfig(
         generation=generation,
         namespace=deployment.metadata.namespace,
@@ -57,7 +56,7 @@ def _config(snapshot: Snapshot, rollout: Rollout, epoch: Epoch, generation: int)
         model=deployment.spec.model.name,
         task=deployment.spec.task,
         revisions=_revisions(snapshot.name, rollout),
-        require_key=api_keys is not None,
+        require_key=gateway.auth.api_keys is not None,
         capture=Capture(
             sample_rate=float(gateway.capture.sample_rate),
             personal_data=gateway.capture.personal_data,
@@ -65,7 +64,7 @@ def _config(snapshot: Snapshot, rollout: Rollout, epoch: Epoch, generation: int)
         ),
         drift=_drift(deployment, rollout, epoch),
         max_share_of_one_subject=float(gateway.feedback.max_share_of_one_subject),
-        limits=Limits(requests_per_minute=api_keys.requests_per_minute if api_keys is not None else None),
+        limits=Limits(requests_per_minute=gateway.auth.requests_per_minute, tokens_per_minute=gateway.auth.tokens_per_minute),
     )
 
 
