@@ -42,7 +42,7 @@ def model_card(config: RunConfig, data: PrepareSummary, training: TrainSummary) 
             "## Training",
             "",
             *_table(
-                ("objective", f"{config.objective}, {config.loss}, {config.prompt_format}"),
+                ("objective", _objective(config)),
                 ("method", config.method.type),
                 ("steps", f"{training.step} of {training.max_steps}"),
                 ("samples", training.samples),
@@ -64,6 +64,14 @@ def model_card(config: RunConfig, data: PrepareSummary, training: TrainSummary) 
             "",
         ]
     )
+
+
+def _objective(config: RunConfig) -> str:
+    """What was optimised, with the settings that only this objective has."""
+    settings = next((value for value in (config.dpo, config.kto, config.classification) if value is not None), None)
+    shown = [f"{name} {value}" for name, value in settings.model_dump(mode="json").items() if value] if settings is not None else []
+    shown += [config.loss] if config.objective == "SFT" else []
+    return ", ".join([config.objective, *shown, config.prompt_format])
 
 
 def _table(*rows: tuple[str, object]) -> list[str]:

@@ -95,10 +95,13 @@ class FeedbackExport(Model):
 
 
 class Template(Model):
-    """Sandboxed Jinja over a row's columns."""
+    """Sandboxed Jinja over a row's columns, for each text that the objective reads. What has no template is read from its column."""
 
-    prompt: str = Field(max_length=16384)
-    completion: str = Field(max_length=16384)
+    prompt: str | None = Field(default=None, max_length=16384)
+    completion: str | None = Field(default=None, max_length=16384)
+    chosen: str | None = Field(default=None, max_length=16384)
+    rejected: str | None = Field(default=None, max_length=16384)
+    text: str | None = Field(default=None, max_length=16384)
 
 
 class DataSource(Model):
@@ -109,10 +112,10 @@ class DataSource(Model):
     path: str | None = None
     feedback: FeedbackExport | None = None
     columns: dict[str, str] = {}
-    """Role -> column in the file. Roles: prompt, completion, text, label, document, system.
+    """Role -> column in the file. Roles: prompt, completion, chosen, rejected, desirable, text, label, document, system.
     A role that is absent is read from the column of the same name."""
     template: Template | None = None
-    """Renders prompt and completion from the row; absent: the roles prompt and completion are used as they are."""
+    """Renders texts from the row; absent: the roles are used as they are."""
     weight: float = 1.0
 
     @model_validator(mode="after")
@@ -141,6 +144,61 @@ class Lora(Model):
 class Method(Model):
     type: Literal["LoRA", "Full"]
     lora: Lora | None = None
+
+
+ObjectiveType = Literal["SFT", "Pretraining", "SequenceClassification", "DPO", "KTO"]
+
+
+class Dpo(Model):
+    beta: float = 0.1
+    loss: Literal["Sigmoid", "Hinge", "IPO"] = "Sigmoid"
+
+
+class Kto(Model):
+    beta: float = 0.1
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
+
+
+class Classification(Model):
+    labels: tuple[str, ...] = ()
+    """The classes; empty: the distinct labels of the training rows."""
+    class_weights: Literal["None", "Balanced"] = "None"
+    """Balanced: a row counts by the inverse of its class's share."""
+
+
+class Defaults(Model):
+    """What a run is trained with where its configuration is silent."""
+
+    learning_rate: float
+    warmup_share: float = 0.03
+    schedule: str = "cosine"
+    weight_decay: float = 0.0
+
+
+DEFAULTS: dict[tuple[ObjectiveType, Literal["LoRA", "Full"]], Defaults] = {
+    ("SFT", "LoRA"): Defaults(learning_rate=2e-4),
+    ("SFT", "Full"): Defaults(learning_rate=2e-5),
+    ("Pretraining", "LoRA"): Defaults(learning_rate=2e-4),
+    ("Pretraining", "Full"): Defaults(learning_rate=2e-5, weight_decay=0.1),
+    ("SequenceClassification", "LoRA"): Defaults(learning_rate=2e-4, warmup_share=0.06, schedule="linear"),
+    ("SequenceClassification", "Full"): Defaults(learning_rate=2e-5, warmup_share=0.06, schedule="linear", weight_decay=0.01),
+    ("DPO", "LoRA"): Defaults(learning_rate=5e-6, warmup_share=0.1),
+    ("DPO", "Full"): Defaults(learning_rate=5e-7, warmup_share=0.1),
+    ("KTO", "LoRA"): Defaults(learning_rate=5e-6, warmup_share=0.1),
+    ("KTO", "Full"): Defaults(learning_rate=5e-7, warmup_share=0.1),
+}
+"""The one table of defaults by objective and method; LoRA learns at about ten times the rate of all weights."""
+
+
+HELD_OUT_METRICS: dict[ObjectiveType, tuple[Literal["Accuracy", "MacroF1", "Loss", "Preference"], ...]] = {
+    "SFT": ("Loss",),
+    "Pretraining": ("Loss",),
+    "SequenceClassification": ("Accuracy", "MacroF1", "Loss"),
+    "DPO": ("Preference",),
+    "KTO": ("Loss",),
+}
+"""What is measured on the validation split of a run that names no suite over it; its default gate tests the first."""
 
 
 class Training(Model):
@@ -186,12 +244,13 @@ class Suite(Model):
     source: DataSource | None = None
     labels: tuple[str, ...] = ()
     """Completions that are scored by summed log-probability; empty: the distinct completions of the suite (at most 64)."""
-    metrics: tuple[Literal["Accuracy", "MacroF1", "Loss"], ...]
+    metrics: tuple[Literal["Accuracy", "MacroF1", "Loss", "Preference"], ...]
+    """Preference: the share of items whose chosen answer the model finds likelier than the rejected one."""
 
 
 class Gate(Model):
     suite: str
-    metric: Literal["Accuracy", "Loss"]
+    metric: Literal["Accuracy", "Loss", "Preference"]
     rule: Literal["Superior", "NonInferior"]
     margin: float = 0.03
     alpha: float = 0.05
@@ -244,7 +303,10 @@ class RunConfig(Model):
     uid: str
     paths: Paths
     base: Base
-    objective: Literal["SFT"] = "SFT"
+    objective: ObjectiveType = "SFT"
+    dpo: Dpo | None = None
+    kto: Kto | None = None
+    classification: Classification | None = None
     loss: Literal["CompletionOnly", "FullSequence"] = "CompletionOnly"
     prompt_format: Literal["Chat", "Text"] = "Chat"
     method: Method
@@ -261,6 +323,8 @@ class RunConfig(Model):
     threads: int | None = None
     image: str = ""
     """The trainer image, for the lineage in the model card."""
+    origins: dict[str, Literal["spec", "default"]] = {}
+    """Name of a training value -> whether the spec has it, or the table of defaults."""
 
 
 # --- progress ----------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,6 +41,37 @@ def load_model(folder: Path, uri: str, dtype: Literal["bfloat16", "float32"]) ->
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise Invalid(f"Model {uri} does not load as a causal language model: {error}", Reason.MODEL_NOT_FOUND) from error
+    return model.to(device()).eval()
+
+
+def load_classifier(folder: Path, uri: str, dtype: Literal["bfloat16", "float32"], labels: Sequence[str] | None) -> Model:
+    """A model with a classification head, on the device, in evaluation mode. `labels` are those of a base that is to be trained: a
+    head of another size is drawn anew. None: the folder's own, which must have been trained. Raises Invalid."""
+    import torch
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        if labels is None and not any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
+            raise ValueError("it was trained for something else")
+        if labels is not None:
+            config.id2label = dict(enumerate(labels))
+            config.label2id = {label: number for number, label in enumerate(labels)}
+        if config.pad_token_id is None:
+            config.pad_token_id = config.eos_token_id if isinstance(config.eos_token_id, int) else 0
+        model = AutoModelForSequenceClassification.from_pretrained(
+            folder,
+            config=config,
+            dtype=getattr(torch, dtype),
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            ignore_mismatched_sizes=labels is not None,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise Invalid(f"Model {uri} does not load as a classification model: {error}", Reason.MODEL_NOT_FOUND) from error
     return model.to(device()).eval()
 
 

@@ -25,6 +25,7 @@ from tuneloop_trainer.contract import Baseline, Checkpoint, Evaluation, ExitCode
 from tuneloop_trainer.evaluation import scoring
 from tuneloop_trainer.evaluation.suites import prepare_suite
 from tuneloop_trainer.manifests import verify
+from tuneloop_trainer.objectives import objective_of
 from tuneloop_trainer.stages.evaluate import gates_of, packaged, score_baseline
 from tuneloop_trainer.stages.outputs import require_stage, told_again
 from tuneloop_trainer.stages.package import write_merged
@@ -206,9 +207,10 @@ def test_pinned_version_is_the_baseline_instead_of_the_base(learned: RunConfig, 
     config = replace(learned, evaluation=evaluation, paths=learned.paths.model_copy(update={"cache": str(tmp_path)}))
     formatter = Formatter(models.load_tokenizer(base, "tiny"), frozenset([2]), "Chat")
     suite = config.evaluation.suites[0]
-    prepared = prepare_suite(config, suite, "digest", Path(learned.paths.work) / "prepare" / "suites", formatter)
+    objective = objective_of(config)
+    prepared = prepare_suite(config, objective, suite, "digest", Path(learned.paths.work) / "prepare" / "suites", formatter)
 
-    scores = score_baseline(config, base, "base digest", {"gate": prepared}, make_progress(tmp_path, Stage.EVALUATE))
+    scores = score_baseline(config, objective, base, "base digest", {"gate": prepared}, make_progress(tmp_path, Stage.EVALUATE))
 
     own = json.loads(Path(judged.uri).read_text())["suites"]["gate"]["candidate"]
     assert scores["gate"].model_dump(mode="json") == own, "the version itself scores as it did when it was the candidate"

@@ -152,9 +152,11 @@ def test_progress_tells_how_far_training_is(prepared: RunConfig, tmp_path: Path)
 def test_adapters_are_fp32_over_a_frozen_bf16_base(prepared: RunConfig, base: Path) -> None:
     import torch
 
+    from tuneloop_trainer.objectives import objective_of
     from tuneloop_trainer.stages.train import load
 
-    model = load(prepared, base)
+    objective = objective_of(prepared)
+    model = objective.with_adapter(load(objective, base))
 
     dtypes = {(name.split(".")[-2 if "lora" not in name else -3], p.dtype, p.requires_grad) for name, p in model.named_parameters()}
     assert {dtype for _, dtype, trained in dtypes if trained} == {torch.float32}
@@ -166,9 +168,10 @@ def test_adapters_are_fp32_over_a_frozen_bf16_base(prepared: RunConfig, base: Pa
 def test_full_training_keeps_fp32_masters(prepared: RunConfig, base: Path) -> None:
     import torch
 
+    from tuneloop_trainer.objectives import objective_of
     from tuneloop_trainer.stages.train import load
 
-    model = load(replace(prepared, method=Method(type="Full")), base)
+    model = load(objective_of(replace(prepared, method=Method(type="Full"))), base)
 
     assert {(p.dtype, p.requires_grad) for p in model.parameters()} == {(torch.float32, True)}
 

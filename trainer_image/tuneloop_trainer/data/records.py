@@ -15,9 +15,32 @@ from tuneloop_trainer.data.sources import Reading, Row
 from tuneloop_trainer.data.templates import RowTemplate
 from tuneloop_trainer.errors import Invalid
 
-ROLES = ("prompt", "completion", "text", "label", "document", "system")
+ROLES = ("prompt", "completion", "chosen", "rejected", "desirable", "text", "label", "document", "system")
+YES, NO = frozenset({"true", "1", "yes"}), frozenset({"false", "0", "no"})
 MAX_BAD_SHARE = 0.2
 _NAMES_SHOWN = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Which of a row's texts a record is made of. Each is rendered by the template of its name, or read from the column of its role."""
+
+    prompt: str | None
+    """None: the record has a completion only."""
+    completion: str
+    rejected: str | None = None
+    desirable: str | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(name for name in (self.prompt, self.completion, self.rejected, self.desirable) if name is not None)
+
+
+PROMPTED = Shape("prompt", "completion")
+PREFERRED = Shape("prompt", "chosen", rejected="rejected")
+JUDGED = Shape("prompt", "completion", desirable="desirable")
+LABELLED = Shape("text", "label")
+TEXT = Shape(None, "text")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +56,18 @@ class Record:
     user: str | None = None
     """What a user of the served model would send: the template's `text` where that is all it reads (the gateway applies the same
     template), the prompt where there is none; None where a user's message alone cannot be rendered."""
+    rejected: str | None = None
+    """The answer that the completion is preferred to."""
+    desirable: bool | None = None
+    """Whether the completion is an answer to give, or one not to give."""
 
     @property
     def key(self) -> bytes:
         """Equal for records that differ in white space only."""
-        text = "\0".join(" ".join(part.split()) for part in (self.system or "", self.prompt, self.completion))
+        parts = [self.system or "", self.prompt, self.completion]
+        parts += [self.rejected] if self.rejected is not None else []
+        parts += [str(self.desirable)] if self.desirable is not None else []
+        text = "\0".join(" ".join(part.split()) for part in parts)
         return hashlib.sha256(text.encode()).digest()
 
 
@@ -56,18 +86,25 @@ class Drops:
 class RowReader:
     """Reads a source into records. `where` is the field of the spec that the user would change, such as data.train[0]."""
 
-    def __init__(self, source: DataSource, where: str) -> None:
+    def __init__(self, source: DataSource, where: str, shape: Shape = PROMPTED) -> None:
         self.reading = Reading(source)
         self.drops = Drops()
         self.rows = 0
         self._source = source
         self._where = where
-        template = source.template
+        self._shape = shape
+        asked = source.template.model_dump(exclude_none=True) if source.template else {}
+        unread = sorted(asked.keys() - set(shape.names))
+        if unread:
+            raise Invalid(f"{where}.template.{unread[0]} is not read: these rows have {', '.join(shape.names)}.")
         try:
-            self._prompt = RowTemplate(template.prompt) if template else None
-            self._completion = RowTemplate(template.completion) if template else None
+            self._templates = {name: RowTemplate(text) for name, text in asked.items()}
         except TemplateError as error:
             raise Invalid(f"The template of {where} is not valid Jinja: {error}. Set {where}.template.") from error
+        self._columns_read = {name for name in shape.names if name not in self._templates}
+        for template in self._templates.values():
+            self._columns_read |= template.variables
+        self._input = self._templates.get(shape.prompt or shape.completion)
 
     def records(self) -> Iterator[Record]:
         """Every usable row. Raises Invalid if a needed column is missing or more than 20 % of the rows are unusable."""
@@ -83,8 +120,7 @@ class RowReader:
         self._refuse_if_mostly_bad()
 
     def _check_columns(self, values: dict[str, object]) -> None:
-        needed = self._prompt.variables | self._completion.variables if self._prompt and self._completion else {"prompt", "completion"}
-        needed |= {role for role in self._source.columns if role in ROLES}
+        needed = self._columns_read | {role for role in self._source.columns if role in ROLES}
         for name in sorted(needed):
             column = self._source.columns.get(name, name)
             if column not in values:
@@ -95,32 +131,42 @@ class RowReader:
         if row.values is None:
             return self._drop("Malformed", row, row.problem)
         context = row.values | {role: row.values.get(column) for role, column in self._source.columns.items()}
-        missing = next((name for name in self._read_names() if _text(context.get(name)) is None), None)
+        needed = [name for name in sorted(self._columns_read) if name in ROLES]
+        missing = next((name for name in needed if _text(context.get(name)) is None), None)
         if missing is not None:
             column = self._source.columns.get(missing, missing)
             return self._drop("MissingValue", row, f"column '{column}' has {_shown(context.get(missing))} where text is needed")
         try:
-            prompt, completion = self._render(context)
+            texts = {name: self._render(name, context) for name in self._shape.names}
         except TemplateError as error:
             return self._drop("Malformed", row, f"the template fails on it: {error}")
         except (ArithmeticError, TypeError, ValueError) as error:
             return self._drop("Malformed", row, f"the template fails on it: {type(error).__name__}")
-        if not prompt.strip() or not completion.strip():
-            return self._drop("Empty", row, f"its {'completion' if prompt.strip() else 'prompt'} is empty")
+        return self._made(row, context, texts)
+
+    def _made(self, row: Row, context: dict[str, object], texts: dict[str, str]) -> Record | None:
+        shape = self._shape
+        empty = next((name for name, text in texts.items() if not text.strip()), None)
+        if empty is not None:
+            return self._drop("Empty", row, f"its {empty} is empty")
+        prompt, completion = texts[shape.prompt] if shape.prompt else "", texts[shape.completion]
+        rejected = texts[shape.rejected] if shape.rejected else None
+        if rejected is not None and " ".join(rejected.split()) == " ".join(completion.split()):
+            return self._drop("EqualAnswers", row, "its chosen and rejected answers are equal")
+        judged = texts[shape.desirable].strip().lower() if shape.desirable else None
+        if judged is not None and judged not in YES | NO:
+            return self._drop("Malformed", row, f"column 'desirable' has {_shown(judged)} where true or false is needed")
         system, document = _text(context.get("system")), _text(context.get("document"))
-        content = " ".join(_text(context.get(name)) or "" for name in sorted(self._prompt.variables)) if self._prompt else prompt
-        user = prompt if self._prompt is None else _text(context.get("text")) if self._prompt.variables == {"text"} else None
-        return Record(prompt, completion, document or _own_document(content), content or prompt, row.number, system, user)
+        read = self._input
+        own = prompt or completion
+        content = own if read is None else " ".join(_text(context.get(name)) or "" for name in sorted(read.variables)) or own
+        user = own if read is None else _text(context.get("text")) if read.variables == {"text"} else None
+        desirable = None if judged is None else judged in YES
+        return Record(prompt, completion, document or _own_document(content), content, row.number, system, user, rejected, desirable)
 
-    def _render(self, context: dict[str, object]) -> tuple[str, str]:
-        if self._prompt is None or self._completion is None:
-            return _text(context["prompt"]) or "", _text(context["completion"]) or ""
-        return self._prompt.render(context), self._completion.render(context)
-
-    def _read_names(self) -> list[str]:
-        if self._prompt is None or self._completion is None:
-            return ["prompt", "completion"]
-        return [name for name in sorted(self._prompt.variables | self._completion.variables) if name in ROLES]
+    def _render(self, name: str, context: dict[str, object]) -> str:
+        template = self._templates.get(name)
+        return (_text(context[name]) or "") if template is None else template.render(context)
 
     def _drop(self, reason: str, row: Row, problem: str) -> Record | None:
         self.drops.add(reason, f"row {row.number}: {problem}")

@@ -6,13 +6,14 @@ import hashlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
 ROWS_PER_SHARD = 100_000
-BATCH = 1_000
+BATCH, BATCH_TOKENS = 1_000, 500_000
 SCHEMA = pa.schema(
     [
         ("input_ids", pa.list_(pa.int32())),
@@ -21,42 +22,77 @@ SCHEMA = pa.schema(
         ("length", pa.int32()),
         ("prompt_length", pa.int32()),
         ("seq_lengths", pa.list_(pa.int32())),
+        ("rejected_ids", pa.list_(pa.int32())),
+        ("target", pa.int32()),
     ]
 )
 
 
 @dataclass(frozen=True, slots=True)
 class TokenRow:
-    """One row to train on; labels are -100 where there is no loss. `sequences` are the lengths of what is packed into it."""
+    """One row to train on; labels are -100 where there is no loss. `sequences` are the lengths of what is packed into it.
+
+    `rejected` is another completion of the same prompt, `target` a class or a judgement of the whole row."""
 
     input_ids: list[int]
     labels: list[int]
     document: str
     prompt_length: int
     sequences: tuple[int, ...] = ()
+    rejected: list[int] | None = None
+    target: int | None = None
 
     @property
     def supervised(self) -> int:
-        """Tokens with loss. The first token is never predicted."""
+        """Tokens with loss. The first token is never predicted; a row without labels is learned as a whole."""
+        if not self.labels:
+            return 1
         return sum(label >= 0 for label in self.labels[1:])
+
+    @property
+    def length(self) -> int:
+        """Tokens that a step computes for the row: a preference goes through the model with either answer."""
+        return len(self.input_ids) + (0 if self.rejected is None else self.prompt_length + len(self.rejected))
 
 
 def write_shards(folder: Path, name: str, rows: Iterable[TokenRow]) -> str:
-    """Write `<name>-00000.arrow` and so on. Returns the sha256 over the rows' ordered input_ids and labels."""
+    """Write `<name>-00000.arrow` and so on. Returns the sha256 over the rows' ordered tokens and labels."""
     digest = hashlib.sha256()
-    iterator = iter(rows)
-    for shard in range(10_000):
-        part = list(islice(iterator, ROWS_PER_SHARD))
-        if not part and shard:
-            break
+    batches = _batches(rows)
+    ahead = next(batches, [])
+    for shard in count():
         with pa.OSFile(str(folder / f"{name}-{shard:05}.arrow"), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
-            for start in range(0, len(part), BATCH):
-                chunk = part[start : start + BATCH]
-                for row in chunk:
-                    digest.update(array("i", row.input_ids))
-                    digest.update(array("i", row.labels))
-                writer.write_batch(_batch(chunk))
-    return digest.hexdigest()
+            written = 0
+            while ahead and written < ROWS_PER_SHARD:
+                for row in ahead:
+                    _hash(row, digest)
+                writer.write_batch(_batch(ahead))
+                written += len(ahead)
+                ahead = next(batches, [])
+        if not ahead:
+            return digest.hexdigest()
+    raise AssertionError  # for mypy: the loop has no end of its own
+
+
+def _batches(rows: Iterable[TokenRow]) -> Iterator[list[TokenRow]]:
+    """Bounded in rows and in tokens."""
+    batch: list[TokenRow] = []
+    tokens = 0
+    for row in rows:
+        batch.append(row)
+        tokens += row.length
+        if len(batch) >= BATCH or tokens >= BATCH_TOKENS:
+            yield batch
+            batch, tokens = [], 0
+    if batch:
+        yield batch
+
+
+def _hash(row: TokenRow, digest: Any) -> None:  # Any: hashlib's own type is private
+    digest.update(array("i", row.input_ids))
+    digest.update(array("i", row.labels))
+    for more in ([] if row.rejected is None else row.rejected, [] if row.target is None else [row.target]):
+        digest.update(array("i", more))
 
 
 def _batch(rows: Sequence[TokenRow]) -> pa.RecordBatch:
@@ -64,9 +100,11 @@ def _batch(rows: Sequence[TokenRow]) -> pa.RecordBatch:
         "input_ids": [row.input_ids for row in rows],
         "labels": [row.labels for row in rows],
         "doc_id": [row.document for row in rows],
-        "length": [len(row.input_ids) for row in rows],
+        "length": [row.length for row in rows],
         "prompt_length": [row.prompt_length for row in rows],
         "seq_lengths": [row.sequences or (len(row.input_ids),) for row in rows],
+        "rejected_ids": [row.rejected for row in rows],
+        "target": [row.target for row in rows],
     }
     return pa.RecordBatch.from_pydict(columns, schema=SCHEMA)
 
@@ -86,4 +124,12 @@ def read_table(folder: Path, name: str) -> pa.Table:
 
 def read_rows(folder: Path, name: str) -> Iterator[TokenRow]:
     for row in read_table(folder, name).to_pylist():
-        yield TokenRow(row["input_ids"], row["labels"], row["doc_id"], row["prompt_length"], tuple(row["seq_lengths"]))
+        yield TokenRow(
+            row["input_ids"],
+            row["labels"],
+            row["doc_id"],
+            row["prompt_length"],
+            tuple(row["seq_lengths"]),
+            row["rejected_ids"],
+            row["target"],
+        )

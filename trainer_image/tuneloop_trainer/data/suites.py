@@ -8,14 +8,12 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tuneloop_trainer.contract import RunConfig, Suite
+from tuneloop_trainer.contract import HELD_OUT_METRICS, RunConfig, Suite
 from tuneloop_trainer.data.records import Record
 from tuneloop_trainer.errors import Invalid
 
 MAX_ITEMS = 20_000
 MAX_LABELS = 64
-VALIDATION = Suite(name="validation", type="Validation", metrics=("Loss",))
-"""The suite of a run that holds out a validation split and names no suite over it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +27,14 @@ class Item:
     system: str | None = None
     user: str | None = None
     """As in the record: what a user would send."""
+    rejected: str | None = None
 
 
 def suites_of(config: RunConfig) -> tuple[Suite, ...]:
     """The configured suites, and the validation split's own where it is held out and not named."""
     suites = config.evaluation.suites
     if config.validation_fraction > 0 and not any(suite.type == "Validation" for suite in suites):
-        return (*suites, VALIDATION)
+        return (*suites, Suite(name="validation", type="Validation", metrics=HELD_OUT_METRICS[config.objective]))
     return suites
 
 
@@ -43,7 +42,7 @@ def items_of(records: Iterable[Record]) -> list[Item]:
     """Distinct records as items: an item that occurs twice would count twice in a test."""
     distinct = {record.key: record for record in records}
     return [
-        Item(number, record.document, record.prompt, record.completion, record.system, record.user)
+        Item(number, record.document, record.prompt, record.completion, record.system, record.user, record.rejected)
         for number, record in enumerate(distinct.values())
     ]
 
@@ -52,9 +51,14 @@ def write_items(folder: Path, suite: Suite, items: list[Item]) -> str:
     """Write `<suite>.jsonl`; returns its sha256."""
     if len(items) > MAX_ITEMS:
         raise Invalid(f"Suite {suite.name} has {len(items)} items; at most {MAX_ITEMS} are scored. Take a sample.")
-    content = "".join(json.dumps(asdict(item), ensure_ascii=False, sort_keys=True) + "\n" for item in items).encode()
+    content = "".join(json.dumps(_content(item), ensure_ascii=False, sort_keys=True) + "\n" for item in items).encode()
     (folder / f"{suite.name}.jsonl").write_bytes(content)
     return hashlib.sha256(content).hexdigest()
+
+
+def _content(item: Item) -> dict[str, object]:
+    """Without an answer that there is not: the digest of other suites stays what it was."""
+    return {name: value for name, value in asdict(item).items() if name != "rejected" or value is not None}
 
 
 def read_items(folder: Path, suite: Suite) -> list[Item]:

@@ -82,6 +82,22 @@ def _later_tokens(model: Model, cache: Any, mask: Tensor, labels: list[list[int]
     return (chances * kept).sum(1)
 
 
+@torch.inference_mode()
+def class_scores(model: Model, texts: Sequence[list[int]], done: Done) -> list[list[float]]:
+    """Log-probability of each of a classifier's classes for each text."""
+    scores: list[list[float]] = [[] for _ in texts]
+    finished = 0
+    for batch in _batches([len(text) for text in texts], model.device.type):
+        ids, mask = _right_padded([texts[index] for index in batch], model.device)
+        ids = ids.masked_fill(mask == 0, model.config.pad_token_id)
+        rows = torch.log_softmax(model(input_ids=ids, attention_mask=mask).logits.float(), dim=-1).tolist()
+        for index, row in zip(batch, rows, strict=True):
+            scores[index] = row
+        finished += len(batch)
+        done(finished)
+    return scores
+
+
 def held_out_losses(model: Model, items: Sequence[Encoded], limit: int, done: Done) -> list[tuple[float, int]]:
     """Per item the summed negative log-probability of the completion's tokens, and their number; cut at `limit` tokens."""
     losses: list[tuple[float, int]] = [(0.0, 0)] * len(items)

@@ -17,7 +17,11 @@ from tuneloop_trainer.evaluation.baselines import SuiteScores, cache_key
 from tuneloop_trainer.evaluation.gates import Paired
 from tuneloop_trainer.evaluation.statistics import macro_f1
 from tuneloop_trainer.models import Model
+from tuneloop_trainer.objectives import Objective
 from tuneloop_trainer.progress import ProgressWriter
+
+ANSWERS = ("chosen", "rejected")
+"""The labels of a suite of preferences."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +35,17 @@ class PreparedSuite:
     prompt_hash: str
     """Over every rendered prompt and label: two tokenizers or templates that differ never share scores."""
     limit: int
+    objective: Objective
+
+    @property
+    def prefers(self) -> bool:
+        """Whether an item's labels are its own two answers, the chosen one first."""
+        return "Preference" in self.suite.metrics
 
     @property
     def expected(self) -> list[int]:
+        if self.prefers:
+            return [0] * len(self.items)
         return [self.labels.index(item.completion) for item in self.items]
 
     @property
@@ -52,16 +64,16 @@ class PreparedSuite:
         losses: list[tuple[float, int]] = []
         if self.labels:
             done = progress.counter(f"Scoring {who}", len(self.items))
-            label_scores = scoring.label_scores(model, [item.prompt for item in self.encoded], self.label_tokens, done)
+            label_scores = self.objective.label_scores(model, self, done)
         if "Loss" in self.suite.metrics:
             done = progress.counter(f"Loss {who}", len(self.items))
-            losses = scoring.held_out_losses(model, self.encoded, self.limit, done)
+            losses = self.objective.losses(model, self, done)
         return SuiteScores(labels=self.labels, label_scores=tuple(map(tuple, label_scores)), losses=tuple(losses))
 
     def paired(self, metric: str, candidate: SuiteScores, baseline: SuiteScores) -> Paired:
         """Both models' values for a gate, item by item. Items without a token to predict are left out of Loss."""
         documents = [item.document for item in self.items]
-        if metric == "Accuracy":
+        if metric != "Loss":
             hits = [np.equal(scores.chosen(), self.expected).astype(float) for scores in (candidate, baseline)]
             return Paired(hits[0], hits[1], np.ones(len(documents)), documents)
         tokens = np.array([count for _, count in baseline.losses])
@@ -78,8 +90,8 @@ class PreparedSuite:
                 update={
                     "accuracy": _rounded(np.mean(np.equal(chosen, expected))),
                     "baseline_accuracy": _rounded(np.mean(np.equal(baseline.chosen(), expected))),
-                    "macro_f1": _rounded(macro_f1(expected, chosen, len(self.labels))),
-                    "majority_rate": _rounded(Counter(expected).most_common(1)[0][1] / len(expected)),
+                    "macro_f1": None if self.prefers else _rounded(macro_f1(expected, chosen, len(self.labels))),
+                    "majority_rate": None if self.prefers else _rounded(Counter(expected).most_common(1)[0][1] / len(expected)),
                 }
             )
         if candidate.losses:
@@ -88,14 +100,23 @@ class PreparedSuite:
         return score
 
 
-def prepare_suite(config: RunConfig, suite: Suite, digest: str, folder: Path, formatter: Formatter) -> PreparedSuite:
+def prepare_suite(config: RunConfig, objective: Objective, suite: Suite, digest: str, folder: Path, formatter: Formatter) -> PreparedSuite:
     """Read the snapshot and turn it into tokens."""
     items = read_items(folder, suite)
-    labels = labels_of(suite, items) if needs_labels(suite) else ()
     encoded = [formatter.encode(item.prompt, item.completion, item.system) for item in items]
-    tokens = [[formatter.encode(item.prompt, label, item.system).completion for label in labels] for item in items] if labels else []
+    if "Preference" in suite.metrics:
+        labels: tuple[str, ...] = ANSWERS
+        choices: list[tuple[str, ...]] = [(item.completion, item.rejected or "") for item in items]
+    else:
+        labels = labels_of(suite, items) if needs_labels(suite) else ()
+        choices = [labels for _ in items] if labels else []
+    tokens = [
+        [formatter.encode(item.prompt, choice, item.system).completion for choice in options]
+        for item, options in zip(items, choices, strict=bool(choices))
+    ]
     content = repr([(item.prompt, item.completion) for item in encoded]) + repr(tokens)
-    return PreparedSuite(suite, digest, items, encoded, labels, tokens, hashlib.sha256(content.encode()).hexdigest(), _limit(config, suite))
+    prompt_hash = hashlib.sha256(content.encode()).hexdigest()
+    return PreparedSuite(suite, digest, items, encoded, labels, tokens, prompt_hash, _limit(config, suite), objective)
 
 
 def _limit(config: RunConfig, suite: Suite) -> int:

@@ -11,6 +11,7 @@ from typing import Final
 from tuneloop_trainer import bases, hardware, models
 from tuneloop_trainer.chat import Formatter, stop_ids
 from tuneloop_trainer.contract import (
+    HELD_OUT_METRICS,
     Artifact,
     EvaluateSummary,
     ExitCode,
@@ -29,6 +30,7 @@ from tuneloop_trainer.evaluation.baselines import SuiteScores, read_scores, writ
 from tuneloop_trainer.evaluation.suites import PreparedSuite, prepare_suite
 from tuneloop_trainer.manifests import publish, sha256_file, staging
 from tuneloop_trainer.models import Model
+from tuneloop_trainer.objectives import Objective, objective_of
 from tuneloop_trainer.progress import ProgressWriter
 from tuneloop_trainer.results import RESULT_FILE, sentence, write_result
 from tuneloop_trainer.stages.outputs import evaluation_key, require_stage, stage_folder, told_again
@@ -55,49 +57,51 @@ def evaluate(config: RunConfig, progress: ProgressWriter) -> StageResult:
     hardware.use_threads(config.threads)
     manifest, prepared = require_stage(config, Stage.PREPARE)
     base = bases.require_prepared(config, manifest)
+    objective = objective_of(config, stage_folder(config, Stage.PREPARE))
     tokenizer = models.load_tokenizer(base, config.base.uri)
-    formatter = Formatter(tokenizer, stop_ids(base, tokenizer), config.prompt_format)
+    formatter = objective.formatter(base, tokenizer)
     digests = prepared.prepare.suite_digests if prepared.prepare else {}
     folder = stage_folder(config, Stage.PREPARE) / SUITES
-    suites = {suite.name: prepare_suite(config, suite, digests[suite.name], folder, formatter) for suite in suites_of(config)}
+    suites = {suite.name: prepare_suite(config, objective, suite, digests[suite.name], folder, formatter) for suite in suites_of(config)}
 
-    scores, answers = score_candidate(config, base, candidate, suites, formatter, stop_ids(base, tokenizer), progress)
-    baseline = score_baseline(config, base, str(manifest.metadata["base_digest"]), suites, progress)
+    model = load_artifact(objective, candidate, base, config.base.uri)
+    scores = {name: suite.score(model, progress, "candidate") for name, suite in suites.items()}
+    answers = answer_freely(model, suites, formatter, stop_ids(base, tokenizer), progress) if objective.answers else {}
+    del model
+    baseline = score_baseline(config, objective, base, str(manifest.metadata["base_digest"]), suites, progress)
     return conclude(config, candidate, suites, scores, baseline, answers)
 
 
-def score_candidate(
-    config: RunConfig,
-    base: Path,
-    candidate: Artifact,
-    suites: dict[str, PreparedSuite],
-    formatter: Formatter,
-    stops: frozenset[int],
-    progress: ProgressWriter,
-) -> tuple[Scores, dict[str, list[str]]]:
-    """Scores on every suite, and free answers to a sample of each suite that has labels."""
-    model = load_artifact(candidate, base, config.base.uri)
-    scores = {name: suite.score(model, progress, "candidate") for name, suite in suites.items()}
+def answer_freely(
+    model: Model, suites: dict[str, PreparedSuite], formatter: Formatter, stops: frozenset[int], progress: ProgressWriter
+) -> dict[str, list[str]]:
+    """The model's own answers to a sample of each suite that has labels."""
     answers = {}
     for name, suite in suites.items():
-        if suite.labels:
+        if suite.labels and not suite.prefers:
             done = progress.counter("Answering", min(SAMPLE, len(suite.items)))
             prompts = [item.prompt for item in suite.encoded[:SAMPLE]]
             tokens = scoring.greedy_answers(model, prompts, answer_tokens(suite), stops, done)
             answers[name] = [formatter.decode(row) for row in tokens]
-    return scores, answers
+    return answers
 
 
-def score_baseline(config: RunConfig, base: Path, base_digest: str, suites: dict[str, PreparedSuite], progress: ProgressWriter) -> Scores:
+def score_baseline(
+    config: RunConfig, objective: Objective, base: Path, base_digest: str, suites: dict[str, PreparedSuite], progress: ProgressWriter
+) -> Scores:
     """The pinned baseline's scores, from the cache where another run has made them."""
     pinned = config.evaluation.baseline.artifact
+    if pinned is None:
+        own = {name: objective.base_scores(suite) for name, suite in suites.items()}
+        if all(own.values()):
+            return {name: scores for name, scores in own.items() if scores is not None}
     identity = base_digest if pinned is None else f"{pinned.manifest_digest}+{base_digest}"
     cache = Path(config.paths.cache)
     scores = {name: read_scores(cache, suite.key(identity, DTYPE)) for name, suite in suites.items()}
     found = {name: score for name, score in scores.items() if score is not None}
     if len(found) < len(suites):
         progress.phase("LoadingBaseline")
-        model = _baseline_model(config, pinned, base)
+        model = _baseline_model(config, objective, pinned, base)
         for name, suite in suites.items():
             if name not in found:
                 found[name] = suite.score(model, progress, "baseline")
@@ -105,19 +109,19 @@ def score_baseline(config: RunConfig, base: Path, base_digest: str, suites: dict
     return found
 
 
-def _baseline_model(config: RunConfig, pinned: Artifact | None, base: Path) -> Model:
+def _baseline_model(config: RunConfig, objective: Objective, pinned: Artifact | None, base: Path) -> Model:
     gc.collect()
     if pinned is None:
-        return models.load_model(base, config.base.uri, DTYPE)
+        return objective.load_base(base, DTYPE)
     below = bases.base_folder(pinned.base, config.paths) if pinned.base is not None else base
-    return load_artifact(pinned, below, (pinned.base or config.base).uri)
+    return load_artifact(objective, pinned, below, (pinned.base or config.base).uri)
 
 
-def load_artifact(artifact: Artifact, base: Path, base_uri: str) -> Model:
+def load_artifact(objective: Objective, artifact: Artifact, base: Path, base_uri: str) -> Model:
     """A packaged model, verified by its digest, as it is served."""
     folder = bases.require_artifact(artifact)
     if artifact.format == "Merged":
-        return models.load_model(folder, artifact.path, DTYPE)
+        return objective.load(folder, artifact.path, DTYPE)
     return models.load_adapter(models.load_model(base, base_uri, DTYPE), folder)
 
 
@@ -156,11 +160,12 @@ def conclude(
 
 
 def gates_of(config: RunConfig) -> tuple[Gate, ...]:
-    """The configured gates; a validation split without any gate is tested for a lower held-out loss."""
+    """The configured gates; a validation split without any gate is tested for what its objective improves."""
     if config.evaluation.gates or config.validation_fraction <= 0:
         return config.evaluation.gates
     validation = next(suite for suite in suites_of(config) if suite.type == "Validation")
-    return (Gate(suite=validation.name, metric="Loss", rule="Superior"),) if "Loss" in validation.metrics else ()
+    metric = HELD_OUT_METRICS[config.objective][0]
+    return (Gate(suite=validation.name, metric=metric, rule="Superior"),) if metric in validation.metrics else ()
 
 
 def answer_tokens(suite: PreparedSuite) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 from tuneloop_trainer.contract import Manifest, RunConfig, Stage, StageResult
 from tuneloop_trainer.errors import Mismatch, StageError
@@ -16,12 +17,28 @@ def stage_folder(config: RunConfig, stage: Stage) -> Path:
     return Path(config.paths.work) / stage.value
 
 
+FIRST_NONES = frozenset(
+    {"path", "feedback", "template", "repository", "revision", "lora", "max_steps", "warmup_steps", "early_stopping_patience", "source"}
+)
+LATER: dict[str, Any] = {"personal_data": "Keep", "quality": "None", "languages": []}
+"""Fields of the contract's first release that may be None, and the defaults of those that came later. A later field counts only once
+it says something, so that it changes no key of a run that was made before it."""
+
+
 def run_key(config: RunConfig) -> str:
     """Hash of what the run's outputs depend on; an output of another key is made anew. Where they lie is no part of it."""
-    content = config.model_dump(mode="json", exclude={"paths", "threads", "stall_seconds", "checkpoint", "image"})
+    content = config.model_dump(mode="json", exclude={"paths", "threads", "stall_seconds", "checkpoint", "image", "origins"})
     content["training"].pop("micro_batch_size")
     content["evaluation"].pop("baseline")
-    return _hash(content)
+    return _hash(_without_silent_fields(content))
+
+
+def _without_silent_fields(content: Any) -> Any:
+    if isinstance(content, dict):
+        said = {name: value for name, value in content.items() if value is not None or name in FIRST_NONES}
+        kept = {name: value for name, value in said.items() if name not in LATER or value != LATER[name]}
+        return {name: _without_silent_fields(value) for name, value in kept.items()}
+    return [_without_silent_fields(value) for value in content] if isinstance(content, list) else content
 
 
 def evaluation_key(config: RunConfig) -> str:

@@ -6,11 +6,12 @@ import json
 import shutil
 from pathlib import Path
 
-from tuneloop_trainer import bases, models
+from tuneloop_trainer import bases
 from tuneloop_trainer.card import model_card
 from tuneloop_trainer.contract import ExitCode, Manifest, PackageSummary, RunConfig, Stage, StageResult
 from tuneloop_trainer.errors import StageError
 from tuneloop_trainer.manifests import Metadata, publish, staging, verify
+from tuneloop_trainer.objectives import objective_of
 from tuneloop_trainer.progress import ProgressWriter
 from tuneloop_trainer.results import RESULT_FILE, read_result
 from tuneloop_trainer.stages.outputs import require_stage, run_key, stage_folder
@@ -52,6 +53,7 @@ def package(config: RunConfig, progress: ProgressWriter) -> StageResult:
             "run_key": run_key(config),
             "model": config.model,
             "format": config.output_format,
+            "objective": config.objective,
             "base_uri": config.base.uri,
             "base_digest": prepared.prepare.base_digest,
             "shards_digest": prepared.prepare.shards_digest,
@@ -76,12 +78,13 @@ def write_merged(config: RunConfig, base: Path, trained: Path, folder: Path) -> 
     """Whole weights in bf16. An adapter is merged in fp32 and rounded once. Tokenizer files are the base's, byte for byte."""
     import torch
 
+    objective = objective_of(config, stage_folder(config, Stage.PREPARE))
     if config.method.type == "LoRA":
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(models.load_model(base, config.base.uri, "float32"), trained).merge_and_unload()
+        model = PeftModel.from_pretrained(objective.load_base(base, "float32"), trained).merge_and_unload()
     else:
-        model = models.load_model(trained, config.base.uri, "float32")
+        model = objective.load(trained, config.base.uri, "float32")
     model.to(torch.bfloat16).save_pretrained(folder)
     for name in TOKENIZER_FILES:
         if (base / name).is_file():

@@ -1,4 +1,4 @@
-"""train: SFT with LoRA or of all weights on what prepare wrote, resumable at any step."""
+"""train: the run's objective, with LoRA or of all weights, on what prepare wrote, resumable at any step."""
 
 from __future__ import annotations
 
@@ -18,17 +18,19 @@ from tuneloop_trainer.data.shards import read_table, shard_files
 from tuneloop_trainer.errors import Invalid
 from tuneloop_trainer.interrupts import Interrupts
 from tuneloop_trainer.manifests import publish, staging
+from tuneloop_trainer.objectives import Objective, objective_of
+from tuneloop_trainer.objectives.objective import Parts
 from tuneloop_trainer.progress import ProgressWriter
 from tuneloop_trainer.results import RESULT_FILE, write_result
 from tuneloop_trainer.stages.outputs import require_stage, run_key, stage_folder, told_again
 from tuneloop_trainer.stages.prepare import CARD
-from tuneloop_trainer.training.arguments import parse_arguments
+from tuneloop_trainer.training.arguments import Settings, resolve, surroundings
 from tuneloop_trainer.training.checkpoints import Checkpoint, Checkpoints
 from tuneloop_trainer.training.plan import Plan, make_plan
 
 log = logging.getLogger("tuneloop.train")
-EVALUATIONS = 10
-"""Times that the held-out loss is measured in a run that may stop early."""
+SETTINGS = "settings.json"
+"""Every value that the run was trained with, and where it came from."""
 
 
 @dataclass
@@ -42,6 +44,7 @@ class Attempt:
     resumed: Checkpoint | None
     steps_lost: int
     best: Any
+    settings: Settings
 
 
 def train(config: RunConfig, progress: ProgressWriter, interrupts: Interrupts) -> StageResult:
@@ -81,30 +84,34 @@ def assemble(config: RunConfig, prepared: StageResult, base: Path, progress: Pro
     from transformers import PrinterCallback
 
     from tuneloop_trainer.training.callbacks import DecideCheckpoints, ReportProgress
-    from tuneloop_trainer.training.trainer import Trainer, trainable_share
+    from tuneloop_trainer.training.trainer import trainable_share
 
     hardware.use_threads(config.threads)
     data = stage_folder(config, Stage.PREPARE)
+    objective = objective_of(config, data)
     sources = json.loads((data / CARD).read_text())["sources"]
     lengths = np.asarray(read_table(data, "train")["length"], dtype=np.int64)
-    plan = make_plan(config, prepared, [source["rows"] for source in sources], lengths, hardware.device())
+    plan = make_plan(config, prepared, [source["rows"] for source in sources], lengths, hardware.device(), objective.least_rows)
     checkpoints = Checkpoints(stage_folder(config, Stage.TRAIN) / "checkpoints", plan.key, config.checkpoint.keep)
     resumed = checkpoints.newest()
     writing = stage_folder(config, Stage.TRAIN) / "writing"
     shutil.rmtree(writing, ignore_errors=True)
     stop_early = _stop_early(config, resumed)
-    arguments = training_arguments(config, plan, writing, stop_early is not None)
-    log.info("settings: %s", {name: getattr(arguments, name) for name in SHOWN})
-    trainer = Trainer(
-        model=load(config, base),
-        args=arguments,
-        processing_class=models.load_tokenizer(base, config.base.uri),
-        train_dataset=_dataset(data, "train"),
-        eval_dataset=_dataset(data, "validation") if stop_early is not None else None,
-        order=plan.order,
-        consumed=resumed.samples if resumed else 0,
-        checkpoints=checkpoints,
+    settings = resolve(config, plan, objective.defaults, hardware.device())
+    log.info("settings: %s", settings.described())
+    parts = Parts(
+        base=base,
+        model=load(objective, base),
+        tokenizer=models.load_tokenizer(base, config.base.uri),
+        arguments=settings.values | surroundings(plan, writing, stop_early is not None, hardware.device()),
+        train=_dataset(data, "train"),
+        validation=_dataset(data, "validation") if stop_early is not None else None,
+        resuming={"order": plan.order, "consumed": resumed.samples if resumed else 0, "checkpoints": checkpoints},
     )
+    try:
+        trainer = objective.trainer(parts)
+    except ValueError as error:
+        raise Invalid(f"{config.base.uri} cannot be trained so: {error}", Reason.MODEL_NOT_FOUND) from error
     log.info("trainable share of the weights: %.4f", trainable_share(trainer.model))
     trainer.remove_callback(PrinterCallback)
     report = ReportProgress(progress, checkpoints, plan.global_batch, trainer.tokens_trained)
@@ -115,68 +122,19 @@ def assemble(config: RunConfig, prepared: StageResult, base: Path, progress: Pro
         stop_early.keep = lambda step: setattr(trainer, "best_step", step)
     lost = checkpoints.take_up(resumed.step if resumed else 0)
     progress.update(checkpoint_step=resumed.step if resumed else None, steps_lost=lost)
-    return Attempt(trainer, report, plan, checkpoints, resumed, lost, stop_early)
+    return Attempt(trainer, report, plan, checkpoints, resumed, lost, stop_early, settings)
 
 
-SHOWN = (
-    "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps",
-    "weight_decay", "max_grad_norm", "bf16", "gradient_checkpointing", "optim", "seed",
-)  # fmt: skip
-
-
-def training_arguments(config: RunConfig, plan: Plan, folder: Path, evaluates: bool) -> Any:
-    """The resolved arguments: the configuration, then our defaults, with the user's extra arguments over both."""
-    from trl import SFTConfig
-
-    training = config.training
-    on_cpu = hardware.device() == "cpu"
-    warmup = training.warmup_steps if training.warmup_steps is not None else -(-3 * plan.max_steps // 100)
-    arguments: dict[str, Any] = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": plan.micro_batch,
-        "per_device_eval_batch_size": plan.micro_batch,
-        "gradient_accumulation_steps": plan.accumulation,
-        "max_steps": plan.max_steps,
-        "learning_rate": training.learning_rate,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": warmup,
-        "bf16": training.precision == "BF16",
-        "seed": training.seed,
-        "use_cpu": on_cpu,
-        "gradient_checkpointing": not on_cpu,
-        "dataloader_pin_memory": not on_cpu,
-        "padding_free": training.packing,
-        "max_length": None,
-        "dataset_kwargs": {"skip_prepare_dataset": True},
-        "ignore_data_skip": True,
-        "logging_steps": 1,
-        "logging_nan_inf_filter": False,
-        "save_strategy": "no",
-        "eval_strategy": "steps" if evaluates else "no",
-        "eval_steps": max(1, plan.max_steps // EVALUATIONS),
-        "report_to": "none",
-        "disable_tqdm": True,
-    }
-    return SFTConfig(**(arguments | parse_arguments(training.extra_arguments)))
-
-
-def load(config: RunConfig, base: Path) -> models.Model:
-    """LoRA: the base frozen in bf16 under fp32 adapters. Full: fp32 masters; bf16 is autocast's."""
+def load(objective: Objective, base: Path) -> models.Model:
+    """LoRA: the base to be frozen in bf16 under fp32 adapters. Full: fp32 masters; bf16 is autocast's."""
     import torch
-    from peft import LoraConfig, get_peft_model
 
-    # The adapter's random initialisation is drawn here.
+    config = objective.config
+    # The adapter's random initialisation is drawn after this.
     torch.manual_seed(config.training.seed)
-    if config.method.type == "Full" or config.method.lora is None:
-        return models.load_model(base, config.base.uri, "float32").train()
-    lora = config.method.lora
-    model = models.load_model(base, config.base.uri, "bfloat16" if config.training.precision == "BF16" else "float32")
-    targets = "all-linear" if lora.target_modules == "AllLinear" else ["q_proj", "k_proj", "v_proj", "o_proj"]
-    adapter = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type="CAUSAL_LM")
-    try:
-        return get_peft_model(model, adapter, autocast_adapter_dtype=True)
-    except ValueError as error:
-        raise Invalid(f"LoRA does not fit {config.base.uri}: {error}", Reason.MODEL_NOT_FOUND) from error
+    frozen_in_half = config.method.type == "LoRA" and config.training.precision == "BF16"
+    model = objective.load_base(base, "bfloat16" if frozen_in_half else "float32")
+    return model.train() if config.method.type == "Full" else model
 
 
 def summarize(attempt: Attempt, seconds: float) -> TrainSummary:
@@ -203,6 +161,7 @@ def finish(config: RunConfig, attempt: Attempt, summary: TrainSummary, folder: P
     with staging(folder) as temporary:
         attempt.checkpoints.link_weights(attempt.checkpoints.get(step), temporary)
         (temporary / "log.json").write_text(json.dumps(state.log_history, indent=1))
+        (temporary / SETTINGS).write_text(json.dumps(attempt.settings.record(), indent=1))
         result = StageResult(stage=Stage.TRAIN, exit_code=ExitCode.DONE, uri=str(folder / "log.json"), train=summary)
         write_result(temporary / RESULT_FILE, result)
         publish(temporary, folder, "checkpoint", {"run_key": run_key(config), "step": step, "method": config.method.type})

@@ -1,10 +1,21 @@
-"""What a user may pass through to the trainer's arguments: known names only, each with its type."""
+"""The trainer's arguments: each value with where it came from, and those that a user passes through."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
+from tuneloop_trainer.contract import Defaults, RunConfig
 from tuneloop_trainer.errors import Invalid
+from tuneloop_trainer.training.plan import Plan
+
+EVALUATIONS = 10
+"""Times that the held-out loss is measured in a run that may stop early."""
+Origin = Literal["spec", "default", "derived", "extraArguments"]
+"""Who set a value: the job's spec (the schema's defaults included), the table of defaults by objective and method, the trainer
+from the data and the device, or `training.extraArguments`."""
 
 Value = str | int | float | bool
 ALLOWED: dict[str, type] = {
@@ -37,3 +48,70 @@ def _parse(name: str, value: Value) -> Value:
         return parsed
     except (KeyError, ValueError):
         raise Invalid(f"training.extraArguments.{name}: '{text[:40]}' is no {ALLOWED[name].__name__}.") from None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The trainer's arguments that decide what is learned, each with its origin."""
+
+    values: dict[str, Any]
+    origins: dict[str, Origin]
+
+    def record(self) -> dict[str, dict[str, Any]]:
+        return {name: {"value": value, "from": self.origins[name]} for name, value in sorted(self.values.items())}
+
+    def described(self) -> str:
+        """On one line, for the log."""
+        return " ".join(f"{name}={value} ({self.origins[name]})" for name, value in sorted(self.values.items()))
+
+
+def resolve(config: RunConfig, plan: Plan, defaults: Defaults, device: str) -> Settings:
+    """Every value from its highest source: extra arguments, the spec, the table of defaults, what is derived."""
+    training = config.training
+    rate_from: Origin = config.origins.get("learning_rate", "spec")
+    steps_from: Origin = "spec" if training.max_steps is not None else "derived"
+    micro_from: Origin = "derived" if training.micro_batch_size is None else "spec"
+    asked_warmup = training.warmup_steps
+    chosen: dict[str, tuple[Any, Origin]] = {
+        "per_device_train_batch_size": (plan.micro_batch, micro_from),
+        "gradient_accumulation_steps": (plan.accumulation, "derived"),
+        "max_steps": (plan.max_steps, steps_from),
+        "learning_rate": (training.learning_rate, rate_from),
+        "lr_scheduler_type": (defaults.schedule, "default"),
+        "warmup_steps": (
+            _share(defaults.warmup_share, plan.max_steps) if asked_warmup is None else asked_warmup,
+            "default" if asked_warmup is None else "spec",
+        ),
+        "weight_decay": (defaults.weight_decay, "default"),
+        "bf16": (training.precision == "BF16", "spec"),
+        "seed": (training.seed, "spec"),
+        "gradient_checkpointing": (device != "cpu", "derived"),
+    }
+    extra: dict[str, tuple[Any, Origin]] = {
+        name: (value, "extraArguments") for name, value in parse_arguments(training.extra_arguments).items()
+    }
+    chosen |= extra
+    return Settings({name: value for name, (value, _) in chosen.items()}, {name: origin for name, (_, origin) in chosen.items()})
+
+
+def _share(share: float, steps: int) -> int:
+    """The share of the steps, rounded up; in whole thousandths, so that no rounding of floats adds one."""
+    return -(-round(1000 * share) * steps // 1000)
+
+
+def surroundings(plan: Plan, folder: Path, evaluates: bool, device: str) -> dict[str, Any]:
+    """What is the same for every run: where it writes, what it logs, and that nothing is hidden or saved behind our back."""
+    return {
+        "output_dir": str(folder),
+        "per_device_eval_batch_size": plan.micro_batch,
+        "use_cpu": device == "cpu",
+        "dataloader_pin_memory": device != "cpu",
+        "ignore_data_skip": True,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "save_strategy": "no",
+        "eval_strategy": "steps" if evaluates else "no",
+        "eval_steps": max(1, plan.max_steps // EVALUATIONS),
+        "report_to": "none",
+        "disable_tqdm": True,
+    }

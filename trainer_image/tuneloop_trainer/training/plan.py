@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from tuneloop_trainer.contract import TOKENS_PER_MICRO_BATCH, RunConfig, StageResult
 from tuneloop_trainer.data.schedule import Order, by_length_within_batches, sample_order
-from tuneloop_trainer.errors import StageError
+from tuneloop_trainer.errors import Invalid, StageError
 from tuneloop_trainer.stages.outputs import run_key
 
 
@@ -27,7 +27,9 @@ class Plan:
         return self.global_batch // self.micro_batch
 
 
-def make_plan(config: RunConfig, prepared: StageResult, rows_per_source: list[int], lengths: npt.NDArray[np.int64], device: str) -> Plan:
+def make_plan(
+    config: RunConfig, prepared: StageResult, rows_per_source: list[int], lengths: npt.NDArray[np.int64], device: str, least: int = 1
+) -> Plan:
     """The whole run's sequence of rows; the same for every attempt, whatever its micro-batch."""
     if prepared.prepare is None:
         raise StageError("The result of prepare has no summary.")
@@ -36,11 +38,15 @@ def make_plan(config: RunConfig, prepared: StageResult, rows_per_source: list[in
     order = sample_order(rows_per_source, weights, steps * batch, config.training.seed)
     order = by_length_within_batches(order, lengths, batch)
     content = f"{run_key(config)} {prepared.prepare.shards_digest} {prepared.prepare.base_digest}".encode() + order.tobytes()
-    micro = micro_batch(batch, config.training.micro_batch_size, int(lengths[order].max()), device)
+    micro = micro_batch(batch, config.training.micro_batch_size, int(lengths[order].max()), device, least)
     return Plan(order, steps, batch, micro, hashlib.sha256(content).hexdigest())
 
 
-def micro_batch(global_batch: int, configured: int | None, longest: int, device: str) -> int:
-    """The largest divisor of the global batch that is not above what is configured, or fits the device's tokens."""
+def micro_batch(global_batch: int, configured: int | None, longest: int, device: str, least: int = 1) -> int:
+    """The largest divisor of the global batch that is not above what is configured, or fits the device's tokens; the smallest
+    that is at least `least` where none is."""
+    if global_batch < least:
+        raise Invalid(f"This objective needs micro-batches of {least} rows: training.globalBatchSize must be at least {least}.")
     limit = configured if configured is not None else max(1, TOKENS_PER_MICRO_BATCH[device] // max(longest, 1))
-    return max(size for size in range(1, global_batch + 1) if global_batch % size == 0 and (size <= limit or size == 1))
+    sizes = [size for size in range(least, global_batch + 1) if global_batch % size == 0]
+    return max([size for size in sizes if size <= limit], default=sizes[0])

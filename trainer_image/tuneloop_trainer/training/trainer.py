@@ -1,14 +1,14 @@
-"""TRL's SFT trainer on rows that are tokenised already: our order, our checkpoints."""
+"""What is ours in every trainer, on rows that are tokenised already: the order, the checkpoints, the head."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import Sampler
-from trl import SFTTrainer
+from transformers import Trainer
 
 from tuneloop_trainer.data.schedule import Order
 from tuneloop_trainer.training.checkpoints import Checkpoints
@@ -28,18 +28,31 @@ class OrderSampler(Sampler[int]):
         return iter(self._rest.tolist())
 
 
-class Trainer(SFTTrainer):
-    """Differs from TRL's in three things: rows come in a given order, a checkpoint is complete or not there at all, and the head is
-    computed where a token is learned."""
+class Resumable(Trainer):
+    """What every objective's trainer has before its own: rows in a given order, checkpoints that are complete or not there at all,
+    and the language-model head only where a token is learned."""
 
-    def __init__(self, *args: Any, order: Order, consumed: int, checkpoints: Checkpoints, **kwargs: Any) -> None:  # Any: TRL's
+    def __init__(
+        self, *args: Any, order: Order, consumed: int, checkpoints: Checkpoints, columns: Sequence[str] | None = None, **kwargs: Any
+    ) -> None:  # Any: TRL's
         self.order = order
         self.consumed = consumed
         self.checkpoints = checkpoints
+        self.columns = columns
         self.best_step: int | None = None
         self._random_state_of: str | None = None
         super().__init__(*args, **kwargs)
         select_positions(self.model)
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """TRL would tokenise here; prepare has."""
+        return dataset
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self.columns is None:
+            super()._set_signature_columns_if_needed()
+        else:
+            self._signature_columns = list(self.columns)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return OrderSampler(self.order, self.consumed)
@@ -65,7 +78,14 @@ class Trainer(SFTTrainer):
         """TRL would write its card into every checkpoint; ours is written when the model is packaged."""
 
     def tokens_trained(self) -> int:
-        return int(self._total_train_tokens)
+        """Tokens of this attempt so far; TRL's trainers count them themselves."""
+        counted = getattr(self, "_total_train_tokens", None)
+        return int(self.state.num_input_tokens_seen if counted is None else counted)
+
+
+def resumable(trainer: type[Any]) -> type[Any]:
+    """The trainer's class with `Resumable` before it."""
+    return type(f"Resumable{trainer.__name__}", (Resumable,) if trainer is Trainer else (Resumable, trainer), {})
 
 
 def trainable_share(model: torch.nn.Module) -> float:

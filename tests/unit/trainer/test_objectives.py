@@ -1,0 +1,308 @@
+"""Every objective improves what it optimises, resumes to the last bit, and leaves a model that loads from its manifest and answers."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from tests.unit.trainer.builders import copy_work, make_config, replace, run_stage, write_jsonl
+from tests.unit.trainer.test_training import InterruptAfter, checkpoints, losses, weights
+
+from tuneloop_trainer.contract import (
+    DEFAULTS,
+    HELD_OUT_METRICS,
+    Checkpoint,
+    Classification,
+    Curation,
+    DataSource,
+    Dpo,
+    Evaluation,
+    ExitCode,
+    Gate,
+    Kto,
+    Lora,
+    Method,
+    ObjectiveType,
+    Reason,
+    RunConfig,
+    Stage,
+    Suite,
+    Training,
+)
+from tuneloop_trainer.data.records import RowReader
+from tuneloop_trainer.objectives import MODULES, objective_of
+from tuneloop_trainer.objectives.classification import SequenceClassification
+
+THINGS = ("day", "tea", "song", "film", "street", "letter", "garden", "answer", "morning", "story")
+OBJECTIVES: tuple[ObjectiveType, ...] = get_args(ObjectiveType)
+
+
+def row(objective: str, number: int) -> dict[str, object]:
+    """A row whose answer follows from one word of it, in the columns that the objective reads."""
+    good = number % 2 == 0
+    prompt = f"{'sunny' if good else 'rainy'} {THINGS[number // 2 % 10]} {number}"
+    answer, other = ("positive", "negative") if good else ("negative", "positive")
+    match objective:
+        case "Pretraining":
+            return {"text": f"{prompt} is {answer} because the {THINGS[number % 7]} said so. " * (1 + number % 3)}
+        case "SequenceClassification":
+            return {"text": prompt, "label": answer}
+        case "DPO":
+            return {"prompt": prompt, "chosen": answer, "rejected": other}
+        case "KTO":
+            liked = number // 2 % 2 == 0
+            return {"prompt": prompt, "completion": answer if liked else other, "desirable": liked}
+    return {"prompt": prompt, "completion": answer}
+
+
+def source(root: Path, objective: str, name: str, first: int, count: int) -> DataSource:
+    path = write_jsonl(root / "data" / f"{name}.jsonl", [row(objective, number) for number in range(first, first + count)])
+    return DataSource(uri=f"pvc://data/{name}.jsonl", path=str(path))
+
+
+# A rate at which the first ten steps are not the whole of what is learned.
+RATES = {"SequenceClassification": 2e-3}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "SFT": {},
+    "Pretraining": {},
+    "SequenceClassification": {"classification": Classification(class_weights="Balanced")},
+    "DPO": {"dpo": Dpo(beta=0.1)},
+    "KTO": {"kto": Kto(beta=0.1)},
+}
+
+
+def make_run(root: Path, base: Path, objective: ObjectiveType, steps: int = 24, seed: int = 42, **fields: Any) -> RunConfig:
+    """A LoRA run over 80 rows, with a suite of 20 unseen ones."""
+    metrics = HELD_OUT_METRICS[objective]
+    rate = RATES.get(objective, 1e-2)
+    suite = Suite(name="gate", type="Dataset", source=source(root, judged_as(objective), "gate", 1000, 20), metrics=metrics)
+    gate = Gate(suite="gate", metric=metrics[0], rule="Superior", min_items=10)  # type: ignore[arg-type]
+    values: dict[str, Any] = {
+        "objective": objective,
+        "method": Method(type="LoRA", lora=Lora(rank=8, alpha=16)),
+        "training": Training(
+            max_steps=steps, global_batch_size=8, learning_rate=rate, max_sequence_length=48, warmup_steps=2, precision="FP32", seed=seed
+        ),
+        "checkpoint": Checkpoint(every_minutes=None, every_steps=10, keep=2),
+        "evaluation": Evaluation(suites=(suite,), gates=(gate,)),
+        "output_format": "Merged",
+        **SETTINGS[objective],
+    }
+    return make_config(root, base, [source(root, objective, "train", 0, 80)], **(values | fields))
+
+
+def judged_as(objective: str) -> str:
+    """Whose columns a suite of the objective has."""
+    return "SFT" if objective == "KTO" else objective
+
+
+def optimised(config: RunConfig) -> list[float]:
+    """Per step what the objective improves, where less is better."""
+    name, sign = ("rewards/margins", -1) if config.objective in ("DPO", "KTO") else ("loss", 1)
+    log = json.loads((Path(config.paths.work) / "train" / "final" / "log.json").read_text())
+    return [sign * entry[name] for entry in log if name in entry]
+
+
+def improvement(values: list[float]) -> float:
+    """How many standard errors the mean of the last ten lies below that of the first ten."""
+    first, last = values[:10], values[-10:]
+    error = math.sqrt((statistics.variance(first) + statistics.variance(last)) / 10)
+    return (statistics.mean(first) - statistics.mean(last)) / max(error, 1e-12)
+
+
+def run_through(config: RunConfig) -> dict[Stage, Any]:
+    results = {}
+    for stage in Stage:
+        results[stage] = run_stage(config, stage)
+        assert results[stage].exit_code == ExitCode.DONE, (stage, results[stage].message)
+    return results
+
+
+def answer(config: RunConfig, base: Path, prompt: str) -> str:
+    """What the packaged model says, loaded from its manifest."""
+    from tuneloop_trainer import models
+    from tuneloop_trainer.evaluation import scoring
+    from tuneloop_trainer.stages.evaluate import load_artifact, packaged
+
+    prepared = Path(config.paths.work) / "prepare"
+    objective = objective_of(config, prepared)
+    model = load_artifact(objective, packaged(config), base, config.base.uri)
+    formatter = objective.formatter(base, models.load_tokenizer(base, "tiny"))
+    prompts = [formatter.prompt_ids(prompt)]
+    if not objective.answers:
+        scores = scoring.class_scores(model, prompts, lambda _: None)[0]
+        return str(model.config.id2label[scores.index(max(scores))])
+    return formatter.decode(scoring.greedy_answers(model, prompts, 12, frozenset([2]), lambda _: None)[0])
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_objective_improves_and_its_model_answers(objective: ObjectiveType, tmp_path: Path, base: Path) -> None:
+    config = make_run(tmp_path, base, objective)
+
+    results = run_through(config)
+
+    assert improvement(optimised(config)) > 3
+    score = results[Stage.EVALUATE].evaluate
+    assert score.gates[0].metric == HELD_OUT_METRICS[objective][0]
+    better = score.gates[0].difference if score.gates[0].metric != "Loss" else -score.gates[0].difference
+    assert better > 0, "the model that was packaged is better than the base at what the objective is judged by"
+    said = answer(config, base, "rainy tea 1001")
+    assert said in ("negative", "positive") if objective in ("SFT", "SequenceClassification") else said
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("method", ["LoRA", "Full"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_objective_improves_with_each_of_three_seeds(objective: ObjectiveType, method: Any, tmp_path: Path, base: Path) -> None:
+    for seed in (1, 2, 3):
+        config = make_run(tmp_path / str(seed), base, objective, steps=40, seed=seed)
+        if method == "Full":
+            rate = config.training.learning_rate / 4
+            config = replace(config, method=Method(type="Full"), training=config.training.model_copy(update={"learning_rate": rate}))
+        run_through(config)
+        assert improvement(optimised(config)) > 3
+
+
+@pytest.mark.parametrize("objective", [name for name in OBJECTIVES if name != "SFT"])
+def test_interrupted_run_of_any_objective_ends_bit_equal(objective: ObjectiveType, tmp_path: Path, base: Path) -> None:
+    method = Method(type="LoRA", lora=Lora(rank=4, alpha=8, dropout=0.1))
+    config = make_run(tmp_path, base, objective, steps=4, method=method)
+    assert run_stage(config, Stage.PREPARE).exit_code == ExitCode.DONE
+    undisturbed = copy_work(config, tmp_path / "undisturbed")
+    assert run_stage(undisturbed, Stage.TRAIN).exit_code == ExitCode.DONE
+
+    stopped = run_stage(config, Stage.TRAIN, InterruptAfter(2))
+    resumed = run_stage(config, Stage.TRAIN)
+
+    assert (stopped.exit_code, stopped.train.step) == (ExitCode.INTERRUPTED, 2)
+    assert (resumed.exit_code, resumed.train.resumed_from_step, resumed.train.samples) == (ExitCode.DONE, 2, 32)
+    assert losses(config) == losses(undisturbed)
+    assert weights(config) == weights(undisturbed)
+    assert (resumed.train.tokens_per_second or 0) > 0
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_loss_that_is_no_number_stops_any_objective(objective: ObjectiveType, tmp_path: Path, base: Path) -> None:
+    config = make_run(tmp_path, base, objective, steps=4)
+    config = replace(config, training=config.training.model_copy(update={"learning_rate": 1e30}))
+    run_stage(config, Stage.PREPARE)
+
+    result = run_stage(config, Stage.TRAIN)
+
+    assert (result.exit_code, result.reason) == (ExitCode.NON_FINITE, Reason.NON_FINITE_LOSS)
+    assert checkpoints(config) == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("objective", [name for name in OBJECTIVES if name != "SFT"])
+def test_any_objective_stops_early(objective: ObjectiveType, tmp_path: Path, base: Path) -> None:
+    config = make_run(tmp_path, base, objective, steps=20, validation_fraction=0.2, curation=Curation(decontaminate=False))
+    training = config.training.model_copy(update={"early_stopping_patience": 2, "learning_rate": 1e-30})
+    config = replace(config, training=training)
+    run_stage(config, Stage.PREPARE)
+
+    result = run_stage(config, Stage.TRAIN)
+
+    assert (result.exit_code, result.train.step) == (ExitCode.DONE, 6)
+    assert result.train.validation_loss is not None
+
+
+def test_pretraining_keeps_every_token(tmp_path: Path, base: Path) -> None:
+    from tuneloop_trainer import models
+    from tuneloop_trainer.data.shards import read_rows
+
+    config = make_run(tmp_path, base, "Pretraining")
+    summary = run_stage(config, Stage.PREPARE).prepare
+
+    tokenizer = models.load_tokenizer(base, "tiny")
+    texts = [record.completion for record in RowReader(config.train[0], "train", objective_of(config).shape).records()]
+    expected = sorted(token for text in texts for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id])
+    rows = list(read_rows(tmp_path / "work" / "prepare", "train"))
+    assert sorted(token for made in rows for token in made.input_ids) == expected
+    assert summary.truncated == 0
+    assert max(len(made.input_ids) for made in rows) <= 48
+    assert any(len(made.sequences) > 1 for made in rows), "short texts share a row"
+
+
+def prepare_rows(root: Path, base: Path, objective: ObjectiveType, rows: list[dict[str, object]]) -> Any:
+    """What prepare says to these rows; there is no suite."""
+    config = make_run(root, base, objective, evaluation=Evaluation())
+    write_jsonl(root / "data" / "train.jsonl", rows)
+    return run_stage(config, Stage.PREPARE)
+
+
+@pytest.mark.parametrize(
+    ("objective", "edit", "sentence"),
+    [
+        pytest.param("SequenceClassification", lambda row: row | {"label": "positive"}, "one label only", id="one class"),
+        pytest.param("KTO", lambda row: row | {"desirable": True}, "Every training row is desirable", id="one kind of judgement"),
+        pytest.param("DPO", lambda row: row | {"rejected": row["chosen"]}, "its chosen and rejected answers are equal", id="equal answers"),
+        pytest.param("KTO", lambda row: row | {"desirable": "perhaps"}, "true or false is needed", id="no judgement"),
+        pytest.param("DPO", lambda row: {"prompt": row["prompt"], "chosen": "a"}, "no column 'rejected'", id="no second answer"),
+        pytest.param("SequenceClassification", lambda row: row | {"label": float("nan")}, "column 'label' has nan", id="NaN label"),
+    ],
+)
+def test_rows_that_an_objective_cannot_learn_from_are_refused(
+    objective: ObjectiveType, edit: Callable[[dict[str, object]], dict[str, object]], sentence: str, tmp_path: Path, base: Path
+) -> None:
+    result = prepare_rows(tmp_path, base, objective, [edit(row(objective, number)) for number in range(40)])
+
+    assert (result.exit_code, result.reason) == (ExitCode.INVALID, Reason.DATA_INVALID)
+    assert sentence in result.message
+
+
+def test_label_that_training_lacks_is_refused_in_a_suite(tmp_path: Path, base: Path) -> None:
+    config = make_run(tmp_path, base, "SequenceClassification")
+    write_jsonl(tmp_path / "data" / "gate.jsonl", [{"text": "an odd one", "label": "mixed"}, *(row(config.objective, n) for n in range(9))])
+
+    result = run_stage(config, Stage.PREPARE)
+
+    assert result.exit_code == ExitCode.INVALID
+    assert "has the label 'mixed'; the training rows have negative, positive." in result.message
+
+
+def test_balanced_weights_make_every_class_count_the_same(tmp_path: Path, base: Path) -> None:
+    config = make_run(tmp_path, base, "SequenceClassification")
+    objective = SequenceClassification(config)
+    objective.labels, objective.counts = ("a", "b", "c"), (10, 30, 60)
+
+    assert [weight * count for weight, count in zip(objective.class_weights(), objective.counts, strict=True)] == pytest.approx(
+        [100 / 3] * 3
+    )
+
+
+def test_every_value_of_a_run_is_recorded_with_its_origin(tmp_path: Path, base: Path) -> None:
+    config = make_run(tmp_path, base, "DPO", steps=2, origins={"learning_rate": "default"})
+    training = config.training.model_copy(update={"warmup_steps": None, "extra_arguments": {"weight_decay": "0.5"}})
+    config = replace(config, training=training)
+    run_stage(config, Stage.PREPARE)
+    run_stage(config, Stage.TRAIN)
+
+    record = json.loads((tmp_path / "work" / "train" / "final" / "settings.json").read_text())
+
+    assert record["learning_rate"] == {"value": 0.01, "from": "default"}
+    assert record["max_steps"] == {"value": 2, "from": "spec"}
+    assert record["warmup_steps"] == {"value": 1, "from": "default"}
+    assert record["weight_decay"] == {"value": 0.5, "from": "extraArguments"}
+    assert record["per_device_train_batch_size"]["from"] == "derived"
+
+
+def test_every_objective_has_a_module_and_defaults() -> None:
+    assert set(MODULES) == set(OBJECTIVES) == set(HELD_OUT_METRICS)
+    assert set(DEFAULTS) == {(objective, method) for objective in OBJECTIVES for method in ("LoRA", "Full")}
+
+
+def test_configuration_of_the_first_release_keeps_its_key() -> None:
+    """Checkpoints and outputs of runs that were made before an objective was added are still found."""
+    from tests.unit.trainer.builders import make_gated
+
+    from tuneloop_trainer.stages.outputs import run_key
+
+    root = Path("/tmp/key-of-a-run")
+    assert run_key(make_gated(root, root / "base")) == "8757cb24a2ca8955cab3c707e0e1ca5c5789adebb0e07d7d87ff9cc7a8a55a64"

@@ -1,0 +1,165 @@
+"""What an objective answers to the stages. The defaults here are those of a causal language model that is served as a chat."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from tuneloop_trainer import models
+from tuneloop_trainer.chat import Formatter, stop_ids
+from tuneloop_trainer.contract import DEFAULTS, Defaults, Reason, RunConfig, Suite
+from tuneloop_trainer.data.records import PREFERRED, PROMPTED, Record, Shape
+from tuneloop_trainer.data.shards import TokenRow
+from tuneloop_trainer.errors import Invalid
+
+if TYPE_CHECKING:
+    from tuneloop_trainer.evaluation.baselines import SuiteScores
+    from tuneloop_trainer.evaluation.suites import PreparedSuite
+
+NOTES = "objective.json"
+Done = Callable[[int], None]
+Sources = Sequence[Iterable[Record]]
+"""Per source its records, which may be walked several times and do not fit into memory together."""
+Dtype = Literal["bfloat16", "float32"]
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """A record as rows to train on; none, where no token of it could be learned. `whole` is the length it would need uncut."""
+
+    rows: list[TokenRow]
+    whole: int
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a trainer is put together from, beside what the objective adds."""
+
+    base: Path
+    model: models.Model
+    tokenizer: models.Tokenizer
+    arguments: dict[str, Any]
+    train: Any
+    validation: Any
+    resuming: dict[str, Any]
+    """Order, samples consumed and checkpoints, as `training.trainer.Resumable` takes them."""
+
+
+class Objective:
+    """One run's objective, made from its configuration."""
+
+    shape: ClassVar[Shape] = PROMPTED
+    """How a training row and a row of the validation split are read."""
+    packs: ClassVar[bool] = False
+    """Whether rows are packed whatever the configuration says."""
+    least_rows: ClassVar[int] = 1
+    """Rows that a micro-batch must have."""
+    answers: ClassVar[bool] = True
+    """Whether the model writes text, so that it can be asked freely and probed where it is served."""
+    task: ClassVar[str] = "CAUSAL_LM"
+    """peft's name of what the model does."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+
+    @property
+    def defaults(self) -> Defaults:
+        return DEFAULTS[self.config.objective, self.config.method.type]
+
+    # --- prepare ---
+
+    def suite_shape(self, suite: Suite) -> Shape:
+        """How the items of a suite are read."""
+        if suite.type == "Validation":
+            return self.shape
+        return PREFERRED if "Preference" in suite.metrics else PROMPTED
+
+    def judged(self, records: Sequence[Record]) -> list[Record]:
+        """The held-out records that the model is judged by."""
+        return list(records)
+
+    def formatter(self, base: Path, tokenizer: models.Tokenizer) -> Formatter:
+        return Formatter(tokenizer, stop_ids(base, tokenizer), self.config.prompt_format)
+
+    def look_at(self, train: Sources, others: Sequence[Record]) -> None:
+        """See all training records, and those that are judged by, before any is tokenised. Raises Invalid for a set that the
+        objective cannot learn from."""
+
+    def notes(self) -> dict[str, Any]:
+        """What the later stages need to know of the data."""
+        return {}
+
+    def write_notes(self, folder: Path) -> None:
+        if notes := self.notes():
+            (folder / NOTES).write_text(json.dumps(notes, ensure_ascii=False))
+
+    def read_notes(self, folder: Path) -> None:
+        """Take up what `write_notes` left."""
+
+    def tokens(self, formatter: Formatter, record: Record) -> Tokens:
+        """The record as tokens of at most the configured length."""
+        raise NotImplementedError
+
+    # --- train ---
+
+    def load_base(self, folder: Path, dtype: Dtype) -> models.Model:
+        """The base as this objective trains it."""
+        return self.load(folder, self.config.base.uri, dtype)
+
+    def load(self, folder: Path, uri: str, dtype: Dtype) -> models.Model:
+        """A model that this objective has trained: a checkpoint's, or a merged one."""
+        return models.load_model(folder, uri, dtype)
+
+    def trainer(self, parts: Parts) -> Any:
+        """The trainer, ready to run."""
+        raise NotImplementedError
+
+    def adapter(self) -> Any:
+        """peft's configuration of the adapter; None where all weights are trained."""
+        lora = self.config.method.lora
+        if self.config.method.type == "Full" or lora is None:
+            return None
+        from peft import LoraConfig
+
+        targets = "all-linear" if lora.target_modules == "AllLinear" else ["q_proj", "k_proj", "v_proj", "o_proj"]
+        return LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type=self.task)
+
+    def with_adapter(self, model: models.Model) -> models.Model:
+        """The model with the adapter to train, in fp32, where the method has one."""
+        adapter = self.adapter()
+        if adapter is None:
+            return model
+        from peft import get_peft_model
+
+        try:
+            return get_peft_model(model, adapter, autocast_adapter_dtype=True)
+        except ValueError as error:
+            raise Invalid(f"LoRA does not fit {self.config.base.uri}: {error}", Reason.MODEL_NOT_FOUND) from error
+
+    # --- evaluate ---
+
+    def label_scores(self, model: models.Model, suite: PreparedSuite, done: Done) -> list[list[float]]:
+        """Per item the summed log-probability of each label."""
+        from tuneloop_trainer.evaluation import scoring
+
+        return scoring.label_scores(model, [item.prompt for item in suite.encoded], suite.label_tokens, done)
+
+    def losses(self, model: models.Model, suite: PreparedSuite, done: Done) -> list[tuple[float, int]]:
+        """Per item the summed negative log-probability, and over how many predictions."""
+        from tuneloop_trainer.evaluation import scoring
+
+        return scoring.held_out_losses(model, suite.encoded, suite.limit, done)
+
+    def base_scores(self, suite: PreparedSuite) -> SuiteScores | None:
+        """The base's scores where the base itself cannot be asked; None: it can."""
+        return None
+
+
+def masked(prompt: list[int], completion: list[int], limit: int) -> tuple[list[int], list[int]]:
+    """Token ids and labels of an answer to a prompt, cut at the limit."""
+    from tuneloop_trainer.chat import IGNORED
+
+    return (prompt + completion)[:limit], ([IGNORED] * len(prompt) + completion)[:limit]

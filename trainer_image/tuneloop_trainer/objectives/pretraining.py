@@ -1,0 +1,40 @@
+"""Continued pre-training: every token of every text is learned; long texts are divided, short ones packed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+from tuneloop_trainer import models
+from tuneloop_trainer.chat import Formatter, stop_ids
+from tuneloop_trainer.contract import Suite
+from tuneloop_trainer.data.records import PROMPTED, TEXT, Record, Shape
+from tuneloop_trainer.data.shards import TokenRow
+from tuneloop_trainer.objectives.objective import Tokens
+from tuneloop_trainer.objectives.sft import SFT
+
+
+class Pretraining(SFT):
+    """As SFT over whole texts, always packed. No token is dropped: a text longer than a row becomes several."""
+
+    shape: ClassVar[Shape] = TEXT
+    packs: ClassVar[bool] = True
+
+    def suite_shape(self, suite: Suite) -> Shape:
+        """A suite over the loss alone has texts; one with labels has prompts and completions."""
+        if suite.type == "Validation" or suite.metrics == ("Loss",):
+            return TEXT
+        return PROMPTED
+
+    def formatter(self, base: Path, tokenizer: models.Tokenizer) -> Formatter:
+        """Texts are learned as they are, without turns of a chat."""
+        return Formatter(tokenizer, stop_ids(base, tokenizer), "Text")
+
+    def tokens(self, formatter: Formatter, record: Record) -> Tokens:
+        encoded = formatter.encode("", record.completion)
+        ids, limit = encoded.prompt + encoded.completion, self.config.training.max_sequence_length
+        parts = [ids[start : start + limit] for start in range(0, len(ids), limit)]
+        return Tokens([TokenRow(part, list(part), record.document, 0) for part in parts], 0)
+
+
+OBJECTIVE = Pretraining
