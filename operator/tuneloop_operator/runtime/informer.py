@@ -1,7 +1,4 @@
-"""kopf, as informer alone: it watches and reconnects; its events fill the cache and wake keys. It writes nothing.
-
-Of its lists it sees the version to watch from, and no item: the cache was filled before, and kopf would hold a task and a copy of every
-object for a while (75 MiB at 5,000 objects). The items, asked for as metadata alone, are compared with the cache here.
+"""kopf, as informer alone: it lists, watches and reconnects. It writes nothing, and sees no object: see `answers`.
 
 It runs in a thread with a loop of its own, so threads take turns often here: see SWITCH_SECONDS. On its way out it cancels every task of
 its loop that is younger than itself, and it ends on watch errors other than 410; so it can be started again here without touching workers,
@@ -18,11 +15,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
-from yarl import URL
 
 # kopf imports the `kubernetes` package, where it is installed, to log in with; we bring our own login, and it would cost 13 MiB.
 sys.modules.setdefault("kubernetes", None)  # type: ignore[arg-type]
@@ -34,6 +29,7 @@ from tuneloop_operator.cluster.client import METADATA_ONLY  # noqa: E402
 from tuneloop_operator.cluster.credentials import Credentials  # noqa: E402
 from tuneloop_operator.cluster.kinds import KINDS  # noqa: E402
 from tuneloop_operator.render.names import MANAGER  # noqa: E402
+from tuneloop_operator.runtime.answers import Answers, Event, Listing, is_watch  # noqa: E402
 from tuneloop_operator.settings import Settings  # noqa: E402
 
 log = logging.getLogger(__name__)
@@ -44,19 +40,6 @@ STOP_SECONDS = 5.0
 SWITCH_SECONDS = 0.0005
 """A thread that parses events holds the interpreter no longer than this while a worker's answer waits; the default of 5 ms would be paid at
 every await of a pass."""
-
-Event = tuple[str, str, dict[str, Any]]
-"""Kind, ADDED | MODIFIED | DELETED, object."""
-
-
-@dataclass(frozen=True)
-class Listing:
-    """What a whole list said: who was there, in which version."""
-
-    kind: str
-    namespace: str | None
-    version: int
-    found: dict[tuple[str, str], int]
 
 
 class Backoffs:
@@ -122,8 +105,7 @@ class Informer:
         self.restarted = restarted
         self.signs_of_life: dict[str, float] = {}
         """Kind -> time.monotonic() of its watch's last begin or event."""
-        self._pages: dict[tuple[str, str | None], dict[tuple[str, str], int]] = {}
-        self._by_path = {KINDS[kind].path().rpartition("/")[2]: kind for kind in kinds}
+        self._answers = Answers(kinds, self._came, lambda listing: self._tell(lambda: self.listed(listing)))
         self._loop = asyncio.get_running_loop()
         self._events: deque[Event] = deque()
         self._is_flushing = False
@@ -178,64 +160,31 @@ class Informer:
         for kind in self.kinds:
             resource = KINDS[kind]
             watch = kopf.on.event(group=resource.group, version=resource.version, plural=resource.plural, registry=registry, id=kind)
-            watch(self._handler(kind))
+            watch(_unused)
         return registry
 
     async def _login(self, **_: Any) -> kopf.AiohttpSession:
         """Called again after each 401."""
         headers = await self.credentials.headers(is_refused=True)
-        session = self.credentials.session(headers=headers, middlewares=(self._around,), response_class=self._response_class())
+        session = self.credentials.session(headers=headers, middlewares=(self._around,), response_class=self._answers.response_class())
         return kopf.AiohttpSession(server=self.credentials.server, aiohttp_session=session)
 
     async def _around(self, request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
         """Around each request: lists ask for metadata from their first page, and answers are signs of life."""
-        kind = self._by_path.get(request.url.path.rpartition("/")[2])
-        is_list = "watch" not in request.url.query
-        if kind is not None and is_list:
+        kind = self._answers.kind(request.url)
+        if kind is not None and not is_watch(request.url):
             request.headers["Accept"] = METADATA_ONLY
         response = await send(request)
         if kind is not None and response.status == 200:
             self.signs_of_life[kind] = time.monotonic()
         return response
 
-    def _response_class(self) -> type[aiohttp.ClientResponse]:
-        informer = self
-
-        class Response(aiohttp.ClientResponse):
-            """Keeps the items of lists from kopf."""
-
-            async def json(self, **options: Any) -> Any:
-                content = await super().json(**options)
-                kind = informer._by_path.get(self.url.path.rpartition("/")[2])
-                if kind is not None and isinstance(content, dict) and "items" in content:
-                    informer._take_page(kind, self.url, content)
-                return content
-
-        return Response
-
-    def _take_page(self, kind: str, url: URL, content: dict[str, Any]) -> None:
-        """Takes the items out of a page, and tells of the list when it is whole."""
-        namespace = url.path.split("/")[-2] if "/namespaces/" in url.path else None
-        if "continue" not in url.query:
-            self._pages.pop((kind, namespace), None)  # of a list that was given up half-way
-        found = self._pages.setdefault((kind, namespace), {})
-        for item in content["items"] or ():  # an empty list of metadata is written as null
-            metadata = item["metadata"]
-            found[metadata.get("namespace", ""), metadata["name"]] = int(metadata["resourceVersion"])
-        content["items"] = []
-        if not content["metadata"].get("continue"):
-            listing = Listing(kind, namespace, int(content["metadata"].get("resourceVersion") or 0), self._pages.pop((kind, namespace)))
-            self._tell(lambda: self.listed(listing))
-
-    def _handler(self, kind: str) -> Callable[..., Any]:
-        async def handle(event: Any, **_: Any) -> None:
-            self.signs_of_life[kind] = time.monotonic()
-            self._events.append((kind, event["type"] or "ADDED", event["object"]))
-            if not self._is_flushing:
-                self._is_flushing = True
-                self._tell(self._flush)
-
-        return handle
+    def _came(self, events: list[Event]) -> None:
+        self.signs_of_life[events[0][0]] = time.monotonic()
+        self._events.extend(events)
+        if not self._is_flushing:
+            self._is_flushing = True
+            self._tell(self._flush)
 
     def _tell(self, function: Callable[[], None]) -> None:
         _call(self._loop, function)
@@ -246,6 +195,10 @@ class Informer:
         self._is_flushing = False  # first: an event that comes from now on asks for another flush
         while self._events:
             self.receive(self._events.popleft())
+
+
+async def _unused(**_: Any) -> None:
+    """That it is registered makes kopf watch; no event comes so far."""
 
 
 def _call(loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> None:

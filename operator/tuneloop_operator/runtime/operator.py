@@ -16,7 +16,8 @@ from tuneloop_operator.cluster.client import Cluster
 from tuneloop_operator.cluster.credentials import Credentials
 from tuneloop_operator.cluster.registration import Registration
 from tuneloop_operator.cluster.transport import Transport
-from tuneloop_operator.runtime.informer import Event, Informer, Listing
+from tuneloop_operator.runtime.answers import Event, Listing
+from tuneloop_operator.runtime.informer import Informer
 from tuneloop_operator.runtime.leases import Elector
 from tuneloop_operator.runtime.lists import Sweeper, prime
 from tuneloop_operator.runtime.metrics import Metrics, Objects
