@@ -133,6 +133,17 @@ def test_a_pending_pod_is_looked_at_less_and_less_often() -> None:
     assert waits == [5, 32, 300]
 
 
+def test_a_pod_without_a_node_is_waited_for_and_one_that_its_node_does_not_start_is_looked_at() -> None:
+    world = World()
+    world.settle()
+    world.pod_is()
+    assert world.step().requeue_after == 300
+    run = world.current()
+    placed = run.pods[0].model_copy(update={"spec": run.pods[0].spec.model_copy(update={"node_name": "node-1"})})
+    world.replace_run(run, pods=(placed,))
+    assert world.step().requeue_after == 5
+
+
 def test_a_name_that_somebody_else_has_taken_stalls_the_job_and_overwrites_nothing() -> None:
     world = World(conflicts=(Key("Job", "team", "tweets-prepare-1"),))
     world.settle()

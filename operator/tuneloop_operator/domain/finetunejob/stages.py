@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+
 from tuneloop_operator.api.conditions import JobReason
 from tuneloop_operator.domain import times
 from tuneloop_operator.domain.finetunejob.attempts import Active, Done, Due, Over, judge
 from tuneloop_operator.domain.finetunejob.blockers import blocker, claim_missing
 from tuneloop_operator.domain.finetunejob.case import Case, Standing
 from tuneloop_operator.domain.finetunejob.outcomes import ended_at, outcome
+from tuneloop_operator.domain.finetunejob.snapshot import StageRun
 from tuneloop_trainer.contract import Stage
 
 LOOK_AGAIN = 300.0
-"""Seconds between looks at data that was refused."""
+"""Seconds between looks at data that was refused, and at most between looks at a Job that does not run."""
 CLAIM_SECONDS = 15.0
 PHASES = {Stage.PREPARE: "Preparing", Stage.TRAIN: "Training", Stage.PACKAGE: "Packaging", Stage.EVALUATE: "Evaluating"}
 REASONS = {
@@ -90,13 +93,20 @@ def _going(case: Case, stage: Stage, active: Active) -> Standing:
     if active.is_running:
         interval = case.settings.progress_interval_seconds if stage is Stage.TRAIN else 60.0
         return Standing(PHASES[stage], REASONS[stage], DOING[stage], requeue_after=interval)
-    # Young Jobs are looked at soon, old ones rarely: what a pod says wakes us, what events say does not.
-    age = times.seconds_between(active.run.job.metadata.creation_timestamp, case.now)
-    look_again = min(max(age / 2, 5.0), LOOK_AGAIN)
+    look_again = _look_again(active.run, case.now)
     found = blocker(active.run)
     if found is None:
         return Standing(PHASES[stage], REASONS[stage], DOING[stage], requeue_after=look_again)
     return Standing("Pending", found.reason, found.message, is_problem=found.reason is not JobReason.PENDING, requeue_after=look_again)
+
+
+def _look_again(run: StageRun, now: datetime) -> float:
+    """What a pod says wakes us, what events say does not: of a Job without a pod, of a pod that its node does not start. Young Jobs are
+    looked at soon, old ones rarely."""
+    if run.pod is not None and run.pod.spec.node_name is None:
+        return LOOK_AGAIN
+    age = times.seconds_between(run.job.metadata.creation_timestamp, now)
+    return min(max(age / 2, 5.0), LOOK_AGAIN)
 
 
 def _replace_outdated(case: Case) -> None:
