@@ -143,7 +143,7 @@ CASES = {
     "no supervised token": (
         with_training(max_sequence_length=12),
         Reason.DATA_INVALID,
-        "40 of 40 rows have no supervised token within training.maxSequenceLength 12; row 1: its prompt has",
+        "40 of 40 rows have no supervised token within training.maxSequenceLength 12; row 1: with its answer it has",
     ),
     "unknown extra argument": (
         with_training(extra_arguments={"learning_rat": "1"}),

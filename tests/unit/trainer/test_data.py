@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tuneloop_trainer.chat import IGNORED
+from tuneloop_trainer.data import packing
 from tuneloop_trainer.data.contamination import HASH, JACCARD, NGRAM, ContaminationIndex
-from tuneloop_trainer.data.packing import pack
+from tuneloop_trainer.data.packing import pack, pack_stream
 from tuneloop_trainer.data.schedule import by_length_within_batches, quotas, sample_order, total_steps
 from tuneloop_trainer.data.shards import TokenRow
-from tuneloop_trainer.data.splits import held_out_documents
+from tuneloop_trainer.data.splits import boundary, place
 
 SOURCES = st.lists(st.tuples(st.integers(1, 30), st.floats(0.1, 10)), min_size=1, max_size=4)
 
@@ -67,6 +68,12 @@ def test_steps_follow_from_epochs_unless_they_are_given(rows: int, epochs: float
     assert total_steps(rows, epochs, steps, 16) == expected
 
 
+def held_out_documents(documents: list[str], fraction: float, seed: int) -> set[str]:
+    counts = Counter(documents)
+    last = boundary(sorted((place(name, seed), count) for name, count in counts.items()), fraction * len(documents))
+    return {name for name in counts if place(name, seed) <= last}
+
+
 @given(st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=60), st.floats(0.01, 0.9), st.integers(0, 3))
 def test_documents_are_held_out_whole(documents: list[str], fraction: float, seed: int) -> None:
     held = held_out_documents(documents, fraction, seed)
@@ -99,6 +106,16 @@ def test_packing_keeps_every_row_and_no_loss_across_borders(lengths: list[int]) 
         assert all(row.labels[start] == IGNORED for start in starts)
     assert len(packed) <= len(rows)
     assert all(len(a.input_ids) + len(b.input_ids) > 20 for a, b in pairwise(packed)) or len(packed) < len(rows)
+
+
+def test_packing_of_a_stream_keeps_every_row_over_the_seams(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "WINDOW_ROWS", 7)
+    rows = [TokenRow([number] * (number % 5 + 1), [number] * (number % 5 + 1), "d", 0) for number in range(1, 40)]
+
+    packed = list(pack_stream(iter(rows), 12))
+
+    assert Counter(token for row in packed for token in row.input_ids) == Counter(token for row in rows for token in row.input_ids)
+    assert len(packed) < 20
 
 
 ITEM = "the quick brown fox jumps over the lazy dog while seven grey cats watch from the old garden wall"

@@ -14,7 +14,6 @@ from tuneloop_trainer.data.filters import Filters, batches
 from tuneloop_trainer.data.near import NearDuplicates
 from tuneloop_trainer.data.records import Record
 from tuneloop_trainer.data.spool import Rows, Spool, order_key
-from tuneloop_trainer.data.splits import held_out_documents
 from tuneloop_trainer.errors import Invalid
 
 MAX_CLASSES, MAX_CLASS_CHARACTERS = 64, 64
@@ -111,40 +110,3 @@ def _names(records: Iterable[Record]) -> Iterator[str | None]:
     for record in records:
         name = record.completion.strip()
         yield name if len(name) <= MAX_CLASS_CHARACTERS else None
-
-
-def deduplicate(sources: list[list[Record]], drops: Counter[str]) -> list[list[Record]]:
-    """Keep the first of equal rows, over all sources."""
-    seen: set[bytes] = set()
-
-    def is_new(record: Record) -> bool:
-        key = record.key
-        if key in seen:
-            drops["Duplicate"] += 1
-            return False
-        seen.add(key)
-        return True
-
-    return [[record for record in records if is_new(record)] for records in sources]
-
-
-def decontaminate(sources: list[list[Record]], items: Sequence[str], drops: Counter[str]) -> list[list[Record]]:
-    """Drop rows that equal an evaluation item by any rule, counted by rule."""
-    if not items:
-        return sources
-    index = ContaminationIndex(items)
-
-    def is_clean(record: Record) -> bool:
-        rule = index.rule(record.content)
-        if rule is not None:
-            drops[rule] += 1
-        return rule is None
-
-    return [[record for record in records if is_clean(record)] for records in sources]
-
-
-def hold_out(sources: list[list[Record]], fraction: float, seed: int) -> tuple[list[list[Record]], list[Record]]:
-    """Training rows and the validation split: whole documents."""
-    documents = held_out_documents([record.document for records in sources for record in records], fraction, seed)
-    train = [[record for record in records if record.document not in documents] for records in sources]
-    return train, [record for records in sources for record in records if record.document in documents]

@@ -1,4 +1,4 @@
-"""Tells a text's language with py3langid, whose model is inside its package (97 languages, Lui & Baldwin 2012)."""
+"""Tells a text's language with py3langid, whose model is inside its package (some 130 languages; after Lui & Baldwin 2012)."""
 
 from __future__ import annotations
 
@@ -26,8 +26,7 @@ class LanguageFilter:
         self._wanted = frozenset(languages)
         unknown = sorted(self._wanted - set(self._identifier.labels))
         if unknown:
-            names = ", ".join(sorted(self._identifier.labels))
-            raise Invalid(f"data.curation.languages has '{unknown[0]}'; known are {names}.")
+            raise Invalid(f"data.curation.languages has '{unknown[0]}', which is none of the {len(self._identifier.labels)} known codes.")
 
     @property
     def name(self) -> str:

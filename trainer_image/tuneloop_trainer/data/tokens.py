@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from tuneloop_trainer.chat import IGNORED, Formatter
+from tuneloop_trainer.chat import Formatter
 from tuneloop_trainer.contract import RunConfig
 from tuneloop_trainer.data.records import MAX_BAD_SHARE, Drops, Record
 from tuneloop_trainer.data.shards import TokenRow
 from tuneloop_trainer.errors import Invalid
+from tuneloop_trainer.objectives import Objective
+from tuneloop_trainer.objectives.objective import Tokens
 
 HISTOGRAM_BOUNDS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
@@ -46,23 +48,30 @@ class TokenCounts:
 class Tokenizing:
     """Turns records into rows of at most `max_sequence_length` tokens."""
 
-    def __init__(self, config: RunConfig, formatter: Formatter) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        objective: Objective,
+        formatter: Formatter,
+        done: Callable[[int], None] = lambda _: None,
+        see: Callable[[Record, Tokens], None] | None = None,
+    ) -> None:
         self.counts = TokenCounts()
         self.drops = Drops()
+        self._objective = objective
         self._formatter = formatter
         self._limit = config.training.max_sequence_length
-        self._whole = config.loss == "FullSequence"
         self._needed = 0
+        self._done = done
+        self._see = see
+        self._records = 0
 
-    def rows(self, records: Sequence[Record], done: Callable[[int], None]) -> list[TokenRow]:
-        rows = []
-        for number, record in enumerate(records, 1):
-            row = self._row(record)
-            if row is not None:
-                rows.append(row)
-            if number % 100 == 0:
-                done(number)
-        return rows
+    def rows(self, records: Iterable[Record]) -> Iterator[TokenRow]:
+        for record in records:
+            yield from self._rows(record)
+            self._records += 1
+            if self._records % 100 == 0:
+                self._done(self._records)
 
     def refuse_if_mostly_dropped(self) -> None:
         """Raises Invalid if more than 20 % of the rows have no token to learn from within the sequence length."""
@@ -74,14 +83,13 @@ class Tokenizing:
                 f"{self.drops.first}. Set training.maxSequenceLength to at least {self._needed}."
             )
 
-    def _row(self, record: Record) -> TokenRow | None:
-        encoded = self._formatter.encode(record.prompt, record.completion, record.system)
-        ids = encoded.prompt + encoded.completion
-        labels = list(ids) if self._whole else [IGNORED] * len(encoded.prompt) + encoded.completion
-        row = TokenRow(ids[: self._limit], labels[: self._limit], record.document, len(encoded.prompt))
-        if row.supervised == 0:
-            self._needed = max(self._needed, len(ids))
-            self.drops.add("NoSupervisedToken", f"row {record.row}: its prompt has {len(encoded.prompt)} tokens")
-            return None
-        self.counts.add(row, truncated=len(ids) > self._limit)
-        return row
+    def _rows(self, record: Record) -> list[TokenRow]:
+        tokens = self._objective.tokens(self._formatter, record)
+        if not tokens.rows:
+            self._needed = max(self._needed, tokens.whole)
+            self.drops.add("NoSupervisedToken", f"row {record.row}: with its answer it has {tokens.whole} tokens")
+        elif self._see is not None:
+            self._see(record, tokens)
+        for row in tokens.rows:
+            self.counts.add(row, truncated=tokens.whole > self._limit)
+        return tokens.rows

@@ -5,21 +5,30 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shutil
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
+from itertools import chain, islice
 from pathlib import Path
 
 from tuneloop_trainer import bases, models
-from tuneloop_trainer.chat import Formatter, stop_ids
+from tuneloop_trainer.chat import Formatter
 from tuneloop_trainer.contract import ExitCode, PrepareSummary, Reason, RunConfig, Stage, StageResult, Suite
-from tuneloop_trainer.data import curation, schedule
-from tuneloop_trainer.data.packing import pack
+from tuneloop_trainer.data import curation, page, schedule
+from tuneloop_trainer.data.filters import Filters
+from tuneloop_trainer.data.packing import pack_stream
+from tuneloop_trainer.data.preflight import MAX_SHOWN, Preflight, read_vocabulary
 from tuneloop_trainer.data.records import Record, RowReader, refuse_if_empty
+from tuneloop_trainer.data.samples import Samples
 from tuneloop_trainer.data.shards import TokenRow, write_shards
-from tuneloop_trainer.data.suites import Item, items_of, labels_of, needs_labels, suites_of, write_items
-from tuneloop_trainer.data.tokens import Tokenizing
+from tuneloop_trainer.data.suites import MAX_ITEMS, Item, items_of, labels_of, needs_labels, suites_of, write_items
+from tuneloop_trainer.data.tokens import TokenCounts, Tokenizing
 from tuneloop_trainer.errors import Invalid
 from tuneloop_trainer.manifests import Metadata, publish, sha256_file, staging
+from tuneloop_trainer.objectives import Objective, objective_of
+from tuneloop_trainer.objectives.objective import Tokens
 from tuneloop_trainer.progress import ProgressWriter
 from tuneloop_trainer.results import RESULT_FILE, write_result
 from tuneloop_trainer.shapes import read_shape
@@ -27,19 +36,36 @@ from tuneloop_trainer.stages.outputs import run_key, stage_folder, told_again
 from tuneloop_trainer.training.arguments import parse_arguments
 
 log = logging.getLogger("tuneloop.prepare")
-CARD = "card.json"
+CARD, PAGE = "card.json", "card.html"
 SUITES = "suites"
+MAX_SUITE_ROWS = 5 * MAX_ITEMS
+"""Rows that are read of a suite, equal ones included."""
 
 
 @dataclass
 class Gathered:
-    """What was read: training records per source, records per Dataset suite, and what was dropped on the way."""
+    """What was read and is kept: training records per source, the validation split, and records per Dataset suite."""
 
     train: curation.Sources
+    validation: list[Record]
     suites: dict[str, list[Record]]
     digests: dict[str, str]
     rows_in: int
     drops: Counter[str]
+    filters: Filters
+
+
+@dataclass
+class Observed:
+    """What is noted of the records while they are tokenised."""
+
+    preflight: Preflight
+    samples: Samples
+    tokenizer: models.Tokenizer
+
+    def see(self, record: Record, tokens: Tokens) -> None:
+        self.preflight.see(record, tokens.rows, tokens.whole)
+        self.samples.offer(record.key, record.row, tokens.rows[0])
 
 
 def prepare(config: RunConfig, progress: ProgressWriter) -> StageResult:
@@ -49,66 +75,80 @@ def prepare(config: RunConfig, progress: ProgressWriter) -> StageResult:
     progress.phase("LoadingModel")
     found = bases.prepare_base(config.base, config.paths)
     base = found.folder
+    objective = objective_of(config)
     tokenizer = models.load_tokenizer(base, config.base.uri)
-    formatter = Formatter(tokenizer, stop_ids(base, tokenizer), config.prompt_format)
+    formatter = objective.formatter(base, tokenizer)
+    observed = Observed(Preflight(config, read_vocabulary(base, tokenizer)), Samples(), tokenizer)
 
     progress.phase("ReadingData")
-    gathered = gather(config)
-    train, validation = curate(config, gathered)
-    with staging(stage_folder(config, Stage.PREPARE)) as folder:
-        suites = snapshot_suites(config, gathered, validation, folder / SUITES)
-        summary = tokenize(config, formatter, gathered, train, validation, folder, progress)
-        progress.phase("HashingModel")
-        summary = summary.model_copy(
-            update={
-                "base_digest": bases.base_digest(base),
-                "model": read_shape(base),
-                "base_revision": found.revision,
-                "suite_digests": suites,
-                "prompt_probe_sha256": hashlib.sha256(formatter.probe.encode()).hexdigest(),
-            }
-        )
-        return finish(config, summary, folder)
+    with staging(stage_folder(config, Stage.PREPARE)) as folder, scratch(folder) as spool:
+        curating = curation.Curating(config.curation, spool, config.training.seed, MAX_ITEMS)
+        with closing(curating):
+            gathered = gather(config, objective, curating)
+            objective.look_at(gathered.train, [*gathered.validation, *chain.from_iterable(gathered.suites.values())])
+            suites = snapshot_suites(config, gathered, folder / SUITES)
+            summary = tokenize(config, objective, formatter, gathered, observed, folder, progress)
+            objective.write_notes(folder)
+            progress.phase("HashingModel")
+            summary = summary.model_copy(
+                update={
+                    "base_digest": bases.base_digest(base),
+                    "model": read_shape(base),
+                    "base_revision": found.revision,
+                    "suite_digests": suites,
+                    "prompt_probe_sha256": hashlib.sha256(formatter.probe.encode()).hexdigest() if objective.answers else None,
+                }
+            )
+            return finish(config, summary, folder)
 
 
-def gather(config: RunConfig) -> Gathered:
-    """Read every source and every Dataset suite."""
-    gathered = Gathered([], {}, {}, 0, Counter())
+@contextmanager
+def scratch(folder: Path) -> Iterator[Path]:
+    """A folder beside the one that is published, which is gone afterwards; `staging` removes what a killed attempt left."""
+    beside = folder.with_name(f"{folder.name}-scratch")
+    try:
+        yield beside
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def gather(config: RunConfig, objective: Objective, curating: curation.Curating) -> Gathered:
+    """Read every Dataset suite and every source; what is kept of the sources goes to disk."""
+    suites = read_suites(config, objective)
+    curating.guard(chain.from_iterable(suites.values()))
+    digests: dict[str, str] = {}
+    rows_in = 0
     for index, source in enumerate(config.train):
-        reader = RowReader(source, f"data.train[{index}]")
-        gathered.train.append(list(reader.records()))
-        gathered.digests[source.uri] = reader.reading.digest
-        gathered.rows_in += reader.rows
-        gathered.drops.update(reader.drops.counts)
-    for index, suite in enumerate(config.evaluation.suites):
-        if suite.source is not None:
-            suite_reader = RowReader(suite.source, f"evaluation.suites[{index}].dataset")
-            gathered.suites[suite.name] = list(suite_reader.records())
-    return gathered
-
-
-def curate(config: RunConfig, gathered: Gathered) -> tuple[curation.Sources, list[Record]]:
-    """Training records per source, and the validation split."""
-    train, drops = gathered.train, gathered.drops
-    if config.curation.deduplicate == "Exact":
-        train = curation.deduplicate(train, drops)
-    if config.curation.decontaminate:
-        train = curation.decontaminate(train, [record.content for records in gathered.suites.values() for record in records], drops)
-    train, validation = curation.hold_out(train, config.validation_fraction, config.training.seed)
-    if config.curation.decontaminate:
-        train = curation.decontaminate(train, [record.content for record in validation], drops)
-    refuse_if_empty(sum(map(len, train)), gathered.rows_in, drops)
+        reader = RowReader(source, f"data.train[{index}]", objective.shape)
+        curating.add(reader.records())
+        digests[source.uri] = reader.reading.digest
+        rows_in += reader.rows
+        curating.drops.update(reader.drops.counts)
+    train, validation = curating.divide(config.validation_fraction)
+    refuse_if_empty(sum(map(len, train)), rows_in, curating.drops)
     if config.validation_fraction > 0 and not validation:
         raise Invalid("data.validation holds out whole documents, and the data has one document only. Set the column 'document'.")
-    return train, validation
+    return Gathered(train, objective.judged(validation), suites, digests, rows_in, curating.drops, curating.filters)
 
 
-def snapshot_suites(config: RunConfig, gathered: Gathered, validation: list[Record], folder: Path) -> dict[str, str]:
+def read_suites(config: RunConfig, objective: Objective) -> dict[str, list[Record]]:
+    """The records of every Dataset suite."""
+    suites = {}
+    for index, suite in enumerate(config.evaluation.suites):
+        if suite.source is not None:
+            reader = RowReader(suite.source, f"evaluation.suites[{index}].dataset", objective.suite_shape(suite))
+            suites[suite.name] = list(islice(reader.records(), MAX_SUITE_ROWS + 1))
+            if len(suites[suite.name]) > MAX_SUITE_ROWS:
+                raise Invalid(f"Suite {suite.name} has more than {MAX_SUITE_ROWS} rows; at most {MAX_ITEMS} are scored. Take a sample.")
+    return suites
+
+
+def snapshot_suites(config: RunConfig, gathered: Gathered, folder: Path) -> dict[str, str]:
     """Write every suite's items; returns their digests. Raises Invalid for a suite that could not be scored."""
     folder.mkdir()
     digests = {}
     for suite in suites_of(config):
-        items = items_of(gathered.suites[suite.name] if suite.source is not None else validation)
+        items = items_of(gathered.suites[suite.name] if suite.source is not None else gathered.validation)
         _refuse_unscorable(suite, items)
         digests[suite.name] = write_items(folder, suite, items)
     return digests
@@ -117,33 +157,43 @@ def snapshot_suites(config: RunConfig, gathered: Gathered, validation: list[Reco
 def _refuse_unscorable(suite: Suite, items: list[Item]) -> None:
     if not items:
         raise Invalid(f"Suite {suite.name} has no items. Set data.validation, or another source.", Reason.DATA_EMPTY)
+    if "Preference" in suite.metrics and any(item.rejected is None for item in items):
+        raise Invalid(f"Suite {suite.name} has the metric Preference, and its items no rejected answers.")
     if needs_labels(suite):
         labels_of(suite, items)
 
 
 def tokenize(
     config: RunConfig,
+    objective: Objective,
     formatter: Formatter,
     gathered: Gathered,
-    train: curation.Sources,
-    validation: list[Record],
+    observed: Observed,
     folder: Path,
     progress: ProgressWriter,
 ) -> PrepareSummary:
     """Write the shards; returns the summary but for model and suites."""
-    tokenizing = Tokenizing(config, formatter)
-    done = progress.counter("Tokenizing", sum(map(len, train)))
-    sources = [tokenizing.rows(records, done) for records in train]
+    done = progress.counter("Tokenizing", sum(map(len, gathered.train)))
+    tokenizing = Tokenizing(config, objective, formatter, done, observed.see)
+    sizes, longest = [0] * len(gathered.train), 0
+
+    def rows() -> Iterator[TokenRow]:
+        nonlocal longest
+        for source, records in enumerate(gathered.train):
+            made = tokenizing.rows(records)
+            for row in pack_stream(made, config.training.max_sequence_length) if objective.packs or config.training.packing else made:
+                sizes[source] += 1
+                longest = max(longest, row.length)
+                yield row
+
+    digest = write_shards(folder, "train", rows())
     tokenizing.refuse_if_mostly_dropped()
     gathered.drops.update(tokenizing.drops.counts)
-    held = Tokenizing(config, formatter).rows(validation, lambda _: None)
-    if config.training.packing:
-        sources = [pack(rows, config.training.max_sequence_length) for rows in sources]
-    digest = write_shards(folder, "train", (row for rows in sources for row in rows))
-    write_shards(folder, "validation", held)
-    sizes = [len(rows) for rows in sources]
+    write_shards(folder, "validation", Tokenizing(config, objective, formatter).rows(gathered.validation))
     training, counts = config.training, tokenizing.counts
-    (folder / CARD).write_text(json.dumps(_card(config, gathered, tokenizing, sources), indent=1))
+    steps = schedule.total_steps(sum(sizes), training.epochs, training.max_steps, training.global_batch_size)
+    warnings = observed.preflight.judge(counts, steps)
+    write_card(config, _card(config, gathered, tokenizing, sizes, warnings, observed.preflight.classes), observed, counts, folder)
     return PrepareSummary(
         rows_in=gathered.rows_in,
         rows_kept=counts.rows,
@@ -151,26 +201,47 @@ def tokenize(
         tokens=counts.tokens,
         supervised_share=round(counts.supervised_share, 6),
         truncated=counts.truncated,
-        validation_rows=len(validation),
-        max_steps=schedule.total_steps(sum(sizes), training.epochs, training.max_steps, training.global_batch_size),
+        validation_rows=len(gathered.validation),
+        warnings=tuple(warnings[:MAX_SHOWN]),
+        max_steps=steps,
         base_digest="",
         dataset_digests=gathered.digests,
         shards_digest=digest,
-        longest_row=max((len(row.input_ids) for rows in sources for row in rows), default=0),
+        longest_row=longest,
     )
 
 
-def _card(config: RunConfig, gathered: Gathered, tokenizing: Tokenizing, sources: list[list[TokenRow]]) -> dict[str, object]:
+def write_card(config: RunConfig, card: dict[str, object], observed: Observed, counts: TokenCounts, folder: Path) -> None:
+    """The data card, for programs and for people."""
+    (folder / CARD).write_text(json.dumps(card, indent=1))
+    about = {"name": config.name, "objective": config.objective, "method": config.method.type, "base": config.base.uri}
+    shown = {"supervised_share": counts.supervised_share, "limit": config.training.max_sequence_length}
+    (folder / PAGE).write_text(page.render(card | about | shown, counts.histogram, observed.samples.rendered(observed.tokenizer)))
+
+
+def _card(
+    config: RunConfig,
+    gathered: Gathered,
+    tokenizing: Tokenizing,
+    sizes: list[int],
+    warnings: list[str],
+    classes: Counter[str] | None,
+) -> dict[str, object]:
     """The data card: every count, and where the rows of a shard come from."""
     return {
+        "warnings": warnings,
+        "classes": dict(classes.most_common()) if classes is not None and len(classes) > 1 else {},
+        "validation_rows": len(gathered.validation),
         "sources": [
-            {"uri": source.uri, "weight": source.weight, "sha256": gathered.digests[source.uri], "rows": len(rows)}
-            for source, rows in zip(config.train, sources, strict=True)
+            {"uri": source.uri, "weight": source.weight, "sha256": gathered.digests[source.uri], "rows": rows}
+            for source, rows in zip(config.train, sizes, strict=True)
         ],
         "rows_in": gathered.rows_in,
         "dropped": dict(gathered.drops),
         "first_dropped": tokenizing.drops.first,
         "tokens": asdict(tokenizing.counts),
+        "found": {name: dict(counts) for name, counts in gathered.filters.details.items()},
+        "tools": gathered.filters.tools,
         "packed": config.training.packing,
     }
 
