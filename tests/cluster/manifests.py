@@ -197,7 +197,53 @@ MODEL_DEPLOYMENT: Manifest = {
 WITH_DATABASE_SECRET = copy.deepcopy(MODEL_DEPLOYMENT)
 WITH_DATABASE_SECRET["spec"]["gateway"]["capture"]["database"] = {"secretRef": {"name": "db", "key": "url"}}
 
-FULL = (FINE_TUNE_JOB, MODEL_VERSION, MODEL_DEPLOYMENT, WITH_DATABASE_SECRET)
+
+def of_objective(objective: Manifest, columns: Manifest, template: Manifest, suites: list[Manifest], gate: Manifest) -> Manifest:
+    """The job with another objective, whose rows have other texts and are judged by other suites."""
+    job: Manifest = json.loads(json.dumps(FINE_TUNE_JOB))
+    spec = job["spec"]
+    spec["objective"], spec["output"]["format"] = objective, "Merged"
+    spec["data"]["train"] = [{"source": ROWS, "columns": columns, "template": template}]
+    spec["evaluation"] |= {"suites": suites, "gates": [gate]}
+    return job
+
+
+def suite(name: str, metric: str, **dataset: Any) -> Manifest:
+    return {"name": name, "type": "Dataset", "dataset": {"source": ROWS, **dataset}, "metrics": [metric]}
+
+
+PREFERENCES = of_objective(
+    {"type": "DPO", "dpo": {"beta": "0.2", "loss": "IPO"}},
+    {"prompt": "q", "chosen": "a", "rejected": "b"},
+    {"prompt": "{{ q }}", "chosen": "{{ a }}", "rejected": "{{ b }}"},
+    [
+        suite("pairs", "Preference", columns={"prompt": "q", "chosen": "a", "rejected": "b"}, template={"chosen": "x", "rejected": "y"}),
+        {"name": "split", "type": "Validation", "metrics": ["Preference", "Loss"]},
+    ],
+    {"suite": "pairs", "metric": "Preference", "rule": "Superior"},
+)
+JUDGEMENTS = of_objective(
+    {"type": "KTO", "kto": {"beta": "0.2", "desirableWeight": "1", "undesirableWeight": "1.5"}},
+    {"prompt": "q", "completion": "a", "desirable": "liked"},
+    {"prompt": "{{ q }}"},
+    [suite("answers", "Loss", columns={"desirable": "liked"})],
+    {"suite": "answers", "metric": "Loss", "rule": "Superior"},
+)
+CLASSES = of_objective(
+    {"type": "SequenceClassification", "sequenceClassification": {"labels": ["good", "bad"], "classWeights": "Balanced"}},
+    {"text": "t", "label": "l"},
+    {"text": "{{ title }} {{ t }}"},
+    [suite("texts", "Accuracy", template={"text": "{{ t }}"})],
+    {"suite": "texts", "metric": "Accuracy", "rule": "Superior"},
+)
+TEXTS = of_objective(
+    {"type": "Pretraining"},
+    {"text": "t"},
+    {"text": "{{ t }}"},
+    [suite("texts", "Loss")],
+    {"suite": "texts", "metric": "Loss", "rule": "Superior"},
+)
+FULL = (FINE_TUNE_JOB, PREFERENCES, JUDGEMENTS, CLASSES, TEXTS, MODEL_VERSION, MODEL_DEPLOYMENT, WITH_DATABASE_SECRET)
 PLURALS = {"FineTuneJob": "finetunejobs", "ModelVersion": "modelversions", "ModelDeployment": "modeldeployments"}
 
 

@@ -14,7 +14,19 @@ from typing import Any
 import pytest
 import yaml
 from tests.cluster.harness import MERGE, ROOT, Api, ApiAnswer, wait_for
-from tests.cluster.manifests import FINE_TUNE_JOB, FULL, MODEL_DEPLOYMENT, MODEL_VERSION, PLURALS, Manifest, changed
+from tests.cluster.manifests import (
+    CLASSES,
+    FINE_TUNE_JOB,
+    FULL,
+    JUDGEMENTS,
+    MODEL_DEPLOYMENT,
+    MODEL_VERSION,
+    PLURALS,
+    PREFERENCES,
+    TEXTS,
+    Manifest,
+    changed,
+)
 from tests.cluster.violations import shown, unset_fields, violations
 
 from tuneloop_operator.api.crds import DEFINITIONS, render_crd
@@ -154,6 +166,45 @@ REFUSED: dict[str, list[Manifest]] = {
     ],
     "method Full has no adapter: output.format must be Merged.": [
         changed(FINE_TUNE_JOB, "spec.method", {"type": "Full"}),
+    ],
+    "a gate's metric must be among the metrics of its suite.": [changed(FINE_TUNE_JOB, "spec.evaluation.gates.0.metric", "Loss")],
+    "Preference compares an item's own two answers, Accuracy and MacroF1 its labels: make two suites.": [
+        changed(PREFERENCES, "spec.evaluation.suites.0.metrics", ["Preference", "Accuracy"]),
+    ],
+    "sft may be set only with type: SFT.": [changed(PREFERENCES, "spec.objective.sft", {})],
+    "dpo may be set only with type: DPO.": [changed(FINE_TUNE_JOB, "spec.objective.dpo", {})],
+    "kto may be set only with type: KTO.": [changed(FINE_TUNE_JOB, "spec.objective.kto", {})],
+    "sequenceClassification may be set only with type: SequenceClassification.": [
+        changed(TEXTS, "spec.objective.sequenceClassification", {}),
+    ],
+    "Pretraining and SequenceClassification leave no adapter: output.format must be Merged.": [
+        changed(manifest, "spec.output.format", "Adapter") for manifest in (TEXTS, CLASSES)
+    ],
+    "feedback holds labels and corrections, which Pretraining, DPO and KTO do not learn from: set data.train.source.": [
+        changed(manifest, "spec.data.train.1", {"feedback": {"deployment": "sentiment"}}) for manifest in (TEXTS, PREFERENCES, JUDGEMENTS)
+    ],
+    "a template of SFT and KTO can render prompt and completion only.": [
+        changed(manifest, f"spec.data.train.0.template.{text}", "x")
+        for manifest in (FINE_TUNE_JOB, JUDGEMENTS)
+        for text in ("chosen", "rejected", "text")
+    ],
+    "a template of DPO can render prompt, chosen and rejected only.": [
+        changed(PREFERENCES, f"spec.data.train.0.template.{text}", "x") for text in ("completion", "text")
+    ],
+    "a template of Pretraining and SequenceClassification can render text only.": [
+        changed(manifest, f"spec.data.train.0.template.{text}", "x") for manifest in (TEXTS, CLASSES) for text in ("prompt", "chosen")
+    ],
+    "rows of SequenceClassification, DPO and KTO cannot be packed: training.packing must be false.": [
+        changed(manifest, "spec.training.packing", True) for manifest in (CLASSES, PREFERENCES, JUDGEMENTS)
+    ],
+    "KTO compares each row with another of its batch: training.globalBatchSize must be at least 2.": [
+        changed(JUDGEMENTS, "spec.training.globalBatchSize", 1),
+    ],
+    "the rows that are held out have two answers with DPO only: the metric Preference needs a suite of type Dataset.": [
+        changed(FINE_TUNE_JOB, "spec.evaluation.suites.2.metrics", ["Preference"]),
+    ],
+    "SequenceClassification writes no answers: the metric Preference cannot be measured.": [
+        changed(changed(CLASSES, "spec.evaluation.suites.0.metrics", ["Preference"]), "spec.evaluation.gates.0.metric", "Preference"),
     ],
     "training.earlyStopping needs data.validation.": [WITHOUT_VALIDATION],
     "a suite of type Validation needs data.validation.": [changed(FINE_TUNE_JOB, "spec.data.validation", ...)],

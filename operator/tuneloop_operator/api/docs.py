@@ -8,13 +8,17 @@ from typing import Any
 from tuneloop_operator.api import API_VERSION
 from tuneloop_operator.api.crds import DEFINITIONS, Schema, render_crd
 from tuneloop_operator.api.definitions import Definition
+from tuneloop_operator.api.objectives import combinations, defaults
 
-COMBINATIONS = """## What goes together
+COMBINATIONS = f"""## What goes together
 
-| objective, method | output.format | served as |
-|---|---|---|
-| SFT with LoRA | Adapter (absent means this): the operator serves it on its base; or Merged | Chat, Completion |
-| SFT with Full | Merged only | Chat, Completion |
+{combinations()}
+
+## What a run is trained with
+
+Where the spec is silent. `settings.json` beside the trained weights has every value of a run, and where it came from.
+
+{defaults()}
 """
 
 INTRODUCTION = f"""# API reference

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field
 
 from tuneloop_operator.api.definitions import NAME_RULE, Column, Definition, immutable
+from tuneloop_operator.api.objectives import Objective, spec_rules
 from tuneloop_operator.api.types import (
     DNS_LABEL,
     NUMBER_PATTERN,
@@ -18,6 +19,7 @@ from tuneloop_operator.api.types import (
     Number,
     PodOverrides,
     Positive,
+    SecretRef,
     Source,
     StoreRef,
     keyed_by,
@@ -28,21 +30,6 @@ from tuneloop_operator.api.types import (
 KIND = "FineTuneJob"
 PLURAL = "finetunejobs"
 SHORT_NAME = "ftj"
-
-
-class SFT(Model):
-    """Supervised fine-tuning."""
-
-    loss: Literal["CompletionOnly", "FullSequence"] = Field(
-        default="CompletionOnly", description="Which tokens are learned: the completion's, or all."
-    )
-
-
-class Objective(Model):
-    """What the training optimises."""
-
-    type: Literal["SFT"] = Field(default="SFT", description="SFT: supervised fine-tuning on prompts and completions.")
-    sft: SFT | None = Field(default=None, description="Settings of SFT.")
 
 
 class LoRA(Model):
@@ -73,8 +60,11 @@ ColumnName = Annotated[str, Field(max_length=128)]
 class RowTemplate(Model):
     """Sandboxed Jinja over a row's columns."""
 
-    prompt: Template = Field(description="The prompt, for example `Sentiment of: {{ text }}`.")
-    completion: Template = Field(description="What the model should answer, for example `{{ label }}`.")
+    prompt: Template | None = Field(default=None, description="The prompt, for example `Sentiment of: {{ text }}`.")
+    completion: Template | None = Field(default=None, description="What the model should answer, for example `{{ label }}`.")
+    chosen: Template | None = Field(default=None, description="The better of two answers.")
+    rejected: Template | None = Field(default=None, description="The worse of two answers.")
+    text: Template | None = Field(default=None, description="The text, where there is no prompt.")
 
 
 class Columns(Model):
@@ -82,8 +72,11 @@ class Columns(Model):
 
     prompt: ColumnName | None = Field(default=None, description="Column of the prompt, where there is no template.")
     completion: ColumnName | None = Field(default=None, description="Column of the completion, where there is no template.")
-    text: ColumnName | None = Field(default=None, description="Column that templates call `text`.")
-    label: ColumnName | None = Field(default=None, description="Column that templates call `label`.")
+    chosen: ColumnName | None = Field(default=None, description="Column of the better of two answers.")
+    rejected: ColumnName | None = Field(default=None, description="Column of the worse of two answers.")
+    desirable: ColumnName | None = Field(default=None, description="Column that says, by true or false, whether the completion is good.")
+    text: ColumnName | None = Field(default=None, description="Column of the text, and what templates call `text`.")
+    label: ColumnName | None = Field(default=None, description="Column of the label, and what templates call `label`.")
     document: ColumnName | None = Field(default=None, description="Column of the document id: rows of one document are never split.")
 
 
@@ -108,7 +101,7 @@ class DataSource(Model):
     feedback: FeedbackRef | None = Field(default=None, description="The training half of a deployment's curated feedback.")
     columns: Columns = Field(default=Columns(), description="Which column plays which role.")
     template: RowTemplate | None = Field(
-        default=None, description="How a row becomes prompt and completion. Absent: the roles prompt and completion."
+        default=None, description="How a row becomes the texts of its objective. What has no template is read from its column."
     )
     weight: Positive = Field(default="1", description="Share of the training rows, relative to the other sources.")
 
@@ -136,6 +129,16 @@ class Data(Model):
     curation: Curation = Field(default=Curation(), description="What is removed.")
 
 
+AboveOne = Annotated[
+    str,
+    Field(
+        pattern=NUMBER_PATTERN,
+        max_length=16,
+        json_schema_extra=sentence("must be a number above 1, as a string, for example '5'.", "double(self) > 1.0"),
+    ),
+]
+
+
 class EarlyStopping(Model):
     """Stop when the validation loss no longer falls."""
 
@@ -148,13 +151,20 @@ class Training(Model):
     epochs: Positive = Field(default="1", description="Passes over the training rows; ignored where maxSteps is set.")
     max_steps: int | None = Field(default=None, ge=1, le=10_000_000, description="Optimiser steps.")
     global_batch_size: int = Field(default=16, ge=1, le=4096, description="Rows in one optimiser step, over all devices and accumulation.")
-    learning_rate: Positive | None = Field(default=None, description="Peak learning rate. Absent: 2e-4 for LoRA, 2e-5 for Full.")
-    warmup_steps: int | None = Field(default=None, ge=0, le=100_000, description="Steps of linear warm-up. Absent: 3 % of the steps.")
+    learning_rate: Positive | None = Field(default=None, description="Peak learning rate. Absent: by objective and method.")
+    warmup_steps: int | None = Field(
+        default=None, ge=0, le=100_000, description="Steps of linear warm-up. Absent: by objective and method."
+    )
     max_sequence_length: int = Field(default=512, ge=8, le=131_072, description="Tokens of a row; longer ones are cut and counted.")
-    packing: bool = Field(default=False, description="Pack several rows into one sequence.")
+    packing: bool = Field(default=False, description="Pack several rows into one sequence. Pretraining always does.")
     precision: Literal["BF16", "FP32"] = Field(default="BF16", description="Precision of the forward pass.")
     seed: int = Field(default=42, ge=0, le=2**31 - 1, description="Seed of order, initialisation and dropout.")
     early_stopping: EarlyStopping | None = Field(default=None, description="Needs data.validation.")
+    loss_spike_ratio: AboveOne | None = Field(
+        default=None,
+        description="End the run, with its last checkpoint kept, at a step whose loss is above so many times the median of the 20 steps "
+        "before; '5' is cautious. Absent: only where the loss is no number. Not for GRPO and RLOO, whose loss is near 0.",
+    )
     extra_arguments: Annotated[dict[str, Annotated[str, Field(max_length=256)]], Field(max_length=32)] = Field(
         default={}, description="Passed to the trainer's arguments; unknown names are refused before training."
     )
@@ -202,7 +212,13 @@ class Suite(Model):
     """A named set of items to evaluate on."""
 
     model_config = ConfigDict(
-        json_schema_extra=rules(("(self.type == 'Dataset') == has(self.dataset)", "dataset must be set with type: Dataset, and only then."))
+        json_schema_extra=rules(
+            ("(self.type == 'Dataset') == has(self.dataset)", "dataset must be set with type: Dataset, and only then."),
+            (
+                "!('Preference' in self.metrics) || !('Accuracy' in self.metrics || 'MacroF1' in self.metrics)",
+                "Preference compares an item's own two answers, Accuracy and MacroF1 its labels: make two suites.",
+            ),
+        )
     )
 
     name: Name = Field(description="Name that gates refer to.")
@@ -210,8 +226,9 @@ class Suite(Model):
         default="Dataset", description="Dataset: own items. Validation: the rows that data.validation holds out."
     )
     dataset: SuiteDataset | None = Field(default=None, description="The items.")
-    metrics: Annotated[tuple[Literal["Accuracy", "MacroF1", "Loss"], ...], Field(min_length=1, max_length=3)] = Field(
-        default=("Accuracy",), description="What is measured."
+    metrics: Annotated[tuple[Literal["Accuracy", "MacroF1", "Loss", "Preference"], ...], Field(min_length=1, max_length=4)] = Field(
+        default=("Accuracy",),
+        description="What is measured. Preference: the share of items whose chosen answer is likelier than the rejected one.",
     )
 
 
@@ -231,7 +248,7 @@ class Gate(Model):
     """A test that the candidate must pass against the baseline, on the same items."""
 
     suite: Name = Field(description="Name of a suite.")
-    metric: Literal["Accuracy", "Loss"] = Field(default="Accuracy", description="What is compared.")
+    metric: Literal["Accuracy", "Loss", "Preference"] = Field(default="Accuracy", description="What is compared.")
     rule: Literal["Superior", "NonInferior"] = Field(
         description="Superior: better than the baseline. NonInferior: worse by less than margin."
     )
@@ -260,6 +277,11 @@ class Evaluation(Model):
                 "!has(self.gates) || self.gates.all(g, has(self.suites) && self.suites.exists(s, s.name == g.suite))",
                 "every gate must name a suite of evaluation.suites.",
             ),
+            (
+                "!has(self.gates) || !has(self.suites)"
+                " || self.gates.all(g, self.suites.all(s, s.name != g.suite || g.metric in s.metrics))",
+                "a gate's metric must be among the metrics of its suite.",
+            ),
         )
     )
 
@@ -272,12 +294,43 @@ class Evaluation(Model):
     baseline: Baseline = Field(default=Baseline(), description="What the candidate is compared with.")
 
 
+class PushTarget(Model):
+    """A registry or bucket that the model is copied to."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            (
+                "self.uri.startsWith('oci://') || (self.uri.startsWith('s3://') && has(self.secretRef))",
+                "uri must start with oci:// (oci://registry/repository:tag) or s3:// (s3://bucket/prefix); s3:// needs secretRef.",
+            ),
+            ("!has(self.plainHttp) || !self.plainHttp || self.uri.startsWith('oci://')", "plainHttp is for oci:// alone."),
+        )
+    )
+
+    uri: str = Field(
+        min_length=6,
+        max_length=256,
+        description="oci://registry/repository:tag (without a tag: the beginning of the model's digest), or s3://bucket/prefix.",
+    )
+    secret_ref: SecretRef | None = Field(
+        default=None,
+        description="oci: a Secret of type kubernetes.io/dockerconfigjson, or with username and password. "
+        "s3: a Secret with AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, where needed, AWS_ENDPOINT_URL and AWS_REGION.",
+    )
+    plain_http: bool = Field(default=False, description="The registry speaks no TLS; for registries inside the cluster.")
+
+
 class Output(Model):
     """Where the model goes."""
 
     model: Name = Field(description="Name of the model; its versions are ModelVersions `<model>-v<n>`.")
     store: StoreRef = Field(description="Where runs and models are written.")
-    format: Literal["Adapter", "Merged"] | None = Field(default=None, description="Absent: Adapter for LoRA, Merged for Full.")
+    push: Annotated[tuple[PushTarget, ...], Field(max_length=4)] = Field(
+        default=(),
+        description="Where a model that the gates did not reject is copied to, after its evaluation.",
+        json_schema_extra=keyed_by("uri"),
+    )
+    format: Literal["Adapter", "Merged"] | None = Field(default=None, description="Absent: by objective and method.")
 
 
 class RunPolicy(Model):
@@ -308,6 +361,7 @@ class FineTuneJobSpec(Model):
                 " || !self.evaluation.suites.exists(s, s.type == 'Validation')",
                 "a suite of type Validation needs data.validation.",
             ),
+            *spec_rules(),
         )
     )
 
@@ -459,6 +513,13 @@ class ArtifactStatus(Model):
     size_bytes: int = Field(description="Bytes.")
 
 
+class PushStatus(Model):
+    """A copy of the model, pulled back and found equal."""
+
+    uri: str = Field(max_length=256, description="As in output.push.")
+    digest: str = Field(max_length=80, description="oci: of the artifact's manifest. s3: of the packaged manifest, and the folder's name.")
+
+
 class FineTuneJobStatus(Model):
     """What was observed."""
 
@@ -485,6 +546,9 @@ class FineTuneJobStatus(Model):
     steps_lost: int = Field(default=0, description="Steps that had to be done again.")
     artifact: ArtifactStatus | None = Field(default=None, description="The packaged model.")
     evaluation: EvaluationStatus | None = Field(default=None, description="What the gates said.")
+    pushed: Annotated[tuple[PushStatus, ...], Field(max_length=4)] = Field(
+        default=(), description="Copies of the model.", json_schema_extra=keyed_by("uri")
+    )
     model_version: int | None = Field(default=None, description="The version's number, written before the ModelVersion is made.")
     prepare_runs: int = Field(default=0, description="Times that the prepare stage was started.")
     message: str = Field(default="", max_length=1024, description="The sentence of the Succeeded condition.")

@@ -7,6 +7,7 @@ from typing import Any
 from tuneloop_operator.api import API_VERSION
 from tuneloop_operator.api.modeldeployment import ModelDeployment
 from tuneloop_operator.api.modelversion import ModelVersion
+from tuneloop_operator.api.objectives import learns_from_feedback
 from tuneloop_operator.render import names
 
 Json = dict[str, Any]
@@ -51,6 +52,8 @@ def retraining_spec(deployment: ModelDeployment, version: ModelVersion) -> Json:
     base = {"baseModel": version.spec.base.source.model_dump(mode="json", by_alias=True, exclude_none=True)} if version.spec.base else {}
     derived = {"data": {"train": _train(deployment, lineage)}, "evaluation": _evaluation(deployment, lineage)} if lineage else {}
     spec = deep_merged(deep_merged(deep_merged(base, lineage), derived), template)
+    if "objective" in template:
+        spec["objective"] = template["objective"]  # whole: the settings of another objective would be refused beside it
     _check(spec, has_lineage=bool(lineage))
     suspended = deployment.spec.retraining.approval == "Manual"
     forced: Json = {
@@ -86,6 +89,10 @@ def _check(spec: Json, *, has_lineage: bool) -> None:
     if not spec["evaluation"].get("gates"):
         message = "set evaluation.suites and evaluation.gates in retraining.template.spec: nothing is retrained without a gate."
         raise NoTemplate(f"{where}{message}")
+    objective = (spec.get("objective") or {}).get("type", "SFT")
+    if not learns_from_feedback(objective) and any("feedback" in source for source in _list(spec, "data", "train")):
+        message = f"{objective} does not learn from labels and corrections: set objective, data and evaluation in retraining.template.spec."
+        raise NoTemplate(message)
 
 
 # --- data --------------------------------------------------------------------

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from tuneloop_gateway.contract import INTERNAL_PORT
 from tuneloop_operator.api import finetunejob as api
+from tuneloop_operator.api.objectives import DPO, KTO, SFT, Objective, SequenceClassification, default_format, prompt_format
 from tuneloop_operator.api.types import Source
 from tuneloop_operator.render import names
 from tuneloop_trainer import contract
 
+PUSH_PATH = "/etc/tuneloop/push"
+"""Below it, one folder for each place of output.push with its Secret's keys."""
 FEEDBACK_PATH = "/etc/tuneloop/feedback"
 """Below it, one folder per ModelDeployment with its internal token."""
 INTERNAL_TOKEN = "internal-token"
 VALIDATION_SUITE = "validation"
-LEARNING_RATES = {"LoRA": 2e-4, "Full": 2e-5}
 CHECKPOINT_MINUTES = 10.0
 
 
@@ -27,8 +29,8 @@ def run_config(job: api.FineTuneJob, resolved: api.Resolved) -> contract.RunConf
         uid=job.metadata.uid,
         paths=paths(job),
         base=base(spec.base_model),
-        loss=spec.objective.sft.loss if spec.objective.sft is not None else "CompletionOnly",
-        prompt_format=spec.prompt_format,
+        **_objective(spec.objective),
+        prompt_format=prompt_format(spec.objective.type, spec.prompt_format),
         method=_method(spec.method),
         train=tuple(_data_source(job, source) for source in spec.data.train),
         validation_fraction=float(spec.data.validation.fraction) if spec.data.validation is not None else 0.0,
@@ -38,7 +40,9 @@ def run_config(job: api.FineTuneJob, resolved: api.Resolved) -> contract.RunConf
         evaluation=_evaluation(job, resolved),
         model=spec.output.model,
         output_format=output_format(spec),
+        push=tuple(_push(target, index) for index, target in enumerate(spec.output.push)),
         image=resolved.image or "",
+        origins={"learning_rate": "default" if spec.training.learning_rate is None else "spec"},
     )
 
 
@@ -71,7 +75,7 @@ def base_snapshot_uri(job: api.FineTuneJob, resolved: api.Resolved) -> str | Non
 def output_format(spec: api.FineTuneJobSpec) -> Literal["Adapter", "Merged"]:
     if spec.output.format is not None:
         return spec.output.format
-    return "Adapter" if spec.method.type == "LoRA" else "Merged"
+    return default_format(spec.objective.type, spec.method.type)
 
 
 def base(source: Source) -> contract.Base:
@@ -80,7 +84,29 @@ def base(source: Source) -> contract.Base:
     return contract.Base(uri=source.uri, path=names.pvc_path(source.uri), revision=source.revision)
 
 
+def _push(target: api.PushTarget, index: int) -> contract.Push:
+    credentials = f"{PUSH_PATH}/{index}" if target.secret_ref is not None else None
+    return contract.Push(uri=target.uri, credentials=credentials, plain_http=target.plain_http)
+
+
 # --- parts -------------------------------------------------------------------
+
+
+def _objective(asked: Objective) -> dict[str, Any]:
+    """The fields of the configuration that say what is optimised."""
+    parts: dict[str, Any] = {"objective": asked.type, "loss": (asked.sft or SFT()).loss}
+    match asked.type:
+        case "DPO":
+            dpo = asked.dpo or DPO()
+            parts["dpo"] = contract.Dpo(beta=float(dpo.beta), loss=dpo.loss)
+        case "KTO":
+            kto = asked.kto or KTO()
+            weights = {"desirable_weight": float(kto.desirable_weight), "undesirable_weight": float(kto.undesirable_weight)}
+            parts["kto"] = contract.Kto(beta=float(kto.beta), **weights)
+        case "SequenceClassification":
+            classes = asked.sequence_classification or SequenceClassification()
+            parts["classification"] = contract.Classification(labels=classes.labels, class_weights=classes.class_weights)
+    return parts
 
 
 def _method(method: api.Method) -> contract.Method:
@@ -93,17 +119,19 @@ def _method(method: api.Method) -> contract.Method:
 
 def _training(spec: api.FineTuneJobSpec) -> contract.Training:
     asked = spec.training
+    default_rate = contract.DEFAULTS[spec.objective.type, spec.method.type].learning_rate
     return contract.Training(
         epochs=float(asked.epochs),
         max_steps=asked.max_steps,
         global_batch_size=asked.global_batch_size,
-        learning_rate=float(asked.learning_rate) if asked.learning_rate is not None else LEARNING_RATES[spec.method.type],
+        learning_rate=float(asked.learning_rate) if asked.learning_rate is not None else default_rate,
         warmup_steps=asked.warmup_steps,
         max_sequence_length=asked.max_sequence_length,
         packing=asked.packing,
         precision=asked.precision,
         seed=asked.seed,
         early_stopping_patience=asked.early_stopping.patience if asked.early_stopping is not None else None,
+        loss_spike_ratio=float(asked.loss_spike_ratio) if asked.loss_spike_ratio is not None else None,
         extra_arguments=dict(asked.extra_arguments),
     )
 
@@ -134,7 +162,7 @@ def _rows(
 
 
 def _template(template: api.RowTemplate | None) -> contract.Template | None:
-    return None if template is None else contract.Template(prompt=template.prompt, completion=template.completion)
+    return None if template is None else contract.Template(**template.model_dump(exclude_none=True))
 
 
 def _columns(columns: api.Columns) -> dict[str, str]:
@@ -155,12 +183,14 @@ def _evaluation(job: api.FineTuneJob, resolved: api.Resolved) -> contract.Evalua
     suites = tuple(_suite(job, suite) for suite in plan.suites)
     gates = tuple(map(_gate, plan.gates))
     if not gates and job.spec.data.validation is not None:
-        # A validation split without gates gets the default one: better than the baseline on held-out loss.
+        # A validation split without gates gets the default one: better than the baseline at what the objective improves.
+        measured = contract.HELD_OUT_METRICS[job.spec.objective.type]
         held_out = next((suite for suite in suites if suite.type == "Validation"), None)
         if held_out is None:
-            held_out = contract.Suite(name=VALIDATION_SUITE, type="Validation", metrics=("Loss",))
+            held_out = contract.Suite(name=VALIDATION_SUITE, type="Validation", metrics=measured)
             suites = (*suites, held_out)
-        gates = (contract.Gate(suite=held_out.name, metric="Loss", rule="Superior"),)
+        if measured[0] in held_out.metrics:
+            gates = (contract.Gate(suite=held_out.name, metric=measured[0], rule="Superior"),)
     return contract.Evaluation(suites=suites, gates=gates, baseline=_baseline(resolved.baseline))
 
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from tuneloop_operator.api import API_VERSION
 from tuneloop_operator.api import finetunejob as api
 from tuneloop_operator.api import modelversion as versions
+from tuneloop_operator.api.objectives import prompt_format
 from tuneloop_operator.api.types import Source
 from tuneloop_operator.render import names
 from tuneloop_operator.render.pods import Json
@@ -43,7 +44,11 @@ def model_version(
         lineage=lineage,
         evaluation=evaluation,
         probes_uri=probes_uri,
-        prompt=versions.VersionPrompt(format=job.spec.prompt_format, template=_template(job.spec), probe_sha256=resolved.prompt_probe),
+        prompt=versions.VersionPrompt(
+            format=prompt_format(job.spec.objective.type, job.spec.prompt_format),
+            template=_template(job.spec),
+            probe_sha256=resolved.prompt_probe,
+        ),
         approval=approval,
     )
     name = names.model_version(job.spec.output.model, number)
@@ -71,4 +76,5 @@ def _rank(spec: api.FineTuneJobSpec, format_: str) -> int | None:
 
 def _template(spec: api.FineTuneJobSpec) -> str | None:
     """The prompt template over `text` that a gateway can apply: that of the first source which has one."""
-    return next((source.template.prompt for source in spec.data.train if source.template is not None), None)
+    templates = (source.template for source in spec.data.train if source.template is not None)
+    return next((template.prompt for template in templates if template.prompt is not None), None)

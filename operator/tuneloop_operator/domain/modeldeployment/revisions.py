@@ -9,6 +9,7 @@ from tuneloop_operator.api.conditions import DeploymentReason
 from tuneloop_operator.api.engineoptions import option_problem
 from tuneloop_operator.api.modeldeployment import ModelDeployment
 from tuneloop_operator.api.modelversion import ModelVersion
+from tuneloop_operator.api.objectives import is_servable
 from tuneloop_operator.domain.decision import Invalid
 from tuneloop_operator.render import names
 from tuneloop_operator.render.engine import model_id, render_template
@@ -91,6 +92,12 @@ def _check(deployment: ModelDeployment, version: ModelVersion) -> None:
     problem = option_problem(deployment.spec.engine.options)
     if problem is not None:
         raise Invalid(DeploymentReason.INVALID_OPTION.value, problem)
+    if version.spec.lineage is not None and not is_servable(version.spec.lineage.spec):
+        message = (
+            f"ModelVersion {version.metadata.name} was trained to classify texts and writes no answers. "
+            "Set spec.model to a version of another objective."
+        )
+        raise Invalid(DeploymentReason.NOT_SERVABLE.value, message)
     if version.spec.artifact.format == "Adapter" and version.spec.base is None:
         name = version.metadata.name
         message = f"ModelVersion {name} is an adapter without spec.base: record the base model that it belongs to in a new version."

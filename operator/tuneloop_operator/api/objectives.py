@@ -1,0 +1,214 @@
+"""What a FineTuneJob can optimise, and what goes with what: one table for the rules, the defaults and the documentation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field
+
+from tuneloop_operator.api.types import Model, Positive, rules
+from tuneloop_trainer.contract import DEFAULTS, HELD_OUT_METRICS, ObjectiveType
+
+Format = Literal["Adapter", "Merged"]
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What an objective reads, writes and is served as."""
+
+    meaning: str
+    texts: tuple[str, ...]
+    """Roles that a row must have; a template may render those of `TEMPLATES`."""
+    adapter: bool = True
+    """Whether LoRA may leave an adapter instead of whole weights."""
+    servable: bool = True
+    packs: bool = False
+    feedback: bool = True
+    """Whether the gateway's labels and corrections have what its rows need."""
+    block: str | None = None
+    """The field of `objective` with its settings."""
+
+
+TRAITS: dict[ObjectiveType, Traits] = {
+    "SFT": Traits("learns the answers to prompts", ("prompt", "completion"), packs=True, block="sft"),
+    "Pretraining": Traits("goes on to learn texts, every token of them", ("text",), adapter=False, packs=True, feedback=False),
+    "SequenceClassification": Traits(
+        "gives a text one of a few labels", ("text", "label"), adapter=False, servable=False, block="sequenceClassification"
+    ),
+    "DPO": Traits("learns to prefer one answer to another", ("prompt", "chosen", "rejected"), feedback=False, block="dpo"),
+    "KTO": Traits("learns from answers that were found good or bad", ("prompt", "completion", "desirable"), feedback=False, block="kto"),
+}
+TEMPLATES = ("prompt", "completion", "chosen", "rejected", "text")
+"""Texts that a template may render."""
+
+
+class SFT(Model):
+    """Supervised fine-tuning."""
+
+    loss: Literal["CompletionOnly", "FullSequence"] = Field(
+        default="CompletionOnly", description="Which tokens are learned: the completion's, or all."
+    )
+
+
+class SequenceClassification(Model):
+    """Classification of texts."""
+
+    labels: Annotated[tuple[Annotated[str, Field(max_length=256)], ...], Field(max_length=64)] = Field(
+        default=(), description="The labels. Absent: the distinct labels of the training rows."
+    )
+    class_weights: Literal["None", "Balanced"] = Field(
+        default="None", description="Balanced: a row counts by the inverse of its label's share, so that rare labels are learned."
+    )
+
+
+class DPO(Model):
+    """Direct preference optimisation."""
+
+    beta: Positive = Field(default="0.1", description="How close the model is held to its base: more is closer.")
+    loss: Literal["Sigmoid", "Hinge", "IPO"] = Field(default="Sigmoid", description="Sigmoid: as published. Hinge, IPO: less eager.")
+
+
+class KTO(Model):
+    """Kahneman-Tversky optimisation."""
+
+    beta: Positive = Field(default="0.1", description="How close the model is held to its base: more is closer.")
+    desirable_weight: Positive = Field(default="1", description="What a good answer counts.")
+    undesirable_weight: Positive = Field(default="1", description="What a bad answer counts; raise it where bad answers are rare.")
+
+
+def _blocks() -> Iterator[tuple[str, str]]:
+    for name, traits in TRAITS.items():
+        if traits.block is not None:
+            yield f"!has(self.{traits.block}) || self.type == '{name}'", f"{traits.block} may be set only with type: {name}."
+
+
+class Objective(Model):
+    """What the training optimises."""
+
+    model_config = ConfigDict(json_schema_extra=rules(*_blocks()))
+
+    type: ObjectiveType = Field(default="SFT", description=" ".join(f"{name}: {traits.meaning}." for name, traits in TRAITS.items()))
+    sft: SFT | None = Field(default=None, description="Settings of SFT.")
+    sequence_classification: SequenceClassification | None = Field(default=None, description="Settings of SequenceClassification.")
+    dpo: DPO | None = Field(default=None, description="Settings of DPO.")
+    kto: KTO | None = Field(default=None, description="Settings of KTO.")
+
+
+def spec_rules() -> tuple[tuple[str, str], ...]:
+    """The rules between the objective and the rest of a FineTuneJob's spec."""
+    return (*_output_rules(), *_data_rules(), *_training_rules(), *_metric_rules())
+
+
+def _only(names: list[str]) -> str:
+    return ", ".join(names[:-1]) + " and " + names[-1] if len(names) > 1 else names[0]
+
+
+def _without(trait: str) -> list[str]:
+    return [name for name, traits in TRAITS.items() if not getattr(traits, trait)]
+
+
+def _in(names: list[str]) -> str:
+    return "self.objective.type in [" + ", ".join(f"'{name}'" for name in names) + "]"
+
+
+def _output_rules() -> Iterator[tuple[str, str]]:
+    names = _without("adapter")
+    yield (
+        f"!({_in(names)}) || !has(self.output.format) || self.output.format == 'Merged'",
+        f"{_only(names)} leave no adapter: output.format must be Merged.",
+    )
+
+
+def _data_rules() -> Iterator[tuple[str, str]]:
+    names = _without("feedback")
+    yield (
+        f"!({_in(names)}) || self.data.train.all(s, !has(s.feedback))",
+        f"feedback holds labels and corrections, which {_only(names)} do not learn from: set data.train.source.",
+    )
+    for texts in dict.fromkeys(_rendered(traits) for traits in TRAITS.values()):
+        names = [name for name, traits in TRAITS.items() if _rendered(traits) == texts]
+        others = " || ".join(f"has(s.template.{name})" for name in TEMPLATES if name not in texts)
+        yield (
+            f"!({_in(names)}) || self.data.train.all(s, !has(s.template) || !({others}))",
+            f"a template of {_only(names)} can render {_only(list(texts))} only.",
+        )
+
+
+def _rendered(traits: Traits) -> tuple[str, ...]:
+    return tuple(name for name in traits.texts if name in TEMPLATES)
+
+
+def _training_rules() -> Iterator[tuple[str, str]]:
+    names = _without("packs")
+    yield f"!({_in(names)}) || !self.training.packing", f"rows of {_only(names)} cannot be packed: training.packing must be false."
+    yield (
+        "self.objective.type != 'KTO' || self.training.globalBatchSize >= 2",
+        "KTO compares each row with another of its batch: training.globalBatchSize must be at least 2.",
+    )
+
+
+def _metric_rules() -> Iterator[tuple[str, str]]:
+    yield (
+        "self.objective.type == 'DPO' || !has(self.evaluation) || !has(self.evaluation.suites)"
+        " || !self.evaluation.suites.exists(s, s.type == 'Validation' && 'Preference' in s.metrics)",
+        "the rows that are held out have two answers with DPO only: the metric Preference needs a suite of type Dataset.",
+    )
+    yield (
+        "self.objective.type != 'SequenceClassification' || !has(self.evaluation) || !has(self.evaluation.suites)"
+        " || !self.evaluation.suites.exists(s, 'Preference' in s.metrics)",
+        "SequenceClassification writes no answers: the metric Preference cannot be measured.",
+    )
+
+
+# --- what is read from the table elsewhere -----------------------------------
+
+
+def default_format(objective: ObjectiveType, method: Literal["LoRA", "Full"]) -> Format:
+    """What `output.format` means where it is absent."""
+    return "Adapter" if method == "LoRA" and TRAITS[objective].adapter else "Merged"
+
+
+def prompt_format(objective: ObjectiveType, asked: Literal["Chat", "Text"]) -> Literal["Chat", "Text"]:
+    """How the model is prompted: what has learned texts, not turns, is not asked in turns."""
+    return asked if "prompt" in TRAITS[objective].texts else "Text"
+
+
+def is_servable(lineage_spec: dict[str, Any]) -> bool:
+    """Whether an engine can serve what a job of this spec trained. Unknown objectives can: they were trained elsewhere."""
+    objective = lineage_spec.get("objective")
+    name = objective.get("type", "SFT") if isinstance(objective, dict) else "SFT"
+    return name not in TRAITS or TRAITS[name].servable
+
+
+def learns_from_feedback(objective: str) -> bool:
+    """Whether the labels and corrections that a gateway exports are rows to train on."""
+    return any(name == objective and traits.feedback for name, traits in TRAITS.items())
+
+
+def combinations() -> str:
+    """The table of what goes together, for the reference."""
+    lines = ["| objective, method | a row has | output.format | served as |", "|---|---|---|---|"]
+    for name, traits in TRAITS.items():
+        roles, served = ", ".join(traits.texts), "Chat, Completion" if traits.servable else "not served: reason NotServable"
+        for method in ("LoRA", "Full"):
+            both = method == "LoRA" and traits.adapter
+            formats = "Adapter (absent means this): the operator serves it on its base; or Merged" if both else "Merged only"
+            lines.append(f"| {name} with {method} | {roles} | {formats} | {served} |")
+    return "\n".join(lines)
+
+
+def defaults() -> str:
+    """The table of defaults, for the reference."""
+    lines = [
+        "| objective, method | learning rate | warm-up | schedule | weight decay | measured on data.validation |",
+        "|---|---|---|---|---|---|",
+    ]
+    for (name, method), values in DEFAULTS.items():
+        metrics = ", ".join(HELD_OUT_METRICS[name])
+        warmup = f"{100 * values.warmup_share:g} % of the steps"
+        lines.append(
+            f"| {name} with {method} | {values.learning_rate:g} | {warmup} | {values.schedule} | {values.weight_decay:g} | {metrics} |"
+        )
+    return "\n".join(lines)
