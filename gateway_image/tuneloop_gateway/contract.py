@@ -161,6 +161,8 @@ class RevisionReport(Model):
     """Ready replicas that the gateway sees."""
     warm: bool = False
     """A warm-up prompt was answered."""
+    prompt_error: str = Field(default="", max_length=300)
+    """Why the revision's prompt cannot be used at all; "" where it can."""
     probe: ProbeState = ProbeState(status="Pending")
     requests: int = 0
     errors: int = 0

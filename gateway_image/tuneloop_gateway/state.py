@@ -63,6 +63,7 @@ class State:
             name=revision.name,
             endpoints=len(self._endpoints.ready(revision.service)),
             warm=count.warm,
+            prompt_error=self._configuration.prompt_errors.get(revision.name, "")[:300],
             probe=self._prober.state(revision.name),
             requests=count.requests,
             errors=count.errors,

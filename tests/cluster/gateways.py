@@ -9,7 +9,17 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from tests.cluster.harness import Api
 
-from tuneloop_gateway.contract import INTERNAL_PORT, GatewayConfig
+from tuneloop_gateway.contract import INTERNAL_PORT, GatewayConfig, Revision
+from tuneloop_gateway.prompts import PromptInvalid, compile_prompt
+
+
+def prompt_error(revision: Revision) -> str:
+    """What a real gateway finds wrong with the revision's prompt."""
+    try:
+        compile_prompt(revision)
+    except PromptInvalid as error:
+        return str(error)[:300]
+    return ""
 
 
 @dataclass
@@ -61,7 +71,8 @@ class FakeGateway:
             {
                 "name": revision.name,
                 "endpoints": 1,
-                "warm": self.warm,
+                "warm": self.warm and not prompt_error(revision),
+                "promptError": prompt_error(revision),
                 "probe": self.probe if revision.probe else {"status": "Pending"},
                 "inFlight": self.in_flight,
             }

@@ -196,6 +196,12 @@ class Play:
         state = {"waiting": {"reason": reason, "message": message}}
         return self._status(pod, phase="Pending", containerStatuses=_containers(pod, state, False))
 
+    def crash(self, pod: Object, ended: Object) -> Object:
+        """Every container ended once like this, and is about to be started again."""
+        state = {"waiting": {"reason": "CrashLoopBackOff", "message": "back-off 10s restarting failed container"}}
+        again = {"restartCount": 1, "lastState": {"terminated": ended}}
+        return self._status(pod, phase="Running", containerStatuses=[found | again for found in _containers(pod, state, False)])
+
     def unschedulable(self, pod: Object, message: str = "0/1 nodes are available: 1 Insufficient nvidia.com/gpu.") -> Object:
         condition = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": message, "lastTransitionTime": _now()}
         return self._status(pod, phase="Pending", conditions=[condition])

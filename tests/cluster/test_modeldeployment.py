@@ -201,6 +201,61 @@ def test_what_stands_in_the_way_is_named_and_goes_away_by_itself(
     assert api.condition("ModelDeployment", namespace, NAME, "Stalled") is None
 
 
+@pytest.mark.parametrize("template", ["Sentiment of: {{ text", "{{ text | nonsense }}", "{{ txt }}"])
+def test_a_prompt_that_does_not_render_is_refused_until_it_is_corrected(
+    operator: OperatorProcess, stage: Stage, api: Api, namespace: str, template: str
+) -> None:
+    stage.serve()
+    api.patch("ModelDeployment", namespace, NAME, {"spec": {"prompt": {"template": template}}})
+    stalled = stage.wait("Stalled", "True", "RolledBack")
+    assert "The prompt template" in stalled["message"]
+    assert "Correct spec.prompt.template" in stalled["message"]
+    stage.wait("Available", "True", "Serving")
+    assert stage.status()["stable"]["version"] == 1
+    api.patch("ModelDeployment", namespace, NAME, {"spec": {"prompt": None}})
+    stage.wait("Ready", "True", "Serving")
+
+
+@pytest.mark.parametrize(
+    ("ended", "says"),
+    [
+        (
+            {"reason": "StartError", "exitCode": 128, "message": "exec: python3: not found"},
+            "Set engine.image to one with python3 and vLLM.",
+        ),
+        ({"exitCode": 1, "message": "ValueError: Loading lora sentiment failed: No adapter found for x"}, "Loading lora sentiment failed"),
+        ({"exitCode": 1, "message": "HFValidationError: Repo id must be in the form 'name'"}, "Put the model back"),
+    ],
+)
+def test_an_engine_that_can_never_start_gives_way_while_the_old_one_serves(
+    operator: OperatorProcess, stage: Stage, api: Api, namespace: str, ended: Object, says: str
+) -> None:
+    stage.serve()
+    api.create(version(namespace, 2))
+    pod = stage.play.pod(stage.engine(2))
+    stage.play.crash(pod, ended)
+    ready = stage.wait("Ready", "True", "RolledBack")
+    assert says in ready["message"]
+    assert "Version 1 serves on." in ready["message"]
+    stage.wait("Available", "True", "Serving")
+
+
+def test_of_two_deployments_that_claim_one_name_the_first_serves_on(
+    operator: OperatorProcess, stage: Stage, api: Api, namespace: str
+) -> None:
+    stage.serve()
+    taken, second = stage.engine(1), deployment(namespace)  # a Service of that name leads to the first one's engine
+    second["metadata"]["name"] = taken
+    api.create(second)
+    stalled = api.wait_for_condition("ModelDeployment", namespace, taken, "Stalled", "True", "NameConflict")
+    assert f"Service {taken} exists and belongs to somebody else" in stalled["message"]
+    assert "give this deployment another name" in stalled["message"]
+    stage.wait("Ready", "True", "Serving")
+    service = api.get("Service", namespace, taken)
+    assert service is not None
+    assert service["spec"]["selector"]["tuneloop.dev/modeldeployment"] == NAME
+
+
 def record(api: Api, namespace: str, number: int) -> dict[str, str]:
     """Annotations of a version's revision."""
     revision = next(r for r in api.list("ControllerRevision", namespace) if r["data"]["version"] == number)

@@ -34,6 +34,16 @@ async def test_agreement_is_counted_over_the_recorded_items_through_the_revision
     assert (await gateway.state()).revisions[0].warm
 
 
+async def test_a_prompt_that_does_not_render_is_told_and_its_revision_takes_nothing(start: Start, engine: FakeEngine) -> None:
+    stable = make_revision("old")
+    gateway = await start(make_config(stable, candidate(prompt={"template": "{{ text | nonsense }}"})), {"svc": (engine.address,)})
+    await eventually(lambda: gateway.gateway.router.count("old").warm)
+    reports = {report.name: report for report in (await gateway.state()).revisions}
+    assert "nonsense" in reports["new"].prompt_error
+    assert not reports["new"].warm
+    assert reports["old"].prompt_error == ""
+
+
 async def test_an_engine_without_recorded_items_says_so(start: Start, engine: FakeEngine) -> None:
     gateway = await start(make_config(candidate()), {"svc": (engine.address,)})
     assert (await probed(gateway)).status == "NoProbes"

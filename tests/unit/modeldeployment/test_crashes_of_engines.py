@@ -28,6 +28,8 @@ NO_NETWORK = """    raise LocalEntryNotFoundError(
 huggingface_hub.errors.LocalEntryNotFoundError: Cannot find an appropriate cached snapshot folder for the specified revision
 """
 GATED = "huggingface_hub.errors.GatedRepoError: 403 Client Error. Access to model org/base is restricted.\n"
+NO_VLLM = """/usr/bin/python3: Error while finding module specification for 'vllm.entrypoints' (ModuleNotFoundError: No module named 'vllm')
+"""
 CORE = """(EngineCore pid=9) ERROR 11-23 07:34:24 [core.py:99] ValueError: No available memory for the cache blocks.
     raise RuntimeError("Engine core initialization failed. "
 RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}
@@ -41,6 +43,7 @@ RuntimeError: Engine core initialization failed. See root cause above. Failed co
         (ADDED % "Error while deserializing header: incomplete", "Error while deserializing header: incomplete", R.ENGINE_FAILED, True),
         (NO_BASE, "Repo id must be in the form", R.MODEL_NOT_FOUND, True),
         (EMPTY_BASE, "Invalid repository ID or local directory specified: '/volumes/models/bases/x'.", R.MODEL_NOT_FOUND, True),
+        (NO_VLLM, "Error while finding module specification", R.ENGINE_FAILED, True),
         (GATED, "403 Client Error.", R.ACCESS_DENIED, True),
         (NO_NETWORK, "Cannot find an appropriate cached snapshot folder", R.MODEL_NOT_FOUND, False),
     ],

@@ -48,6 +48,10 @@ def waiting(reason: str, message: str = "why.") -> dict[str, object]:
     return {"phase": "Pending", "containerStatuses": [state]}
 
 
+BROKEN = {"template": "{{ text | nonsense }}"}
+"""What a gateway refuses; the world's says so of any template with this word."""
+
+
 def ended(name: str = "engine", code: int = 1, reason: str = "Error", restarts: int = 5, message: str = "Boom.") -> dict[str, object]:
     state = {"name": name, "restartCount": restarts, "lastState": {"terminated": {"exitCode": code, "reason": reason, "message": message}}}
     return {"initContainerStatuses" if name == "verify" else "containerStatuses": [state]}
@@ -158,6 +162,9 @@ STATES: dict[str, Callable[[], World]] = {
     "The first revision's model is not where it should be": lambda: unserved_failure(
         **ended(restarts=0, message="HFValidationError: Repo id must be in the form 'repo_name': '/volumes/models/gone'.")
     ),
+    "A new revision's image cannot run an engine, Latest": lambda: rolling_out(**ended("verify", 128, "StartError", 0)),
+    "The prompt does not render": lambda: edited(served(), prompt=BROKEN),
+    "The first revision's prompt does not render": lambda: served(spec={"prompt": BROKEN}),
     "A new revision's files do not have its digest, Latest": lambda: rolling_out(**ended("verify", restarts=1)),
     "A new revision was not ready in time, Latest": timed_out,
     "A new version answers unlike the evaluator, Latest": lambda: rejected(pinned=False),

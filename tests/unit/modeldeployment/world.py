@@ -322,9 +322,16 @@ class World:
         said = self.second_probe if self.second_probe and pod.metadata.uid.endswith("-1") else self.probe
         probe = said if state is RevisionState.CANDIDATE else ProbeState(status="Pending")
         endpoints = self.ready.get(hashed, replicas)
+        error = self._prompt_error(name)
+        warm = self.warm and endpoints > 0 and not error
         return RevisionReport(
-            name=name, endpoints=endpoints, warm=self.warm and endpoints > 0, probe=probe, in_flight=self.in_flight.get(name, 0)
+            name=name, endpoints=endpoints, warm=warm, prompt_error=error, probe=probe, in_flight=self.in_flight.get(name, 0)
         )
+
+    def _prompt_error(self, name: str) -> str:
+        """As a gateway says it of a template with a filter that does not exist."""
+        revision = next(r for r in self._revisions() if r.name == name)
+        return "The prompt template is not valid Jinja: No filter." if "nonsense" in (revision.pinned.prompt.template or "") else ""
 
 
 def make_pod(uid: str, *, ready: bool, **status: Any) -> Pod:

@@ -10,6 +10,8 @@ from tuneloop_operator.domain.conditions import shortened
 
 EXCEPTION = re.compile(r"^(?:\([^)]*\) )?(?:ERROR [^\]]*\] )?(?:\w+\.)*\w+(?:Error|Exception|NotFound): (?P<said>\S.*)$")
 """A line that ends a traceback, perhaps behind the prefixes of vLLM's processes and of its log."""
+NO_MODULE = re.compile(r"^\S*python[\d.]*: (?P<said>(?:Error while finding module|No module named).*)$")
+"""What Python says of `-m` before it runs anything."""
 HEARSAY = ("Engine core initialization failed", "EngineCore encountered an issue", "WorkerProc initialization failed")
 """Exceptions that only say that another process had one."""
 WRAPPED = re.compile(r"Worker failed with error '(?P<said>.*)', please check the stack trace")
@@ -39,6 +41,10 @@ KNOWN: tuple[tuple[str, Diagnosis], ...] = (
         Diagnosis(R.ENGINE_FAILED, "The adapter is damaged or was made for another base: package it again by a new FineTuneJob.", True),
     ),
     (
+        r"No module named|Error while finding module",
+        Diagnosis(R.ENGINE_FAILED, "Set engine.image to one with python3 and vLLM.", True),
+    ),
+    (
         r"\b40[13] Client Error|[Gg]ated repo|Access to model \S+ is restricted",
         Diagnosis(
             R.ACCESS_DENIED, "Name a Secret with a token that may read the model in spec.base.source.secretRef of a new version.", True
@@ -64,7 +70,7 @@ KNOWN: tuple[tuple[str, Diagnosis], ...] = (
 def sentence(log: str) -> str:
     """The last exception that is no hearsay, without what wraps it; "" where the log has none."""
     lines = log.splitlines()
-    found = [(index, match["said"]) for index, line in enumerate(lines) if (match := EXCEPTION.match(line)) is not None]
+    found = [(index, match["said"]) for index, line in enumerate(lines) if (match := _match(line)) is not None]
     own = [(index, said) for index, said in found if not said.startswith(HEARSAY)] or found
     if not own:
         return ""
@@ -77,5 +83,9 @@ def sentence(log: str) -> str:
 
 def diagnose(log: str) -> Diagnosis | None:
     """Looks at the whole exception, wrapping included; None where it is not known."""
-    lines = "\n".join(line for line in log.splitlines() if EXCEPTION.match(line) or line.startswith("  Value error"))
+    lines = "\n".join(line for line in log.splitlines() if _match(line) or line.startswith("  Value error"))
     return next((diagnosis for pattern, diagnosis in KNOWN if re.search(pattern, lines)), None)
+
+
+def _match(line: str) -> re.Match[str] | None:
+    return EXCEPTION.match(line) or NO_MODULE.match(line)

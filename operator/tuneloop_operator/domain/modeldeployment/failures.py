@@ -15,6 +15,8 @@ from tuneloop_operator.render.engine import VERIFY
 
 PULL_REASONS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "RegistryUnavailable")
 CONFIG_REASONS = ("CreateContainerConfigError", "CreateContainerError")
+START_REASONS = ("StartError", "ContainerCannotRun")
+"""The image has not what is to be run."""
 CRASHES = 3
 """Restarts after which an engine counts as failed; one may be bad luck."""
 TIMEOUT_SLACK_SECONDS = 30
@@ -75,6 +77,10 @@ def _of_container(what: str, container: ContainerStatus) -> Failure | None:
     ended = container.state.terminated or container.last_state.terminated
     if ended is None or ended.exit_code == 0:
         return None
+    if ended.reason in START_REASONS:
+        why = shortened(ended.message, 300).rstrip(".")
+        message = f"{what} cannot be started from its image: {why}. Set engine.image to one with python3 and vLLM."
+        return Failure(DeploymentReason.ENGINE_FAILED, message, is_fatal=True)
     if container.name == VERIFY:
         return _unverified(what, ended)
     if ended.reason == "OOMKilled":

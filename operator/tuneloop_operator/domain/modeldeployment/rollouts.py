@@ -123,11 +123,17 @@ def judge(snapshot: Snapshot, candidate: Revision, stable: Revision | None, now:
     reports = snapshot.reports(candidate.name)
     if len(reports) < len(gateways) or not _is_offered(snapshot, candidate):
         return Judgement(waits_for="The gateway has not taken up the new revision yet.")
+    unusable = next((report.prompt_error for report in reports if report.prompt_error), None)
+    if unusable is not None:
+        return Judgement(verdict=_rejected(DeploymentReason.PROMPT_INVALID, f"{unusable.rstrip('.')}. {_PROMPT_REMEDY}", now))
     if not all(report.warm and report.endpoints >= 1 for report in reports):
         return Judgement(waits_for="The gateway warms the new revision up.")
     if not pinned.has_probes:
         return Judgement(verdict=Verdict(Outcome.PROMOTED, times.to_text(now)))
     return _judge_probes(candidate, reports, now)
+
+
+_PROMPT_REMEDY = "Correct spec.prompt.template: Jinja over `text`, the last user message."
 
 
 def _is_offered(snapshot: Snapshot, candidate: Revision) -> bool:
