@@ -56,6 +56,7 @@ async def run(settings: Settings) -> int:
 
 def main() -> int:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # our own line says what became of the schema
     sys.setswitchinterval(0.001)  # the database's threads shall not hold requests for 5 ms at a time
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(run(read_settings(os.environ)))

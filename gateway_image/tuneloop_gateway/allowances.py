@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,14 +22,16 @@ from sqlalchemy.types import Double
 
 from tuneloop_gateway.contract import Limits
 from tuneloop_gateway.database import Database
+from tuneloop_gateway.schema import Newer
 
 logger = logging.getLogger(__name__)
 MINUTE = 60.0
-ANSWER_SECONDS = 0.5
+ANSWER_SECONDS = 2.0
 """A request waits no longer for the database."""
-AWAY_SECONDS = 2.0
+AWAY_SECONDS = 5.0
 """For so long the database is not asked again after it failed."""
 CONNECTIONS = 4
+FAILURES = (SQLAlchemyError, OSError, TimeoutError, Newer)
 CHARGES = 64
 """Charges that may be under way at once; more are made in this process's own count."""
 
@@ -129,11 +132,12 @@ class SharedAllowances:
             try:
                 async with asyncio.timeout(ANSWER_SECONDS):
                     return await self._ask(subject, limits)
-            except (SQLAlchemyError, OSError, TimeoutError) as error:
+            except FAILURES as error:
                 self._note(error)
         return await self._own.take(subject, limits)
 
     async def _ask(self, subject: str, limits: Limits) -> Wait | None:
+        await self._database.prepare()
         values = {"subject": subject, "step": _request_seconds(limits), "by_tokens": limits.tokens_per_minute is not None}
         async with self._connections().connect() as connection:
             if (await connection.execute(TAKE, values)).first() is not None:
@@ -156,9 +160,17 @@ class SharedAllowances:
             async with self._connections().connect() as connection:
                 seconds = tokens * MINUTE / (limits.tokens_per_minute or tokens)
                 await connection.execute(CHARGE, {"subject": subject, "seconds": seconds})
-        except (SQLAlchemyError, OSError, TimeoutError) as error:
+        except FAILURES as error:
             self._note(error)
             self._own.charge(subject, tokens, limits)
+
+    async def open(self) -> None:
+        """Opens connections, so that the first requests do not wait for that. It is no loss where it fails: they try again."""
+        with suppress(*FAILURES):
+            await self._database.prepare()
+            async with AsyncExitStack() as stack:
+                for _ in range(CONNECTIONS):
+                    await stack.enter_async_context(self._connections().connect())
 
     def _connections(self) -> AsyncEngine:
         if self._engine is None:
@@ -166,9 +178,10 @@ class SharedAllowances:
         return self._engine
 
     def _note(self, error: Exception) -> None:
-        cause = getattr(error, "orig", None) or error
-        self._away_until = time.monotonic() + AWAY_SECONDS
-        logger.warning("Limits are counted in this replica alone now: %s.", type(cause).__name__)
+        now = time.monotonic()
+        if now >= self._away_until:
+            logger.warning("Limits are counted in this replica alone now: %s.", type(getattr(error, "orig", None) or error).__name__)
+        self._away_until = now + AWAY_SECONDS
         if isinstance(error, ProgrammingError):
             self._database.look_again()
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from aiohttp import web
 
-from tuneloop_gateway.allowances import OwnAllowances, SharedAllowances
+from tuneloop_gateway.allowances import OwnAllowances, SharedAllowances, is_limited
 from tuneloop_gateway.capture import Capture
 from tuneloop_gateway.cluster import ApiServer, ClusterWatch
 from tuneloop_gateway.configuration import Configuration
@@ -86,6 +86,8 @@ class Gateway:
         """Opens both ports and starts what runs beside requests."""
         for work in (self.capture.prepare, self.capture.write, self.retention.run, self.monitor.run, self.prober.run, self._follow_keys):
             self._tasks.append(asyncio.create_task(_keep_running(work.__qualname__, work)))
+        if isinstance(self.allowances, SharedAllowances) and is_limited(self.configuration.current.limits):
+            self._tasks.append(asyncio.create_task(self.allowances.open()))
         if self.settings.endpoints is not None or self.api is None or self.settings.config_map is None:
             seconds = FILE_SECONDS
         else:

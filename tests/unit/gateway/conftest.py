@@ -68,7 +68,8 @@ async def store(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """An empty store: a SQLite file in the test's folder, or a PostgreSQL whose URL lies there."""
     name = str(getattr(request, "param", "sqlite"))
     if name == "postgresql":
-        (tmp_path / "url").write_text(request.getfixturevalue("postgresql").url)
+        server: Server = request.getfixturevalue("postgresql")
+        (tmp_path / "url").write_text(server.url)
         database = Database(database_url(tmp_path / "url", tmp_path), "team/tweets")
         async with database.engine.begin() as connection:
             await connection.execute(DropSchema("team_tweets", cascade=True, if_exists=True))

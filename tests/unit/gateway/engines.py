@@ -95,7 +95,11 @@ def said(body: dict[str, Any]) -> str:
 
 async def echo(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
     if body.get("stream"):
-        return await stream_of(*chat_events("echo: ", said(body)))(request, body)
+        events = chat_events("echo: ", said(body))
+        if (body.get("stream_options") or {}).get("include_usage"):
+            usage = {"object": "chat.completion.chunk", "choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 3}}
+            events.insert(-1, b"data: " + json.dumps(usage).encode() + b"\n\n")
+        return await stream_of(*events)(request, body)
     if "messages" not in body:
         choice = {"index": 0, "text": f"echo: {said(body)}", "finish_reason": "stop"}
         return web.json_response({"object": "text_completion", "choices": [choice], "usage": {"prompt_tokens": 7, "completion_tokens": 3}})

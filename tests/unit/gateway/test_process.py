@@ -35,7 +35,7 @@ class Process:
             (folder / "secrets").mkdir(exist_ok=True)
             (folder / "secrets" / name).write_text(content)
         (folder / "config.json").write_text(json.dumps(config))
-        paths = {"CONFIG": "config.json", "SECRETS": "secrets", "KEYS": "keys", "DATA": "."}
+        paths = {"CONFIG": "config.json", "SECRETS": "secrets", "KEYS": "keys", "DATA": ".", "DATABASE_URL_FILE": "url"}
         settings: dict[str, Any] = {
             "HOST": "127.0.0.1", "PUBLIC_PORT": self.port, "INTERNAL_PORT": self.internal_port, "DRAIN_DELAY_SECONDS": 0.3,
             "ENDPOINTS": json.dumps({"svc": [engine.address]}), **{name: folder / path for name, path in paths.items()},
@@ -57,9 +57,12 @@ class Process:
                 except aiohttp.ClientConnectionError:
                     await asyncio.sleep(0.05)
 
-    async def ask(self, session: aiohttp.ClientSession, text: str, **more: Any) -> bytes:
+    def chat(self, session: aiohttp.ClientSession, text: str, **more: Any) -> Any:
         body = {"model": "sentiment", "messages": [{"role": "user", "content": text}], **more}
-        async with session.post(f"http://127.0.0.1:{self.port}/v1/chat/completions", json=body) as response:
+        return session.post(f"http://127.0.0.1:{self.port}/v1/chat/completions", json=body)
+
+    async def ask(self, session: aiohttp.ClientSession, text: str, **more: Any) -> bytes:
+        async with self.chat(session, text, **more) as response:
             assert response.status == 200
             return bytes(await response.read())
 
