@@ -181,7 +181,7 @@ REFUSED: dict[str, list[Manifest]] = {
         changed(manifest, "spec.output.format", "Adapter") for manifest in (TEXTS, CLASSES)
     ],
     "feedback holds labels and corrections, which Pretraining, DPO and KTO do not learn from: set data.train.source.": [
-        changed(manifest, "spec.data.train.1", {"feedback": {"deployment": "sentiment"}}) for manifest in (TEXTS, PREFERENCES, JUDGEMENTS)
+        changed(manifest, "spec.data.train.0", {"feedback": {"deployment": "sentiment"}}) for manifest in (TEXTS, PREFERENCES, JUDGEMENTS)
     ],
     "a template of SFT and KTO can render prompt and completion only.": [
         changed(manifest, f"spec.data.train.0.template.{text}", "x")

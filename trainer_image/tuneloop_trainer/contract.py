@@ -51,6 +51,7 @@ class ExitCode(IntEnum):
     """The user's input is wrong: no retry."""
     OUT_OF_MEMORY = 11
     NON_FINITE = 12
+    """The loss is no number any more, or has left its course."""
     STALLED = 13
     UNAVAILABLE = 69
     """The hub, a source or the store does not answer: another attempt may do better."""
@@ -76,6 +77,7 @@ class Reason(StrEnum):
     STORE_UNAVAILABLE = "StoreUnavailable"
     OUT_OF_MEMORY = "OutOfMemory"
     NON_FINITE_LOSS = "NonFiniteLoss"
+    LOSS_SPIKE = "LossSpike"
     STEP_STALLED = "StepStalled"
     PREEMPTED = "Preempted"
     INTERNAL_ERROR = "InternalError"
@@ -216,6 +218,8 @@ class Training(Model):
     precision: Literal["BF16", "FP32"] = "BF16"
     seed: int = 42
     early_stopping_patience: int | None = None
+    loss_spike_ratio: float | None = Field(default=None, gt=1.0)
+    """A step whose loss is above so many times the median of the 20 steps before ends the run. None: only a loss that is no number."""
     extra_arguments: dict[str, str | int | float | bool] = {}
 
 
@@ -283,6 +287,17 @@ class Evaluation(Model):
     promotions_per_suite: int = 5
 
 
+class Push(Model):
+    """A place that a model which the gates did not reject is pushed to."""
+
+    uri: str
+    """oci://registry/repository:tag, or s3://bucket/prefix."""
+    credentials: str | None = None
+    """Folder with the keys of a Secret, one file each."""
+    plain_http: bool = False
+    """Whether the registry speaks no TLS."""
+
+
 class Paths(Model):
     """Folders of the run. All but `sources` are writable by the stage's user."""
 
@@ -321,6 +336,7 @@ class RunConfig(Model):
     stall_seconds: float | None = None
     """No step for so long ends the attempt with STALLED. None: decided by the trainer from its own median step."""
     threads: int | None = None
+    push: Annotated[tuple[Push, ...], Field(max_length=4)] = ()
     image: str = ""
     """The trainer image, for the lineage in the model card."""
     origins: dict[str, Literal["spec", "default"]] = {}
@@ -492,6 +508,8 @@ class EvaluateSummary(Model):
     artifact_digest: str
     gates: tuple[GateResult, ...] = ()
     scores: dict[str, SuiteScore] = {}
+    pushed: tuple[str, ...] = ()
+    """Digests under which the model is found at the places of `RunConfig.push`, in their order."""
     probes: str | None = None
     """Path of the probe items (JSON list of `Probe`), at most 50."""
     message: str = Field(default="", max_length=300)
