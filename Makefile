@@ -31,11 +31,15 @@ demo: venv $(call IF_LOCAL,cluster-up images) $(if $(call IF_LOCAL,x),,tools) ##
 .PHONY: test
 test: venv postgresql control-plane-up cluster-up images ## test-unit, test-cluster and test-e2e in one run
 	@$(WITH_CLUSTER)
-	$(PYTEST) -m "not long" tests/unit tests/cluster tests/e2e
+	$(PYTEST) -m "not long" tests/unit tests/training tests/cluster tests/e2e
 
 .PHONY: test-unit
 test-unit: venv postgresql ## no cluster, no network; a PostgreSQL of its own on a socket; about a minute
 	@OMP_NUM_THREADS=1 $(PYTEST) -n 2 -m "not long" tests/unit
+
+.PHONY: test-training
+test-training: venv ## real training that is killed, hangs or does not fit; about a minute
+	@OMP_NUM_THREADS=1 $(PYTEST) -m "not long" tests/training
 
 .PHONY: test-cluster
 test-cluster: venv control-plane-up ## on a real API server without a node; about 5 minutes
@@ -98,6 +102,10 @@ bench-operator: venv control-plane-up ## objects a second, memory, writes when i
 .PHONY: bench-gateway
 bench-gateway: venv ## what the gateway adds to a request
 	@$(PY) -m bench.gateway
+
+.PHONY: bench-gateway-limits
+bench-gateway-limits: venv postgresql ## what limits by key, shared in PostgreSQL, add to that
+	@$(PY) -m bench.gateway_limits
 
 # --- steps of the targets above ---
 

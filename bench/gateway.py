@@ -225,14 +225,14 @@ def _answers(url: str) -> bool:
         return False
 
 
-def gateway_environment(folder: Path, engine_port: int, port: int, internal_port: int) -> dict[str, str]:
-    """Configuration and secrets in a folder, and the variables that point there."""
+def gateway_environment(folder: Path, engine_port: int, port: int, internal_port: int, **more: Any) -> dict[str, str]:
+    """Configuration (with `more` fields) and secrets in a folder, and the variables that point there."""
     revision = {"name": "r1", "version": 1, "service": "svc", "modelId": "bench", "state": "Stable", "weight": 100}
     prompt = {"system": "You are terse.", "template": "{{ text }}", "temperature": 0}
     drift = {"size": 2000, "horizonDays": 1e-9, "mixOverSeconds": 0, "falseAlarmEveryRequests": 100_000}
     config = {
         "generation": 1, "namespace": "bench", "deployment": "bench", "model": "bench",
-        "revisions": [{**revision, "prompt": prompt}], "drift": drift,
+        "revisions": [{**revision, "prompt": prompt}], "drift": drift, **more,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "secrets").mkdir()
@@ -240,6 +240,7 @@ def gateway_environment(folder: Path, engine_port: int, port: int, internal_port
         (folder / "secrets" / name).write_text(KEY)
     values = {
         "CONFIG": folder / "config.json", "SECRETS": folder / "secrets", "KEYS": folder / "keys", "DATA": folder, "HOST": "127.0.0.1",
+        "DATABASE_URL_FILE": folder / "url",
         "PUBLIC_PORT": port, "INTERNAL_PORT": internal_port, "DRAIN_DELAY_SECONDS": 0,
         "ENDPOINTS": json.dumps({"svc": [f"127.0.0.1:{engine_port}"]}),
     }  # fmt: skip
