@@ -16,8 +16,9 @@ from tests.unit.finetunejob.builders import SETTINGS, World, evaluated, make_job
 from tuneloop_operator.api.finetunejob import FineTuneJobSpec, Resolved
 from tuneloop_operator.render import names, training
 from tuneloop_operator.render.run_config import run_config
-from tuneloop_trainer.contract import RunConfig, Stage
+from tuneloop_trainer.contract import Classification, Dpo, Kto, RunConfig, Stage
 
+ROOT = Path(__file__).parents[3]
 GOLDEN = Path(__file__).parents[2] / "golden" / "finetunejob"
 FULL = make_spec(
     baseModel={"uri": "hf://org/base", "revision": "abc", "secretRef": {"name": "hf-token"}},
@@ -41,7 +42,13 @@ FULL = make_spec(
         ],
         "gates": [{"suite": "old", "rule": "NonInferior", "margin": "0.03"}, {"suite": "new", "rule": "Superior"}],
     },
-    training={"maxSteps": 40, "learningRate": "1e-3", "earlyStopping": {"patience": 2}, "extraArguments": {"weight_decay": "0.01"}},
+    training={
+        "maxSteps": 40,
+        "learningRate": "1e-3",
+        "earlyStopping": {"patience": 2},
+        "lossSpikeRatio": "5",
+        "extraArguments": {"weight_decay": "0.01"},
+    },
     compute={
         "acceleratorsPerNode": 2,
         "pod": {
@@ -190,6 +197,47 @@ def test_defaults_follow_the_method(method: str, rate: float, output: str) -> No
     config = run_config(make_job(make_spec(method={"type": method})), Resolved())
     assert (config.training.learning_rate, config.output_format) == (rate, output)
     assert (config.checkpoint.every_minutes, config.checkpoint.every_steps) == (10, None)
+
+
+OBJECTIVES = [
+    ("SFT", "LoRA", 2e-4, "Adapter", "Loss"),
+    ("DPO", "LoRA", 5e-6, "Adapter", "Preference"),
+    ("DPO", "Full", 5e-7, "Merged", "Preference"),
+    ("KTO", "LoRA", 5e-6, "Adapter", "Loss"),
+    ("Pretraining", "LoRA", 2e-4, "Merged", "Loss"),
+    ("SequenceClassification", "LoRA", 2e-4, "Merged", "Accuracy"),
+]
+
+
+@pytest.mark.parametrize(("objective", "method", "rate", "output", "metric"), OBJECTIVES)
+def test_defaults_follow_objective_and_method(objective: str, method: str, rate: float, output: str, metric: str) -> None:
+    data = {"train": [{"source": {"uri": "pvc://d/x"}}], "validation": {"fraction": "0.2"}}
+    spec = make_spec(objective={"type": objective}, method={"type": method}, data=data, evaluation={})
+    config = run_config(make_job(spec), Resolved())
+
+    assert (config.objective, config.training.learning_rate, config.output_format) == (objective, rate, output)
+    assert config.origins == {"learning_rate": "default"}
+    assert [(gate.metric, gate.rule) for gate in config.evaluation.gates] == [(metric, "Superior")]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples" / "objectives").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_example_of_an_objective_is_rendered(path: Path) -> None:
+    manifest = yaml.safe_load(path.read_text())
+    config = run_config(make_job(manifest["spec"]), Resolved())
+    assert config.objective.lower().endswith(path.stem)
+    assert config.evaluation.gates, "the model is judged by rows that are held out"
+
+
+def test_settings_of_an_objective_reach_the_trainer() -> None:
+    kto = run_config(make_job(make_spec(objective={"type": "KTO", "kto": {"undesirableWeight": "1.5"}})), Resolved())
+    dpo = run_config(make_job(make_spec(objective={"type": "DPO", "dpo": {"beta": "0.3", "loss": "IPO"}})), Resolved())
+    classes = {"type": "SequenceClassification", "sequenceClassification": {"labels": ["a", "b"], "classWeights": "Balanced"}}
+    classification = run_config(make_job(make_spec(objective=classes)), Resolved())
+
+    assert kto.kto == Kto(beta=0.1, desirable_weight=1.0, undesirable_weight=1.5)
+    assert dpo.dpo == Dpo(beta=0.3, loss="IPO")
+    assert classification.classification == Classification(labels=("a", "b"), class_weights="Balanced")
+    assert classification.prompt_format == "Text", "a text is not asked in turns of a chat"
 
 
 SPECS = st.builds(

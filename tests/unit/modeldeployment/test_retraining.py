@@ -253,6 +253,20 @@ def test_a_model_without_a_gate_needs_one_in_the_template() -> None:
     assert world.condition("RetrainingNeeded") == ("True", "NoTemplate")
 
 
+@pytest.mark.parametrize("objective", ["DPO", "KTO", "Pretraining"])
+def test_a_model_that_does_not_learn_from_corrections_needs_rows_in_the_template(objective: str) -> None:
+    world = alarmed()
+    lineage = LINEAGE_SPEC | {"objective": {"type": objective, objective.lower(): {}}}
+    world.versions = [with_lineage(1, lineage)]  # type: ignore[list-item]
+    world.settle()
+    assert world.condition("RetrainingNeeded") == ("True", "NoTemplate")
+    assert world.message("RetrainingNeeded") == (
+        f"{objective} does not learn from labels and corrections: set objective, data and evaluation in retraining.template.spec."
+    )
+    world.spec = world.spec | {"retraining": world.spec["retraining"] | {"template": {"spec": {"objective": {"type": "SFT"}}}}}
+    assert job_spec(world)["objective"] == {"type": "SFT"}, "the settings of the other objective do not stay"
+
+
 # --- how it ends -------------------------------------------------------------
 
 

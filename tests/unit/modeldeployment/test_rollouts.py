@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tests.unit.modeldeployment.world import World, make_version
+from tests.unit.modeldeployment.world import DIGEST, LINEAGE_SPEC, World, make_version
 
 from tuneloop_gateway.contract import ProbeState
 
@@ -340,3 +340,16 @@ def test_the_record_of_idle_revisions_is_cut() -> None:
         world.spec = {"engine": {"maxModelLength": length}, "rollout": {"keepPreviousSeconds": 0}}
         world.settle()
     assert sum(kind == "ControllerRevision" for kind, _ in world.objects) == 21
+
+
+def test_a_classifier_is_not_served() -> None:
+    spec = LINEAGE_SPEC | {"objective": {"type": "SequenceClassification"}}
+    lineage = {"fineTuneJob": "tune", "fineTuneJobUid": "1", "spec": spec, "configDigest": DIGEST}
+    world = World(versions=[make_version(1, lineage=lineage)])
+    world.settle()
+
+    assert world.condition("Stalled") == ("True", "NotServable")
+    assert world.message("Stalled") == (
+        "ModelVersion sentiment-v1 was trained to classify texts and writes no answers. Set spec.model to a version of another objective."
+    )
+    assert not world.engines()
