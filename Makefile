@@ -29,7 +29,7 @@ demo: venv $(call IF_LOCAL,cluster-up images) $(if $(call IF_LOCAL,x),,tools) ##
 	$(PY) -m dev.demo
 
 .PHONY: test
-test: venv postgresql control-plane-up cluster-up images ## test-unit, test-cluster and test-e2e in one run
+test: venv postgresql control-plane-up cluster-up images ## test-unit, test-training, test-cluster and test-e2e in one run
 	@$(WITH_CLUSTER)
 	$(PYTEST) -m "not long" tests/unit tests/training tests/cluster tests/e2e
 

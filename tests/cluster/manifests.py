@@ -54,6 +54,7 @@ FINE_TUNE_JOB: Manifest = {
             "precision": "BF16",
             "seed": 42,
             "earlyStopping": {"patience": 3},
+            "lossSpikeRatio": "5",
             "extraArguments": {"weight_decay": "0.01"},
         },
         "compute": {"acceleratorsPerNode": 0, "acceleratorResource": "nvidia.com/gpu", "pod": POD},

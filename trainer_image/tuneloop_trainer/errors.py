@@ -39,6 +39,12 @@ class NonFinite(StageError):
     reason = Reason.NON_FINITE_LOSS
 
 
+class LossSpike(NonFinite):
+    """The loss is a number, and far above what it was."""
+
+    reason = Reason.LOSS_SPIKE
+
+
 class Unavailable(StageError):
     """Something outside does not answer; another attempt may do better."""
 

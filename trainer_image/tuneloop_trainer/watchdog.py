@@ -7,7 +7,7 @@ from statistics import median
 
 from tuneloop_trainer.contract import Progress
 
-TRAINING = "Training"
+TRAINING, SAVING = "Training", "Saving"
 LEAST_SECONDS = 600.0
 MEDIANS = 20.0
 """Without a configured limit, a step may take this many times the median step."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import faulthandler
 import logging
 import os
@@ -10,13 +11,17 @@ import sys
 from pathlib import Path
 
 from tuneloop_trainer.contract import ExitCode, Reason, RunConfig, Stage, StageResult
-from tuneloop_trainer.errors import Interrupted, OutOfMemory, StageError
+from tuneloop_trainer.errors import Interrupted, OutOfMemory, StageError, Unavailable
 from tuneloop_trainer.interrupts import Interrupts
 from tuneloop_trainer.launcher import ENV_CONFIG, ENV_POD_UID, ENV_PROGRESS, ENV_RESULT
 from tuneloop_trainer.progress import ProgressWriter
 from tuneloop_trainer.results import sentence, write_result
 
 log = logging.getLogger("tuneloop.worker")
+STORE_ERRORS = frozenset(
+    (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EREMOTEIO)
+)
+"""What a file system answers that is full or away: nothing that the stage did wrong."""
 HINTS = {
     ExitCode.OUT_OF_MEMORY: "Lower training.maxSequenceLength, or give the pod more memory.",
 }
@@ -47,6 +52,10 @@ def run(stage: Stage, config: RunConfig, progress: ProgressWriter, interrupts: I
     except Exception as error:  # the last place where an error can still be told
         if _is_out_of_memory(error):
             return _failure(stage, OutOfMemory(f"{type(error).__name__}: {error}"))
+        if isinstance(error, OSError) and error.errno in STORE_ERRORS:
+            where = f" ({error.filename})" if error.filename else ""
+            log.exception("stage %s cannot read or write", stage.value)
+            return _failure(stage, Unavailable(f"The store does not answer or is full: {error.strerror}{where}.", Reason.STORE_UNAVAILABLE))
         log.exception("stage %s failed", stage.value)
         message = sentence(f"{type(error).__name__}: {error}")
         return StageResult(stage=stage, exit_code=ExitCode.BUG, reason=Reason.INTERNAL_ERROR, message=message)
@@ -69,8 +78,9 @@ def _stage(stage: Stage, config: RunConfig, progress: ProgressWriter, interrupts
             return package(config, progress)
         case Stage.EVALUATE:
             from tuneloop_trainer.stages.evaluate import evaluate
+            from tuneloop_trainer.stages.push import push
 
-            return evaluate(config, progress)
+            return push(config, evaluate(config, progress), progress)
 
 
 def _failure(stage: Stage, error: StageError | Interrupted) -> StageResult:

@@ -16,9 +16,7 @@ def training(**run_policy: Any) -> World:
 
 def polled(step: int, checkpoint: int | None = None) -> Progress:
     percent = 100 * step / 12
-    return Progress(
-        pod_uid="x", stage=Stage.TRAIN, phase="Training", step=step, max_steps=12, percent=percent, checkpoint_step=checkpoint
-    )
+    return Progress(pod_uid="x", stage=Stage.TRAIN, phase="Training", step=step, max_steps=12, percent=percent, checkpoint_step=checkpoint)
 
 
 @pytest.mark.parametrize(
@@ -43,6 +41,14 @@ def test_a_failed_stages_own_reason_and_sentence_are_told() -> None:
     world.settle()
     assert world.condition("Succeeded") == ("False", "ModelNotFound")
     assert world.message() == "Model x has no lm_head."
+
+
+def test_loss_that_left_its_course_is_told_from_one_that_is_no_number() -> None:
+    world = training()
+    world.ends(failed(Stage.TRAIN, 12, Reason.LOSS_SPIKE, "Step 21: loss 9 is above 3 times 1."))
+    world.settle()
+    assert world.condition("Succeeded") == ("False", "LossSpike")
+    assert world.message() == "Step 21: loss 9 is above 3 times 1."
 
 
 @pytest.mark.parametrize("code", [11, 137])

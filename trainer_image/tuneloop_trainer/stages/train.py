@@ -114,8 +114,9 @@ def assemble(config: RunConfig, prepared: StageResult, base: Path, progress: Pro
         raise Invalid(f"{config.base.uri} cannot be trained so: {error}", Reason.MODEL_NOT_FOUND) from error
     log.info("trainable share of the weights: %.4f", trainable_share(trainer.model))
     trainer.remove_callback(PrinterCallback)
-    report = ReportProgress(progress, checkpoints, plan.global_batch, trainer.tokens_trained)
-    for callback in filter(None, (stop_early, report, DecideCheckpoints(config.checkpoint, interrupts))):
+    spike_ratio = config.training.loss_spike_ratio
+    report = ReportProgress(progress, checkpoints, plan.global_batch, trainer.tokens_trained, spike_ratio)
+    for callback in filter(None, (stop_early, report, DecideCheckpoints(config.checkpoint, interrupts, checkpoints, progress))):
         trainer.add_callback(callback)
     if stop_early is not None:
         trainer.best_step = stop_early.best_step

@@ -7,27 +7,38 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
+from statistics import median
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import ExportableState
 
 from tuneloop_trainer.contract import Checkpoint
-from tuneloop_trainer.errors import NonFinite
+from tuneloop_trainer.errors import LossSpike, NonFinite
 from tuneloop_trainer.hardware import peak_memory_bytes
 from tuneloop_trainer.interrupts import Interrupts
 from tuneloop_trainer.progress import ProgressWriter
-from tuneloop_trainer.training.checkpoints import Checkpoints
-from tuneloop_trainer.watchdog import TRAINING
+from tuneloop_trainer.training.checkpoints import AGAIN_SECONDS, Checkpoints
+from tuneloop_trainer.watchdog import SAVING, TRAINING
 
 log = logging.getLogger("tuneloop.train")
 RECENT_STEPS = 20
+SPIKE_STEPS = 20
+"""A spike is one against the median of so many steps before it."""
 
 
 class ReportProgress(TrainerCallback):
     """Writes step, loss, speed and remaining time after each step."""
 
-    def __init__(self, progress: ProgressWriter, checkpoints: Checkpoints, global_batch: int, tokens: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        progress: ProgressWriter,
+        checkpoints: Checkpoints,
+        global_batch: int,
+        tokens: Callable[[], int],
+        spike_ratio: float | None = None,
+    ) -> None:
+        self._spike_ratio = spike_ratio
         self._progress = progress
         self._checkpoints = checkpoints
         self._global_batch = global_batch
@@ -47,7 +58,9 @@ class ReportProgress(TrainerCallback):
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise NonFinite(
                 f"Step {state.global_step}: loss {loss}, gradient norm {norm}. Lower training.learningRate, or look at the data."
+                f"{self._kept()}"
             )
+        self._refuse_spike(state.global_step, loss)
         self.losses.append(loss)
         self._marks.append((time.monotonic(), state.global_step, self._tokens()))
         speed, remaining = self.tokens_per_second(), self._seconds_per_step() * (state.max_steps - state.global_step)
@@ -67,11 +80,27 @@ class ReportProgress(TrainerCallback):
             peak_memory_bytes=peak_memory_bytes(),
         )
 
+    def _refuse_spike(self, step: int, loss: float) -> None:
+        """Raises LossSpike where a limit is set, and the loss is above so many times the median of the steps before."""
+        recent = self.losses[-SPIKE_STEPS:]
+        if self._spike_ratio is None or len(recent) < SPIKE_STEPS:
+            return
+        usual = median(recent)
+        if loss > self._spike_ratio * usual > 0:
+            raise LossSpike(
+                f"Step {step}: loss {loss:.4g} is above {self._spike_ratio:g} times {usual:.4g}, the median of the {SPIKE_STEPS} steps "
+                f"before. Lower training.learningRate, look at the data, or raise training.lossSpikeRatio.{self._kept()}"
+            )
+
+    def _kept(self) -> str:
+        step = self._checkpoints.saved_step
+        return f" The checkpoint of step {step} is kept." if step else ""
+
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._checkpoints.note_step(state.global_step)
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._progress.update(checkpoint_step=state.global_step)
+        self._progress.phase(TRAINING, checkpoint_step=self._checkpoints.saved_step)
 
     def tokens_per_second(self) -> float | None:
         if not self._marks:
@@ -85,11 +114,21 @@ class ReportProgress(TrainerCallback):
 
 
 class DecideCheckpoints(TrainerCallback):
-    """Saves by time or by steps, at the end, and on SIGTERM, after which training stops."""
+    """Saves by time or by steps, at the end, and on SIGTERM, after which training stops. What could not be saved is tried again soon."""
 
-    def __init__(self, plan: Checkpoint, interrupts: Interrupts, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        plan: Checkpoint,
+        interrupts: Interrupts,
+        checkpoints: Checkpoints,
+        progress: ProgressWriter,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._plan = plan
         self._interrupts = interrupts
+        self._checkpoints = checkpoints
+        self._progress = progress
+        self._missed_at: float | None = None
         self._clock = clock
         self._saved = clock()
 
@@ -98,12 +137,17 @@ class DecideCheckpoints(TrainerCallback):
             control.should_save = control.should_training_stop = True
         if self._is_due(state.global_step) or state.global_step >= state.max_steps:
             control.should_save = True
+        if control.should_save:
+            self._progress.phase(SAVING)  # the watchdog is patient with the store
         return control
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._saved = self._clock()
+        is_saved = self._checkpoints.saved_step == state.global_step
+        self._saved, self._missed_at = (self._clock(), None) if is_saved else (self._saved, self._clock())
 
     def _is_due(self, step: int) -> bool:
+        if self._missed_at is not None:
+            return self._clock() - self._missed_at >= AGAIN_SECONDS
         minutes, steps = self._plan.every_minutes, self._plan.every_steps
         return (minutes is not None and self._clock() - self._saved >= 60 * minutes) or (steps is not None and step % steps == 0)
 

@@ -6,11 +6,13 @@ import json
 import logging
 import os
 import shutil
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tuneloop_trainer.contract import Manifest
-from tuneloop_trainer.errors import Mismatch
+from tuneloop_trainer.contract import Manifest, Reason
+from tuneloop_trainer.errors import Mismatch, Unavailable
 from tuneloop_trainer.manifests import publish, read_manifest, verify, write_atomically
 
 log = logging.getLogger("tuneloop.checkpoints")
@@ -18,6 +20,14 @@ PREFIX = "step-"
 POSITION = "position.json"
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
 WEIGHTS = (*ADAPTER, "model*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json")
+
+
+OUTAGE_SECONDS = 600.0
+"""So long a run goes on that cannot save: what it does meanwhile would be lost with it."""
+FAREWELL_SECONDS = 60.0
+"""So long a save is tried again after SIGTERM: the grace period is not much longer."""
+AGAIN_SECONDS = 10.0
+"""Between attempts to save while the store does not take anything."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +45,8 @@ class Checkpoints:
         self._plan = plan
         self._keep = max(1, keep)
         self._lost = 0
+        self.saved_step: int | None = None
+        """Of the newest one that this attempt resumed from or published."""
         folder.mkdir(parents=True, exist_ok=True)
 
     def newest(self) -> Checkpoint | None:
@@ -54,6 +66,7 @@ class Checkpoints:
         """Publish a written checkpoint and drop all but the newest few; `keep_step` stays whatever its age."""
         folder = self._folder / f"{PREFIX}{step}"
         manifest = publish(written, folder, "checkpoint", {"plan": self._plan, "step": step, "samples": samples})
+        self.saved_step = step
         for old in sorted(self._steps())[: -self._keep]:
             if old != keep_step:
                 shutil.rmtree(self._folder / f"{PREFIX}{old}", ignore_errors=True)
@@ -76,6 +89,7 @@ class Checkpoints:
         """An attempt goes on from this step. Returns how many steps the run has lost so far: done, and to be done again."""
         reached, lost = self._position()
         self._lost = lost + max(0, reached - step)
+        self.saved_step = step or None
         self.note_step(step)
         return self._lost
 
@@ -102,3 +116,46 @@ class Checkpoints:
 
 def _checkpoint(folder: Path, manifest: Manifest) -> Checkpoint:
     return Checkpoint(folder, int(manifest.metadata["step"] or 0), int(manifest.metadata["samples"] or 0))
+
+
+class Saves:
+    """Saving to a store that may be full or away: the run goes on without, and ends when that lasted too long."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic, wait: Callable[[float], None] = time.sleep) -> None:
+        self._clock = clock
+        self._wait = wait
+        self._failing_since: float | None = None
+
+    def attempt(self, save: Callable[[], None], within: float | None) -> bool:
+        """Save; False where the store does not take it. With `within` seconds it is tried until then, and not being able to raises
+        Unavailable, as it does when nothing could be saved for OUTAGE_SECONDS."""
+        started = self._clock()
+        while True:
+            try:
+                save()
+            except Exception as error:
+                if not is_of_the_store(error):
+                    raise
+                log.error("the checkpoint cannot be written: %s", error)
+                self._failed(error, started, within)
+                if within is None:
+                    return False
+                self._wait(AGAIN_SECONDS)
+            else:
+                self._failing_since = None
+                return True
+
+    def _failed(self, error: Exception, started: float, within: float | None) -> None:
+        now = self._clock()
+        if self._failing_since is None:
+            self._failing_since = now
+        if now - self._failing_since >= OUTAGE_SECONDS or (within is not None and now - started >= within):
+            seconds = now - self._failing_since
+            raise Unavailable(f"The store took no checkpoint for {seconds:.0f} s: {error}.", Reason.STORE_UNAVAILABLE) from error
+
+
+def is_of_the_store(error: Exception) -> bool:
+    """Whether writing failed, rather than what writes: safetensors and torch.save wrap the system's error in classes of their own."""
+    from safetensors import SafetensorError
+
+    return isinstance(error, (OSError, SafetensorError)) or "PytorchStreamWriter" in str(error) or "unexpected pos" in str(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch.utils.data import Sampler
 from transformers import Trainer
 
 from tuneloop_trainer.data.schedule import Order
-from tuneloop_trainer.training.checkpoints import Checkpoints
+from tuneloop_trainer.training.checkpoints import FAREWELL_SECONDS, OUTAGE_SECONDS, Checkpoints, Saves
 from tuneloop_trainer.training.heads import select_positions
 
 
@@ -38,6 +39,7 @@ class Resumable(Trainer):
         self.order = order
         self.consumed = consumed
         self.checkpoints = checkpoints
+        self.saves = Saves()
         self.columns = columns
         self.best_step: int | None = None
         self._random_state_of: str | None = None
@@ -58,10 +60,22 @@ class Resumable(Trainer):
         return OrderSampler(self.order, self.consumed)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+        """A save that may not be missed, the last one, the best one or that after SIGTERM, is tried for a while."""
         step = self.state.global_step
-        samples = step * len(self.order) // self.state.max_steps
-        self.checkpoints.add(Path(self.args.output_dir) / f"checkpoint-{step}", step, samples, keep_step=self.best_step)
+        within = OUTAGE_SECONDS if step >= self.state.max_steps or step == self.best_step else None
+        if within is None and self.control.should_training_stop:
+            within = FAREWELL_SECONDS
+        self.saves.attempt(lambda: self._save_once(model, trial), within)
+
+    def _save_once(self, model: Any, trial: Any) -> None:
+        step = self.state.global_step
+        written = Path(self.args.output_dir) / f"checkpoint-{step}"
+        try:
+            super()._save_checkpoint(model, trial)
+            samples = step * len(self.order) // self.state.max_steps
+            self.checkpoints.add(written, step, samples, keep_step=self.best_step)
+        finally:
+            shutil.rmtree(written, ignore_errors=True)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Put off until the first step: the data loader draws a random number when it starts, which an undisturbed run

@@ -82,9 +82,7 @@ def out_of_memory_attempts(runs: tuple[StageRun, ...]) -> int:
     return sum(outcome(run) is Outcome.OUT_OF_MEMORY for run in runs)
 
 
-def _after(
-    stage: Stage, runs: tuple[StageRun, ...], how: Outcome, said: StageResult | None, max_restarts: int, reached: int
-) -> Verdict:
+def _after(stage: Stage, runs: tuple[StageRun, ...], how: Outcome, said: StageResult | None, max_restarts: int, reached: int) -> Verdict:
     """After an attempt that ended without a result."""
     last, told = runs[-1], said.message if said is not None else ""
     match how:
@@ -97,8 +95,8 @@ def _after(
         case Outcome.OUT_OF_MEMORY:
             return _after_out_of_memory(stage, runs, told)
         case Outcome.NON_FINITE:
-            fallback = "The loss is no longer finite."
-            return Over(last, how, JobReason.NON_FINITE_LOSS, f"{told or fallback} Lower training.learningRate, or look for broken rows.")
+            fallback = "The loss is no longer finite. Lower training.learningRate, or look for broken rows."
+            return Over(last, how, _told_reason(said, JobReason.NON_FINITE_LOSS), told or fallback)
         case Outcome.STALLED | Outcome.LOST | Outcome.INTERRUPTED | Outcome.UNAVAILABLE:
             return _after_failure(stage, runs, how, max_restarts, reached)
     return Over(last, how, JobReason.INTERNAL_ERROR, told or f"Stage {stage.value} failed without a reason. Look at the pod's log.")

@@ -1,0 +1,72 @@
+"""Runs to disturb, and what can be read of them afterwards."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from tests.training.conftest import Zygote
+from tests.unit.trainer.builders import make_config, make_rows, make_source, write_jsonl
+
+from tuneloop_trainer.contract import Checkpoint, ExitCode, Lora, Method, RunConfig, Stage, Training
+
+EVERY_STEPS = 5
+
+
+class Forward(NamedTuple):
+    """One forward pass: which process did it, of which rank, for which step, on which rows."""
+
+    worker: int
+    rank: int
+    step: int
+    rows: tuple[str, ...]
+
+
+def prepared_run(zygote: Zygote, base: Path, root: Path, steps: int) -> RunConfig:
+    """Two sources, so that the order is not trivial; dropout, so that random numbers count."""
+    sources = [
+        make_source(write_jsonl(root / "data" / "old.jsonl", make_rows(90)), weight=0.6),
+        make_source(write_jsonl(root / "data" / "new.jsonl", make_rows(50, 500)), weight=0.4),
+    ]
+    config = make_config(
+        root,
+        base,
+        sources,
+        method=Method(type="LoRA", lora=Lora(rank=4, alpha=8, dropout=0.1)),
+        training=Training(max_steps=steps, global_batch_size=4, learning_rate=5e-3, max_sequence_length=128, warmup_steps=1),
+        checkpoint=Checkpoint(every_minutes=None, every_steps=EVERY_STEPS, keep=2),
+    )
+    assert zygote.run(config, Stage.PREPARE).exit_code == ExitCode.DONE
+    return config
+
+
+def forwards(config: RunConfig) -> Iterator[Forward]:
+    """Every forward pass of every attempt, in their order."""
+    file = Path(config.paths.work).parent / "samples.jsonl"
+    for line in file.read_text().splitlines() if file.exists() else ():
+        entry = json.loads(line)
+        yield Forward(entry["worker"], entry["rank"], entry["step"], tuple(entry["rows"]))
+
+
+def rows_by_attempt(config: RunConfig) -> dict[tuple[int, int], tuple[str, ...]]:
+    """(worker, step) -> all rows of the step, micro-batch after micro-batch."""
+    found: dict[tuple[int, int], tuple[str, ...]] = {}
+    for forward in forwards(config):
+        found[forward.worker, forward.step] = found.get((forward.worker, forward.step), ()) + forward.rows
+    return found
+
+
+def rows_of_steps(config: RunConfig) -> dict[int, tuple[str, ...]]:
+    """What each step was given in the attempt that did it last: the one that was kept."""
+    return {step: rows for (_, step), rows in rows_by_attempt(config).items()}
+
+
+def losses(config: RunConfig) -> list[float]:
+    log = json.loads((Path(config.paths.work) / "train" / "final" / "log.json").read_text())
+    return [entry["loss"] for entry in log if "loss" in entry]
+
+
+def weights(config: RunConfig) -> bytes:
+    return (Path(config.paths.work) / "train" / "final" / "adapter_model.safetensors").read_bytes()

@@ -1,0 +1,201 @@
+"""A store that is full or away costs no run, and leaves nothing half-written; a loss that leaves its course keeps the last good."""
+
+from __future__ import annotations
+
+import errno
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tests.unit.trainer.builders import make_config, make_progress, run_stage
+
+from tuneloop_trainer import manifests
+from tuneloop_trainer.contract import ExitCode, Reason, RunConfig, Stage
+from tuneloop_trainer.errors import LossSpike, Unavailable
+from tuneloop_trainer.interrupts import Interrupts
+from tuneloop_trainer.manifests import verify
+from tuneloop_trainer.training import checkpoints as checkpointing
+from tuneloop_trainer.training.checkpoints import OUTAGE_SECONDS, Saves
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+class Clock:
+    """Time passes where somebody waits."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+
+
+class Store:
+    """Takes or refuses what is flushed to it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.flushes = 0
+        self.refuses: Any = lambda flush: False
+        original = manifests._flush_entry
+
+        def flush(path: Path) -> None:
+            if "checkpoint-" in str(path):
+                self.flushes += path.name.startswith("checkpoint-") or path.name == "optimizer.pt"
+                if path.name == "optimizer.pt" and self.refuses(self.flushes):
+                    raise OSError(errno.EIO, "Input/output error", str(path))
+            original(path)
+
+        monkeypatch.setattr(manifests, "_flush_entry", flush)
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Store:
+    monkeypatch.setattr("tuneloop_trainer.training.callbacks.AGAIN_SECONDS", 0.0)
+    monkeypatch.setattr(checkpointing, "AGAIN_SECONDS", 0.0)
+    return Store(monkeypatch)
+
+
+@pytest.fixture
+def config(tmp_path: Path, base: Path) -> RunConfig:
+    """6 steps, a checkpoint each second one."""
+    config = make_config(tmp_path, base)
+    assert run_stage(config, Stage.PREPARE).exit_code == ExitCode.DONE
+    return config
+
+
+def complete(config: RunConfig) -> list[int]:
+    folders = [path for path in (Path(config.paths.work) / "train" / "checkpoints").iterdir() if path.is_dir()]
+    return sorted(int(path.name.removeprefix("step-")) for path in folders if verify(path))
+
+
+def test_run_goes_on_while_the_store_takes_nothing_and_saves_as_soon_as_it_does(store: Store, config: RunConfig) -> None:
+    refused = []
+    store.refuses = lambda flush: len(refused) < 2 and (refused.append(flush) or True)
+
+    result = run_stage(config, Stage.TRAIN)
+
+    assert (result.exit_code, result.train.step) == (ExitCode.DONE, 6)
+    assert len(refused) == 2
+    verify(Path(config.paths.work) / "train" / "final")
+
+
+def test_store_that_stays_away_ends_the_run_for_another_attempt(store: Store, config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpointing, "OUTAGE_SECONDS", 0.0)
+    store.refuses = lambda flush: flush > 1
+
+    result = run_stage(config, Stage.TRAIN)
+
+    assert (result.exit_code, result.reason) == (ExitCode.UNAVAILABLE, Reason.STORE_UNAVAILABLE)
+    assert "Input/output error" in result.message
+    assert complete(config) == [2]
+    assert not list((Path(config.paths.work) / "train").glob("writing/*"))
+    store.refuses = lambda flush: False
+    resumed = run_stage(config, Stage.TRAIN)
+    assert (resumed.exit_code, resumed.train.resumed_from_step, resumed.train.steps_lost) == (ExitCode.DONE, 2, 2)
+
+
+def test_ten_minutes_without_a_save_end_the_run() -> None:
+    clock = Clock()
+    saves = Saves(clock, clock.wait)
+
+    def refuse() -> None:
+        raise FULL
+
+    for minute in range(10):
+        clock.now = 60.0 * minute
+        assert not saves.attempt(refuse, within=None)
+    clock.now = OUTAGE_SECONDS
+    with pytest.raises(Unavailable, match=r"took no checkpoint for 600 s: .*No space left"):
+        saves.attempt(refuse, within=None)
+
+
+def test_last_save_is_tried_until_the_store_is_back() -> None:
+    clock, refused = Clock(), []
+    saves = Saves(clock, clock.wait)
+
+    def save() -> None:
+        if clock.now < 300:
+            refused.append(clock.now)
+            raise FULL
+
+    assert saves.attempt(save, within=OUTAGE_SECONDS)
+    assert len(refused) == 30
+
+
+def test_save_that_fails_by_a_mistake_of_its_own_is_not_tried_again() -> None:
+    with pytest.raises(KeyError):
+        Saves().attempt(lambda: {}["x"], within=OUTAGE_SECONDS)
+
+
+@pytest.mark.parametrize("stage", [Stage.PREPARE, Stage.TRAIN])
+def test_full_store_is_named_in_every_stage(stage: Stage, tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any) -> None:
+        raise FULL
+
+    monkeypatch.setattr(f"tuneloop_trainer.stages.{stage.value}.told_again", full)
+
+    result = run_stage(make_config(tmp_path, base), stage)
+
+    assert (result.exit_code, result.reason) == (ExitCode.UNAVAILABLE, Reason.STORE_UNAVAILABLE)
+    assert result.message == "The store does not answer or is full: No space left on device."
+
+
+def test_loss_that_is_no_number_keeps_the_last_good_checkpoint(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tuneloop_trainer.training.trainer import Resumable
+
+    original = Resumable.training_step
+
+    def poisoned(self: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = original(self, *args, **kwargs)
+        return loss * math.nan if self.state.global_step == 3 else loss
+
+    monkeypatch.setattr(Resumable, "training_step", poisoned)
+
+    result = run_stage(config, Stage.TRAIN)
+
+    assert (result.exit_code, result.reason) == (ExitCode.NON_FINITE, Reason.NON_FINITE_LOSS)
+    assert result.message.endswith("The checkpoint of step 2 is kept.")
+    assert complete(config) == [2]
+
+
+@pytest.mark.parametrize(("ratio", "last", "raises"), [(3.0, 3.1, True), (3.0, 2.9, False), (None, 1e9, False)])
+def test_loss_far_above_the_median_of_the_steps_before_is_a_spike(ratio: float | None, last: float, raises: bool, tmp_path: Path) -> None:
+    from tuneloop_trainer.training.callbacks import SPIKE_STEPS, ReportProgress
+
+    report = ReportProgress(
+        make_progress(tmp_path, Stage.TRAIN),
+        SimpleNamespace(saved_step=15),  # type: ignore[arg-type]
+        4,
+        lambda: 0,
+        ratio,
+    )
+    state: Any = SimpleNamespace(global_step=0, max_steps=100)
+    report.on_train_begin(None, state, None)  # type: ignore[arg-type]
+    usual = [9.0, *([1.0] * (SPIKE_STEPS - 1))]  # one high loss at the start is no measure of what is usual
+    for step, loss in enumerate(usual, 1):
+        state.global_step = step
+        report.on_log(None, state, None, {"loss": loss})  # type: ignore[arg-type]
+    state.global_step += 1
+
+    if not raises:
+        report.on_log(None, state, None, {"loss": last})  # type: ignore[arg-type]
+        return
+    with pytest.raises(LossSpike, match=r"Step 21: loss 3\.1 is above 3 times 1, .* The checkpoint of step 15 is kept\.") as caught:
+        report.on_log(None, state, None, {"loss": last})  # type: ignore[arg-type]
+    assert (caught.value.exit_code, caught.value.reason) == (ExitCode.NON_FINITE, Reason.LOSS_SPIKE)
+
+
+def test_interrupted_run_that_cannot_save_says_so(store: Store, config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tuneloop_trainer.training.trainer.FAREWELL_SECONDS", 0.0)
+    store.refuses = lambda flush: True
+    interrupts = Interrupts()
+    interrupts.requested = True
+
+    result = run_stage(config, Stage.TRAIN, interrupts)
+
+    assert (result.exit_code, result.reason) == (ExitCode.UNAVAILABLE, Reason.STORE_UNAVAILABLE)
