@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import yaml
+from tests.cluster.faults import FaultProxy
 from tests.cluster.harness import ROOT, Api, OperatorProcess, Play, wait_for
 
 Start = Callable[..., OperatorProcess]
@@ -113,6 +114,21 @@ def shared_operator(api: Api, cluster_kubeconfig: str, request: pytest.FixtureRe
 
         yield start
         process.stop()
+
+
+@pytest.fixture(scope="session")
+def widgets(api: Api) -> None:
+    """The kind of `toy`. An operator of theirs watches all namespaces: tests that use it share the xdist group `widgets`."""
+    from tests.cluster.toy import CRD
+
+    install(api, CRD)
+
+
+@pytest.fixture
+def proxy(cluster_kubeconfig: str, tmp_path: Path) -> Iterator[FaultProxy]:
+    """Leads an operator to the API server, and can do it harm: `start_operator(kubeconfig=proxy.kubeconfig)`."""
+    with FaultProxy(cluster_kubeconfig, tmp_path) as proxy:
+        yield proxy
 
 
 @pytest.fixture

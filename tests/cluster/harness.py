@@ -280,10 +280,13 @@ class OperatorProcess:
         return self
 
     def is_ready(self) -> bool:
+        self._assert_alive()
+        return self.probe("/readyz")[0] == 200
+
+    def _assert_alive(self) -> None:
         assert self.process is not None
         if self.process.poll() is not None:
             raise RuntimeError(f"the operator ended with {self.process.returncode}:\n{self.log.read_text()[-4000:]}")
-        return self.probe("/readyz")[0] == 200
 
     def probe(self, path: str) -> tuple[int, str]:
         """Status and text of an endpoint; 0 where nothing answers."""
@@ -296,9 +299,12 @@ class OperatorProcess:
             return 0, ""
 
     def metric(self, name: str, **labels: str) -> float:
-        """Sum of the samples of this name that have these labels; 0 without any."""
+        """Sum of the samples of this name that have these labels; 0 without any. An operator that does not answer is no 0."""
+        self._assert_alive()
+        status, text = self.probe("/metrics")
+        assert status == 200, f"/metrics answered {status}"
         total = 0.0
-        for line in self.probe("/metrics")[1].splitlines():
+        for line in text.splitlines():
             sample, _, value = line.rpartition(" ")
             if sample.partition("{")[0] == name and all(f'{key}="{text}"' in sample for key, text in labels.items()):
                 total += float(value)

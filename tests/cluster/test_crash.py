@@ -8,7 +8,7 @@ import os
 import re
 import signal
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +36,6 @@ VOLATILE = re.compile(r"""\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z|generation[\\"
 HASH = re.compile(r"\b[0-9a-f]{8,64}\b")
 """Of content that holds a UID."""
 COUNTERS = ("runningSeconds", "since", "estimatedCompletionTime", "generation", "configGeneration")
-
-
-@pytest.fixture
-def proxy(cluster_kubeconfig: str, tmp_path: Path) -> Iterator[FaultProxy]:
-    with FaultProxy(cluster_kubeconfig, tmp_path) as proxy:
-        yield proxy
 
 
 def life_of_a_job(api: Api, namespace: str) -> None:

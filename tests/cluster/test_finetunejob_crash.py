@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import pytest
 from tests.cluster.conftest import Start
 from tests.cluster.faults import FaultProxy, Write
 from tests.cluster.harness import Api, OperatorProcess, wait_for
@@ -19,12 +16,6 @@ from tuneloop_trainer.contract import Stage
 
 KINDS = ("Job", "ConfigMap", "NetworkPolicy", "ModelVersion")
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
-
-
-@pytest.fixture
-def proxy(cluster_kubeconfig: str, tmp_path: Path) -> Iterator[FaultProxy]:
-    with FaultProxy(cluster_kubeconfig, tmp_path) as proxy:
-        yield proxy
 
 
 def play_stages(trainee: Trainee) -> None:

@@ -5,32 +5,20 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.cluster.conftest import Start, install
+from tests.cluster.conftest import Start
 from tests.cluster.faults import FaultProxy, Write
-from tests.cluster.harness import Api, wait_for
-from tests.cluster.toy import CRD, widget
+from tests.cluster.harness import Api, OperatorProcess, wait_for
+from tests.cluster.toy import widget
 
 Object = dict[str, Any]
 TOY = "tests.cluster.toy"
 FAILOVER_SECONDS = 15.0
 
 
-pytestmark = pytest.mark.xdist_group("widgets")  # an operator of theirs watches all namespaces
-
-
-@pytest.fixture(scope="module", autouse=True)
-def widgets(api: Api) -> None:
-    install(api, CRD)
-
-
-@pytest.fixture
-def proxy(cluster_kubeconfig: str, tmp_path: Path) -> Iterator[FaultProxy]:
-    with FaultProxy(cluster_kubeconfig, tmp_path) as proxy:
-        yield proxy
+pytestmark = [pytest.mark.usefixtures("widgets"), pytest.mark.xdist_group("widgets")]
 
 
 def children(api: Api, namespace: str) -> dict[tuple[str, str], tuple[str, str]]:
@@ -41,6 +29,13 @@ def children(api: Api, namespace: str) -> dict[tuple[str, str], tuple[str, str]]
             found[kind, obj["metadata"]["name"]] = (obj["metadata"]["uid"], obj["metadata"]["resourceVersion"])
     found.pop(("ConfigMap", "kube-root-ca.crt"), None)
     return found
+
+
+def is_quiet(operator: OperatorProcess) -> bool:
+    """No pass within a second: none is under way or about to follow another."""
+    passes = operator.metric("tuneloop_operator_passes_total")
+    time.sleep(1)
+    return operator.metric("tuneloop_operator_queue_depth") == 0 and operator.metric("tuneloop_operator_passes_total") == passes
 
 
 def made(api: Api, namespace: str, *names: str) -> bool:
@@ -101,22 +96,35 @@ class Hold:
         for method, part in self.wanted:
             if write.method == method and part in write.path and (method, part) not in self.held:
                 self.held[method, part] = write
-                self.release.wait(60)
+                self.release.wait()  # the test always ends it
                 return
 
 
-def test_writes_of_a_stopped_leader_come_too_late_and_change_nothing(
-    api: Api, namespace: str, start_operator: Start, proxy: FaultProxy
-) -> None:
+@pytest.fixture
+def hold(proxy: FaultProxy) -> Iterator[Hold]:
     hold = Hold(("PATCH", "widgets/status-w"), ("PATCH", "configmaps/apply-w"), ("POST", "jobs"), ("DELETE", "configmaps/delete-w-extra-a"))
     proxy.faults.before_write = hold
+    yield hold
+    hold.release.set()
+
+
+def have_settled(api: Api, namespace: str, *names: str) -> bool:
+    """All children are there, and the Job controller has said its last word of each Job: it is suspended."""
+    jobs = [api.get("Job", namespace, f"{name}-work-1") for name in names]
+    assert all(job is not None and (job.get("status") or {}).get("conditions") for job in jobs)
+    return all(api.get("ConfigMap", namespace, f"{name}-settings") for name in names)
+
+
+def test_writes_of_a_stopped_leader_come_too_late_and_change_nothing(
+    api: Api, namespace: str, start_operator: Start, proxy: FaultProxy, hold: Hold
+) -> None:
     names = ("status-w", "apply-w", "create-w", "delete-w")
     old = start_operator("old", kubeconfig=proxy.kubeconfig, module=TOY)
     for name in names:
         api.create(widget(name, namespace, settings={"n": "0"}, extras=["a"]))
-    wait_for(lambda: made(api, namespace, *names) and api.get("ConfigMap", namespace, "delete-w-extra-a"))
-    wait_for(lambda: old.metric("tuneloop_operator_queue_depth") == 0)
+    wait_for(lambda: have_settled(api, namespace, *names) and all(api.get("ConfigMap", namespace, f"{name}-extra-a") for name in names))
     new = start_operator("new", module=TOY)
+    wait_for(lambda: is_quiet(old))
 
     hold.is_on = True
     api.patch("Widget", namespace, "status-w", {"spec": {"records": 1}})
@@ -125,25 +133,27 @@ def test_writes_of_a_stopped_leader_come_too_late_and_change_nothing(
     api.patch("Widget", namespace, "delete-w", {"spec": {"extras": []}})
     wait_for(lambda: len(hold.held) == 4, what="one write of each kind on its way")
     old.pause()
+    held = list(hold.held.values())
 
     def taken_over() -> bool:
         assert new.metric("tuneloop_operator_leader") == 1
         assert (api.get("Widget", namespace, "status-w") or {})["status"]["records"] == 1
         assert (api.get("ConfigMap", namespace, "apply-w-settings") or {})["data"] == {"n": "0"}
         assert api.get("ConfigMap", namespace, "delete-w-extra-a") is None
-        return made(api, namespace, "create-w") and bool(api.get("ConfigMap", namespace, "status-w-record-1"))
+        return have_settled(api, namespace, *names) and bool(api.get("ConfigMap", namespace, "status-w-record-1"))
 
-    wait_for(taken_over, 20)
-    wait_for(lambda: new.metric("tuneloop_operator_queue_depth") == 0)
+    wait_for(taken_over, 60)
+    wait_for(lambda: is_quiet(new))
     before = children(api, namespace)
     sent = len(proxy.faults.statuses)
     hold.release.set()
     old.resume()
-    wait_for(lambda: len(proxy.faults.statuses) >= sent + 4)
+    late = lambda: dict(proxy.faults.statuses[sent:])  # noqa: E731
+    wait_for(lambda: all(write in late() for write in held), what="the answers to what was held")
     wait_for(lambda: old.metric("tuneloop_operator_leader") == 0)
-    time.sleep(3)  # whatever else it might want to write
-    late = {write.path.partition(f"{namespace}/")[2]: status for write, status in proxy.faults.statuses[sent:]}
-    gone = late.pop("configmaps/delete-w-extra-a")
-    assert gone in (404, 409)
-    assert late == {"widgets/status-w/status": 409, "configmaps/apply-w-settings": 409, "jobs": 409}
+    time.sleep(2)  # whatever else it might want to write
+    gone = held.pop([write.method for write in held].index("DELETE"))
+    assert late()[gone] in (404, 409)
+    assert [late()[write] for write in held] == [409, 409, 409]
+    assert set(late().values()) <= {404, 409}, "whatever else was on its way"
     assert children(api, namespace) == before

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,12 +20,6 @@ KINDS = (
     "PersistentVolumeClaim", "FineTuneJob",
 )  # fmt: skip
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
-
-
-@pytest.fixture
-def proxy(cluster_kubeconfig: str, tmp_path: Path) -> Iterator[FaultProxy]:
-    with FaultProxy(cluster_kubeconfig, tmp_path) as proxy:
-        yield proxy
 
 
 class Story:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tests.cluster.conftest import Start, install
+from tests.cluster.conftest import Start
 from tests.cluster.harness import Api, OperatorProcess, wait_for
-from tests.cluster.toy import CRD, data, edit, settled, widget
+from tests.cluster.toy import data, edit, settled, widget
 
 from tuneloop_operator.render.names import HASH_LABEL
 
@@ -16,12 +16,7 @@ TOY = "tests.cluster.toy"
 MANAGED = "app.kubernetes.io/managed-by"
 
 
-pytestmark = pytest.mark.xdist_group("widgets")  # an operator of theirs watches all namespaces
-
-
-@pytest.fixture(scope="module", autouse=True)
-def widgets(api: Api) -> None:
-    install(api, CRD)
+pytestmark = [pytest.mark.usefixtures("widgets"), pytest.mark.xdist_group("widgets")]
 
 
 @pytest.fixture(scope="module")

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.cluster.conftest import Start, install
+from tests.cluster.conftest import Start
 from tests.cluster.faults import FaultProxy, Write
 from tests.cluster.harness import Api, OperatorProcess, wait_for
-from tests.cluster.toy import CRD, widget
+from tests.cluster.toy import widget
 
 Object = dict[str, Any]
 RECOVERY_SECONDS = 10.0
@@ -20,18 +18,7 @@ GONE: Object = {"type": "ERROR", "object": {"kind": "Status", "code": 410, "reas
 BROKEN: Object = {"type": "ERROR", "object": {"kind": "Status", "code": 500, "reason": "InternalError", "message": "a fault of the test"}}
 
 
-pytestmark = pytest.mark.xdist_group("widgets")  # an operator of theirs watches all namespaces
-
-
-@pytest.fixture(scope="module", autouse=True)
-def widgets(api: Api) -> None:
-    install(api, CRD)
-
-
-@pytest.fixture
-def proxy(cluster_kubeconfig: str, tmp_path: Path) -> Iterator[FaultProxy]:
-    with FaultProxy(cluster_kubeconfig, tmp_path) as proxy:
-        yield proxy
+pytestmark = [pytest.mark.usefixtures("widgets"), pytest.mark.xdist_group("widgets")]
 
 
 @pytest.fixture
