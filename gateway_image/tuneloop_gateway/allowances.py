@@ -11,18 +11,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from contextlib import AsyncExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
-from sqlalchemy import BindParameter, bindparam, text
-from sqlalchemy.exc import ProgrammingError, SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncEngine
-from sqlalchemy.types import Double
+from asyncpg import UndefinedTableError
+from sqlalchemy.exc import SQLAlchemyError
 
 from tuneloop_gateway.contract import Limits
 from tuneloop_gateway.database import Database
 from tuneloop_gateway.schema import Newer
+from tuneloop_gateway.statements import FAILURES
 
 logger = logging.getLogger(__name__)
 MINUTE = 60.0
@@ -31,7 +30,7 @@ ANSWER_SECONDS = 2.0
 AWAY_SECONDS = 5.0
 """For so long the database is not asked again after it failed."""
 CONNECTIONS = 4
-FAILURES = (SQLAlchemyError, OSError, TimeoutError, Newer)
+AWAY: tuple[type[Exception], ...] = (*FAILURES, SQLAlchemyError, Newer)
 CHARGES = 64
 """Charges that may be under way at once; more are made in this process's own count."""
 
@@ -103,18 +102,18 @@ class OwnAllowances:
 
 
 NOW = "extract(epoch from statement_timestamp())::float8"
-_STEP: BindParameter[float] = bindparam("step", type_=Double())
-_TOKENS: BindParameter[float] = bindparam("seconds", type_=Double())
-TAKE = text(
-    f"INSERT INTO allowances AS a (subject, requests_until, tokens_until) VALUES (:subject, {NOW} + :step, {NOW}) "
-    f"ON CONFLICT (subject) DO UPDATE SET requests_until = greatest(a.requests_until, {NOW}) + :step "
-    f"WHERE greatest(a.requests_until, {NOW}) + :step <= {NOW} + 60.000001 AND (NOT :by_tokens OR a.tokens_until < {NOW} + 60) RETURNING 1"
-).bindparams(_STEP)
-LOOK = text(f"SELECT requests_until - {NOW} AS requests, tokens_until - {NOW} AS tokens FROM allowances WHERE subject = :subject")
-CHARGE = text(
-    f"INSERT INTO allowances AS a (subject, requests_until, tokens_until) VALUES (:subject, {NOW}, {NOW} + :seconds) "
-    f"ON CONFLICT (subject) DO UPDATE SET tokens_until = greatest(a.tokens_until, {NOW}) + :seconds"
-).bindparams(_TOKENS)
+TAKE = (
+    f"INSERT INTO allowances AS a (subject, requests_until, tokens_until) VALUES ($1, {NOW} + $2::float8, {NOW}) "
+    f"ON CONFLICT (subject) DO UPDATE SET requests_until = greatest(a.requests_until, {NOW}) + $2::float8 "
+    f"WHERE greatest(a.requests_until, {NOW}) + $2::float8 <= {NOW} + 60.000001 "
+    f"AND (NOT $3::bool OR a.tokens_until < {NOW} + 60) RETURNING 1"
+)
+"""No row: it may not pass."""
+LOOK = f"SELECT requests_until - {NOW}, tokens_until - {NOW} FROM allowances WHERE subject = $1"
+CHARGE = (
+    f"INSERT INTO allowances AS a (subject, requests_until, tokens_until) VALUES ($1, {NOW}, {NOW} + $2::float8) "
+    f"ON CONFLICT (subject) DO UPDATE SET tokens_until = greatest(a.tokens_until, {NOW}) + $2::float8"
+)
 
 
 class SharedAllowances:
@@ -123,7 +122,7 @@ class SharedAllowances:
     def __init__(self, database: Database) -> None:
         self._database = database
         self._own = OwnAllowances()
-        self._engine: AsyncEngine | None = None
+        self._connections = database.beside(ANSWER_SECONDS, CONNECTIONS)
         self._away_until = 0.0
         self._charges: set[asyncio.Task[None]] = set()
 
@@ -132,18 +131,16 @@ class SharedAllowances:
             try:
                 async with asyncio.timeout(ANSWER_SECONDS):
                     return await self._ask(subject, limits)
-            except FAILURES as error:
+            except AWAY as error:
                 self._note(error)
         return await self._own.take(subject, limits)
 
     async def _ask(self, subject: str, limits: Limits) -> Wait | None:
         await self._database.prepare()
-        values = {"subject": subject, "step": _request_seconds(limits), "by_tokens": limits.tokens_per_minute is not None}
-        async with self._connections().connect() as connection:
-            if (await connection.execute(TAKE, values)).first() is not None:
-                return None
-            row = (await connection.execute(LOOK, {"subject": subject})).first()
-        return (row and _wait(row.requests, row.tokens, 0.0, limits)) or Wait(0.0, "requests")
+        if await self._connections.row(TAKE, subject, _request_seconds(limits), limits.tokens_per_minute is not None) is not None:
+            return None
+        row = await self._connections.row(LOOK, subject)
+        return (row and _wait(row[0], row[1], 0.0, limits)) or Wait(0.0, "requests")
 
     def charge(self, subject: str, tokens: int, limits: Limits) -> None:
         if limits.tokens_per_minute is None or tokens <= 0:
@@ -157,36 +154,26 @@ class SharedAllowances:
 
     async def _charge(self, subject: str, tokens: int, limits: Limits) -> None:
         try:
-            async with self._connections().connect() as connection:
-                seconds = tokens * MINUTE / (limits.tokens_per_minute or tokens)
-                await connection.execute(CHARGE, {"subject": subject, "seconds": seconds})
-        except FAILURES as error:
+            await self._connections.row(CHARGE, subject, tokens * MINUTE / (limits.tokens_per_minute or tokens))
+        except AWAY as error:
             self._note(error)
             self._own.charge(subject, tokens, limits)
 
     async def open(self) -> None:
         """Opens connections, so that the first requests do not wait for that. It is no loss where it fails: they try again."""
-        with suppress(*FAILURES):
+        with suppress(*AWAY):
             await self._database.prepare()
-            async with AsyncExitStack() as stack:
-                for _ in range(CONNECTIONS):
-                    await stack.enter_async_context(self._connections().connect())
-
-    def _connections(self) -> AsyncEngine:
-        if self._engine is None:
-            self._engine = self._database.beside(ANSWER_SECONDS, CONNECTIONS)
-        return self._engine
+            await self._connections.open()
 
     def _note(self, error: Exception) -> None:
         now = time.monotonic()
         if now >= self._away_until:
             logger.warning("Limits are counted in this replica alone now: %s.", type(getattr(error, "orig", None) or error).__name__)
         self._away_until = now + AWAY_SECONDS
-        if isinstance(error, ProgrammingError):
+        if isinstance(error, UndefinedTableError):
             self._database.look_again()
 
     async def close(self) -> None:
         if self._charges:
             await asyncio.wait(self._charges, timeout=ANSWER_SECONDS)
-        if self._engine is not None:
-            await self._engine.dispose()
+        self._connections.close()

@@ -17,6 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 from sqlalchemy.pool import NullPool
 
 from tuneloop_gateway.schema import Newer, upgrade
+from tuneloop_gateway.statements import Connections
 
 logger = logging.getLogger(__name__)
 SECONDS = 8.0
@@ -159,11 +160,9 @@ class Database:
             event.listen(engine.sync_engine, "connect", _set_pragmas)
         return engine
 
-    def beside(self, seconds: float, connections: int) -> AsyncEngine:
-        """Connections of their own, each statement a transaction: for what may not wait behind anything else. PostgreSQL alone."""
-        arguments = {"timeout": seconds, "command_timeout": seconds}
-        pool = {"pool_size": connections, "max_overflow": 0, "pool_timeout": seconds, "isolation_level": "AUTOCOMMIT"}
-        return self._open(self.engine.url, arguments, pool)
+    def beside(self, seconds: float, connections: int) -> Connections:
+        """For what may not wait behind anything else. PostgreSQL alone."""
+        return Connections(self.engine.url, self.search_path, seconds, connections)
 
     @asynccontextmanager
     async def begin(self) -> AsyncIterator[AsyncConnection]:
