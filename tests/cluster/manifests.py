@@ -26,6 +26,7 @@ COLUMNS: Manifest = {"prompt": "p", "completion": "c", "text": "t", "label": "l"
 TEMPLATE: Manifest = {"prompt": "Sentiment of: {{ text }}", "completion": "{{ label }}"}
 DIGEST = "sha256:" + "0" * 64
 
+PUSH = {"uri": "oci://registry.test/team/sentiment:v1", "secretRef": {"name": "registry-login"}, "plainHttp": False}
 FINE_TUNE_JOB: Manifest = {
     "apiVersion": "tuneloop.dev/v1alpha1",
     "kind": "FineTuneJob",
@@ -57,7 +58,7 @@ FINE_TUNE_JOB: Manifest = {
             "lossSpikeRatio": "5",
             "extraArguments": {"weight_decay": "0.01"},
         },
-        "compute": {"acceleratorsPerNode": 0, "acceleratorResource": "nvidia.com/gpu", "pod": POD},
+        "compute": {"acceleratorsPerNode": 0, "acceleratorResource": "nvidia.com/gpu", "costPerAcceleratorHour": "2.5", "pod": POD},
         "checkpoint": {"everyMinutes": "10", "everySteps": 50, "keep": 2},
         "evaluation": {
             "suites": [
@@ -73,7 +74,7 @@ FINE_TUNE_JOB: Manifest = {
             "gates": [{"suite": "held-out", "metric": "Accuracy", "rule": "Superior", "margin": "0.03", "alpha": "0.05", "minItems": 400}],
             "baseline": {"type": "ModelVersion", "name": "sentiment-v1"},
         },
-        "output": {"model": "sentiment", "store": {"uri": "pvc://models/store"}, "format": "Adapter"},
+        "output": {"model": "sentiment", "store": {"uri": "pvc://models/store"}, "format": "Adapter", "push": [PUSH]},
         "approval": "Automatic",
         "runPolicy": {"suspend": True, "maxRestarts": 3, "activeDeadlineSeconds": 3600, "ttlSecondsAfterFinished": 60},
     },

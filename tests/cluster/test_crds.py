@@ -129,6 +129,13 @@ REFUSED: dict[str, list[Manifest]] = {
     "plainHttp is for oci:// alone.": [
         changed(FINE_TUNE_JOB, "spec.output.push.0", {**FINE_TUNE_JOB["spec"]["output"]["push"][0], "uri": "s3://models", "plainHttp": True}),
     ],
+    "uri must start with oci:// (oci://registry/repository:tag) or s3:// (s3://bucket/prefix); s3:// needs secretRef.": [
+        changed(FINE_TUNE_JOB, "spec.output.push.0.uri", "https://registry.test/team/sentiment"),
+        changed(FINE_TUNE_JOB, "spec.output.push", [{"uri": "s3://models/sentiment"}]),
+    ],
+    "plainHttp is for oci:// alone.": [
+        changed(changed(FINE_TUNE_JOB, "spec.output.push.0.plainHttp", True), "spec.output.push.0.uri", "s3://models"),
+    ],
     "metadata.name must be <spec.model>-v<spec.version>.": [
         changed(MODEL_VERSION, "metadata.name", "sentiment-v4"),
         changed(MODEL_VERSION, "metadata.name", "other-v3"),

@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 from tuneloop_operator.api.finetunejob import FineTuneJob, Resolved
 from tuneloop_operator.render import names, pods
 from tuneloop_operator.render.pods import Json
-from tuneloop_operator.render.run_config import FEEDBACK_PATH, INTERNAL_TOKEN
+from tuneloop_operator.render.run_config import FEEDBACK_PATH, INTERNAL_TOKEN, PUSH_PATH
 from tuneloop_operator.settings import Settings
 from tuneloop_trainer.contract import CONFIG_PATH, PROGRESS_PORT, Baseline, RunConfig, Stage
 
@@ -210,6 +210,11 @@ def _volumes(job: FineTuneJob, config: RunConfig, stage: Stage, configuration: s
             name = f"feedback-{names.short_hash(deployment)}"
             volumes.append(pods.secret_volume(name, names.gateway_secret(deployment), [INTERNAL_TOKEN]))
             mounts.append(pods.read_only_mount(name, f"{FEEDBACK_PATH}/{deployment}"))
+    if stage is Stage.EVALUATE:
+        for index, target in enumerate(job.spec.output.push):
+            if target.secret_ref is not None:
+                volumes.append(pods.secret_volume(f"push-{index}", target.secret_ref.name))
+                mounts.append(pods.read_only_mount(f"push-{index}", f"{PUSH_PATH}/{index}"))
     return [*volumes, *claim_volumes], [*mounts, *claim_mounts]
 
 

@@ -27,7 +27,7 @@ it says something, so that it changes no key of a run that was made before it.""
 
 def run_key(config: RunConfig) -> str:
     """Hash of what the run's outputs depend on; an output of another key is made anew. Where they lie is no part of it."""
-    content = config.model_dump(mode="json", exclude={"paths", "threads", "stall_seconds", "checkpoint", "image", "origins"})
+    content = config.model_dump(mode="json", exclude={"paths", "threads", "stall_seconds", "checkpoint", "image", "origins", "push"})
     content["training"].pop("micro_batch_size")
     content["evaluation"].pop("baseline")
     return _hash(_without_silent_fields(content))

@@ -11,6 +11,8 @@ from tuneloop_operator.api.finetunejob import (
     EvaluationStatus,
     GateStatus,
     ProgressStatus,
+    PushStatus,
+    PushTarget,
     Resolved,
     ScoreStatus,
 )
@@ -143,6 +145,11 @@ def evaluation_status(summary: EvaluateSummary, result: StageResult) -> Evaluati
         scores=tuple(_score(suite, score) for suite, score in sorted(summary.scores.items())[:MAX_SUITES]),
         report_uri=_report_uri(result),
     )
+
+
+def push_statuses(summary: EvaluateSummary, targets: tuple[PushTarget, ...]) -> tuple[PushStatus, ...]:
+    """The places are those that it was told; only the digests are the pod's word."""
+    return tuple(PushStatus(uri=target.uri, digest=digest[:80]) for target, digest in zip(targets, summary.pushed, strict=False))
 
 
 def _report_uri(result: StageResult) -> str | None:

@@ -1,0 +1,139 @@
+"""Stores on this machine for tests: Debian's registry over a folder, the S3 server of `dev/s3`, and servers that misbehave."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+from tuneloop_trainer.contract import Manifest
+from tuneloop_trainer.manifests import publish
+
+ROOT = Path(__file__).parents[3]
+ACCESS, SECRET = "tuneloop-test", "hidden-" + secrets.token_hex(8)
+STARTING_SECONDS = 15
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def make_model(root: Path, text: str = "weights") -> tuple[Path, Manifest]:
+    """A packaged model, small."""
+    root.mkdir(parents=True, exist_ok=True)
+    building, folder = root / "building", root / "model"
+    building.mkdir()
+    (building / "model.safetensors").write_bytes(text.encode() * 1000)
+    (building / "config.json").write_text("{}")
+    (building / "README.md").write_text("# tiny")
+    metadata: dict[str, str | int | float | bool | None] = {"model": "tiny", "format": "Merged", "base_uri": "hf://org/tiny"}
+    return folder, publish(building, folder, "model", metadata)
+
+
+def write_secret(folder: Path, **keys: str) -> str:
+    """As Kubernetes mounts a Secret: one file for each key."""
+    folder.mkdir(parents=True)
+    for name, value in keys.items():
+        (folder / name).write_text(value)
+    return str(folder)
+
+
+# --- real servers -------------------------------------------------------------
+
+
+@contextmanager
+def served(command: list[str], port: int, environment: dict[str, str] | None = None) -> Iterator[None]:
+    """A program until the block ends; it is waited for until it takes connections."""
+    process = subprocess.Popen(command, env=os.environ | (environment or {}), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + STARTING_SECONDS
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port), 0.2).close()
+                break
+            except OSError:
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError(f"{command[0]} did not start") from None
+                threading.Event().wait(0.05)
+        yield
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+@contextmanager
+def registry(folder: Path, password_file: Path | None = None) -> Iterator[str]:
+    """The address of a real OCI registry."""
+    port = free_port()
+    lines = ["version: 0.1", f"storage: {{filesystem: {{rootdirectory: {folder}}}}}", f"http: {{addr: '127.0.0.1:{port}'}}"]
+    lines.append("log: {level: error, accesslog: {disabled: true}}")
+    if password_file is not None:
+        lines.append(f"auth: {{htpasswd: {{realm: test, path: {password_file}}}}}")
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text("\n".join(lines))
+    with served(["docker-registry", "serve", str(folder / "config.yaml")], port, {"OTEL_TRACES_EXPORTER": "none"}):
+        yield f"127.0.0.1:{port}"
+
+
+def has_registry() -> bool:
+    return shutil.which("docker-registry") is not None
+
+
+@contextmanager
+def s3(folder: Path) -> Iterator[str]:
+    """The endpoint of a real S3 server with the bucket `models`."""
+    (folder / "models").mkdir(parents=True)
+    port = free_port()
+    with served([str(ROOT / "dev" / "s3"), "serve", str(folder), str(port)], port, {"ROOT_ACCESS_KEY": ACCESS, "ROOT_SECRET_KEY": SECRET}):
+        yield f"http://127.0.0.1:{port}"
+
+
+def has_s3() -> bool:
+    """Whether the server was built: `dev/s3 install`."""
+    return subprocess.run([str(ROOT / "dev" / "s3"), "built"], check=False, capture_output=True).returncode == 0
+
+
+# --- servers that misbehave ---------------------------------------------------
+
+
+@contextmanager
+def answering(status: int | None) -> Iterator[tuple[str, list[str]]]:
+    """Address and log of a server that gives every request this status; None: it takes the request and says nothing."""
+    asked: list[str] = []
+    done = threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        def handle_anything(self) -> None:
+            asked.append(f"{self.command} {self.path}")
+            if status is None:
+                done.wait(20)
+                return
+            self.send_response(status)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_GET = do_PUT = do_POST = do_HEAD = handle_anything
+
+        def log_message(self, *arguments: object) -> None:
+            """Quiet."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"127.0.0.1:{server.server_address[1]}", asked
+    finally:
+        done.set()
+        server.shutdown()
+        server.server_close()
