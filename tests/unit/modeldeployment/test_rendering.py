@@ -13,6 +13,7 @@ from tests.unit.modeldeployment.world import DIGEST, LINEAGE_SPEC, World, make_v
 
 from tuneloop_gateway.contract import GatewayConfig
 from tuneloop_operator.api.engineoptions import ENGINE_OPTIONS, option_arguments, option_problem
+from tuneloop_operator.domain.modeldeployment.revisions import engine_hash
 from tuneloop_operator.render.revisions import decoded, encoded
 from tuneloop_operator.settings import Settings
 
@@ -114,6 +115,13 @@ def test_a_version_that_names_its_rank_needs_no_lineage() -> None:
     artifact = ADAPTER["artifact"] | {"rank": 40}
     args = arguments(World(versions=[make_version(1, lineage=None, artifact=artifact)]))
     assert args[args.index("--max-lora-rank") + 1] == "64"
+
+
+def test_a_record_that_corrects_the_rank_is_another_engine_of_the_same_bytes() -> None:
+    wrong, right = (make_version(number, artifact=ADAPTER["artifact"] | {"rank": rank}) for number, rank in ((1, 8), (2, 40)))
+    deployment = World().deployment
+    assert engine_hash(deployment, wrong) != engine_hash(deployment, right)
+    assert engine_hash(deployment, make_version(3, **ADAPTER)) == engine_hash(deployment, make_version(4, **ADAPTER))
 
 
 def test_the_base_of_an_adapter_is_verified_beside_it() -> None:

@@ -30,6 +30,8 @@ def engine_hash(deployment: ModelDeployment, version: ModelVersion) -> str:
         "task": deployment.spec.task,
         "engine": deployment.spec.engine.model_dump(mode="json", exclude={"replicas"}, exclude_defaults=True),
     }
+    if artifact.rank is not None:  # a new record that corrects the rank is another engine of the same bytes
+        identity["rank"] = artifact.rank
     return names.short_hash(identity)
 
 
