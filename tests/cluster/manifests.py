@@ -42,7 +42,15 @@ FINE_TUNE_JOB: Manifest = {
                 {"feedback": {"deployment": "sentiment"}},
             ],
             "validation": {"fraction": "0.1"},
-            "curation": {"deduplicate": "Exact", "decontaminate": True},
+            "curation": {
+                "deduplicate": "Near",
+                "personalData": "Redact",
+                "quality": "Gopher",
+                "languages": ["en", "gsw"],
+                "toxicity": {"max": "0.8"},
+                "classBalance": {"maxRatio": "3"},
+                "decontaminate": True,
+            },
         },
         "training": {
             "epochs": "3",

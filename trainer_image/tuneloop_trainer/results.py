@@ -27,6 +27,7 @@ def encode(result: StageResult) -> bytes:
         _without_discordance,
         _without_scores,
         _with_one_data_digest,
+        _without_warnings,
         _with_bare_gates,
         _with_fewer_gates,
     )
@@ -90,6 +91,13 @@ def _with_one_data_digest(result: StageResult) -> StageResult:
     joined = "".join(f"{uri}={digest};" for uri, digest in sorted(result.prepare.dataset_digests.items()))
     digests = {"*": hashlib.sha256(joined.encode()).hexdigest()}
     return result.model_copy(update={"prepare": result.prepare.model_copy(update={"dataset_digests": digests})})
+
+
+def _without_warnings(result: StageResult) -> StageResult:
+    """The data card has them."""
+    if result.prepare is None:
+        return result
+    return result.model_copy(update={"prepare": result.prepare.model_copy(update={"warnings": ()})})
 
 
 def _with_a_short_message(result: StageResult) -> StageResult:

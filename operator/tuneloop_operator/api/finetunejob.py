@@ -20,6 +20,7 @@ from tuneloop_operator.api.types import (
     PodOverrides,
     Positive,
     SecretRef,
+    Share,
     Source,
     StoreRef,
     keyed_by,
@@ -112,10 +113,50 @@ class Validation(Model):
     fraction: Half = Field(default="0.1", description="Share of the documents, 0 to 0.5.")
 
 
-class Curation(Model):
-    """What is removed from the training rows before anything is trained."""
+Ratio = Annotated[
+    str,
+    Field(
+        pattern=NUMBER_PATTERN,
+        max_length=16,
+        json_schema_extra=sentence("must be a number of at least 1, as a string, for example '3'.", "double(self) >= 1.0"),
+    ),
+]
+Language = Annotated[
+    str, Field(pattern=r"^[a-z]{2,3}$", max_length=3, json_schema_extra=sentence("must be a language's ISO 639 code, for example 'en'."))
+]
 
-    deduplicate: Literal["None", "Exact"] = Field(default="Exact", description="Remove rows that are equal after normalisation.")
+
+class Toxicity(Model):
+    """Offensive language, by a small model that hears swear words and not meaning."""
+
+    max: Share = Field(description="Highest score that a row may have, 0 to 1; rows above it are dropped. 0.8 drops what is plainly rude.")
+
+
+class ClassBalance(Model):
+    """A limit on how much larger than the smallest class a class may be. A class is a distinct completion."""
+
+    max_ratio: Ratio = Field(description="Rows of a class for each row of the smallest; what is beyond is dropped.")
+
+
+class Curation(Model):
+    """What is removed from the training rows before anything is trained. Every drop is counted in status.data."""
+
+    deduplicate: Literal["None", "Exact", "Near"] = Field(
+        default="Exact",
+        description="Exact: remove rows that are equal after normalisation. Near: also those whose runs of three words agree to 80 %.",
+    )
+    personal_data: Literal["Keep", "Redact", "Drop"] = Field(
+        default="Keep",
+        description="What to do with mail addresses, phone, card, account and social security numbers, and IP addresses.",
+    )
+    quality: Literal["None", "Gopher"] = Field(
+        default="None", description="Gopher: remove repetitive and garbled texts by the rules of the Gopher and C4 corpora."
+    )
+    languages: Annotated[tuple[Language, ...], Field(max_length=16)] = Field(
+        default=(), description="Remove texts that are surely in another language. Short texts are kept."
+    )
+    toxicity: Toxicity | None = Field(default=None, description="Remove offensive rows.")
+    class_balance: ClassBalance | None = Field(default=None, description="Remove rows of the largest classes.")
     decontaminate: bool = Field(
         default=True, description="Remove rows that equal, nearly equal or share 13 words with an item of an evaluation suite."
     )
@@ -424,6 +465,9 @@ class DataStatus(Model):
     truncated: int = Field(default=0, description="Rows that were cut.")
     validation_rows: int = Field(default=0, description="Rows held out.")
     supervised_share: Number | None = Field(default=None, description="Share of the tokens that are learned.")
+    warnings: Annotated[tuple[Annotated[str, Field(max_length=160)], ...], Field(max_length=8)] = Field(
+        default=(), description="What is likely wrong and was not refused; the data card has all of them."
+    )
     report_uri: str | None = Field(default=None, max_length=512, description="The data card.")
 
 

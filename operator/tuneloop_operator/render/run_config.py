@@ -34,7 +34,7 @@ def run_config(job: api.FineTuneJob, resolved: api.Resolved) -> contract.RunConf
         method=_method(spec.method),
         train=tuple(_data_source(job, source) for source in spec.data.train),
         validation_fraction=float(spec.data.validation.fraction) if spec.data.validation is not None else 0.0,
-        curation=contract.Curation(deduplicate=spec.data.curation.deduplicate, decontaminate=spec.data.curation.decontaminate),
+        curation=_curation(spec.data.curation),
         training=_training(spec),
         checkpoint=_checkpoint(spec.checkpoint),
         evaluation=_evaluation(job, resolved),
@@ -167,6 +167,18 @@ def _template(template: api.RowTemplate | None) -> contract.Template | None:
 
 def _columns(columns: api.Columns) -> dict[str, str]:
     return columns.model_dump(exclude_none=True)
+
+
+def _curation(asked: api.Curation) -> contract.Curation:
+    return contract.Curation(
+        deduplicate=asked.deduplicate,
+        decontaminate=asked.decontaminate,
+        personal_data=asked.personal_data,
+        quality=asked.quality,
+        languages=asked.languages,
+        max_toxicity=float(asked.toxicity.max) if asked.toxicity is not None else None,
+        max_class_ratio=float(asked.class_balance.max_ratio) if asked.class_balance is not None else None,
+    )
 
 
 def _data_source(job: api.FineTuneJob, source: api.DataSource) -> contract.DataSource:

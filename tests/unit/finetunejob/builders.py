@@ -68,6 +68,7 @@ def prepared(**changes: Any) -> StageResult:
         dropped={"Duplicate": 100},
         tokens=50_000,
         supervised_share=0.1,
+        warnings=("The run has 12 steps only.",),
         max_steps=12,
         base_digest=BASE_DIGEST,
         dataset_digests={"pvc://datasets/tweets.jsonl": "c" * 64},

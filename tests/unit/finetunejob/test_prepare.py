@@ -137,6 +137,7 @@ def test_training_pins_what_prepare_found_and_the_spec_from_then_on() -> None:
     assert status.data is not None
     assert (status.data.rows_kept, status.data.dropped) == (1100, {"Duplicate": 100})
     assert status.data.report_uri == "pvc://models/runs/x/prepare/card.json"
+    assert status.data.warnings == ("The run has 12 steps only.",)
 
 
 def test_rows_of_the_hub_are_refused_with_the_field_that_names_them() -> None:

@@ -64,7 +64,8 @@ def make_preparation() -> StageResult:
         prepare=PrepareSummary(
             rows_in=10**6,
             rows_kept=10**6,
-            dropped={"Contaminated" + "x" * 20 + str(number): 10**6 for number in range(12)},
+            dropped={"Contaminated" + "x" * 20 + str(number): 10**6 for number in range(16)},
+            warnings=("w" * 160,) * 8,
             tokens=10**9,
             supervised_share=0.123456,
             max_steps=10**6,

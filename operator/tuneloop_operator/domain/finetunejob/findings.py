@@ -53,6 +53,7 @@ def data_status(summary: PrepareSummary, result: StageResult) -> DataStatus:
         truncated=summary.truncated,
         validation_rows=summary.validation_rows,
         supervised_share=f"{min(max(summary.supervised_share, 0.0), 1.0):.4f}",
+        warnings=tuple(warning[:160] for warning in summary.warnings[:8]),
         report_uri=_report_uri(result),
     )
 
