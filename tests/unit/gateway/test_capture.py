@@ -38,6 +38,7 @@ async def test_the_last_user_message_before_the_prompt_and_the_answer_are_stored
     assert len(subject) == 24
 
 
+@on_sqlite_alone
 async def test_a_streams_whole_text_is_stored(gateway: Running, engine: FakeEngine) -> None:
     engine.replies = [stream_of(*chat_events("Once ", "upon ", "a time", finish_reason="length"))]
     async with gateway.chat(stream=True) as response:
@@ -70,11 +71,13 @@ def _log(gateway: Running) -> bytes:
     return log.read_bytes() if log.exists() else b""
 
 
+@on_sqlite_alone
 async def test_the_engine_gets_the_text_unredacted(gateway: Running, engine: FakeEngine) -> None:
     await gateway.ask("mail me@example.org")
     assert engine.requests[0]["messages"][0]["content"] == "mail me@example.org"
 
 
+@on_sqlite_alone
 async def test_failed_requests_are_not_captured_and_sampling_out_is_not_dropping(start: Start, engine: FakeEngine) -> None:
     gateway = await start(make_config(capture={"sampleRate": 0}), {"svc": (engine.address,)})
     await gateway.ask()
@@ -199,6 +202,7 @@ async def test_a_database_that_was_never_there_costs_no_answer(
     await gateway.gateway.stop()
 
 
+@on_sqlite_alone
 async def test_a_full_queue_drops_and_counts(start: Start, engine: FakeEngine) -> None:
     gateway = await start(make_config(capture={"queueSize": 3}), {"svc": (engine.address,)})
     async with gateway.gateway.database.quiet():
@@ -211,6 +215,7 @@ async def test_a_full_queue_drops_and_counts(start: Start, engine: FakeEngine) -
     assert 'capture_dropped_total{deployment="tweets",namespace="team",reason="queue_full"} 7.0' in await gateway.metrics()
 
 
+@on_sqlite_alone
 async def test_large_texts_in_the_queue_are_bounded_by_their_bytes(
     start: Start, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -54,6 +54,7 @@ def train_text(number: int = 0) -> str:
 # --- tokens ----------------------------------------------------------------------
 
 
+@on_sqlite_alone
 async def test_a_token_that_is_forged_changed_or_absent_is_refused(keyed: Running) -> None:
     token = await token_of(keyed)
     forged = sign(FeedbackToken("r1", "s", int(time.time())), b"another key")
@@ -73,6 +74,7 @@ def test_a_token_expires() -> None:
 # --- ratings ---------------------------------------------------------------------
 
 
+@on_sqlite_alone
 @pytest.mark.parametrize("rating", [0, 6, 2.5, True, "great", [5]])
 async def test_a_rating_that_is_none_is_refused(keyed: Running, rating: Any) -> None:
     code, body = await say(keyed, token=await token_of(keyed), rating=rating)
@@ -97,6 +99,7 @@ async def test_a_caller_without_a_key_speaks_as_the_one_who_got_the_answer(keyed
     assert (feedback.up, feedback.down) == (0, 1)
 
 
+@on_sqlite_alone
 async def test_a_preference_names_two_answers_that_were_given(keyed: Running) -> None:
     better, worse = await token_of(keyed), await token_of(keyed)
     assert (await say(keyed, token=better, preference={"over": worse}))[0] == 200
@@ -223,10 +226,12 @@ async def test_a_batch_with_a_bad_row_is_refused_whole_with_its_number(keyed: Ru
     assert await export(keyed) == await export(keyed, "gate") == []
 
 
+@on_sqlite_alone
 async def test_too_many_labels_at_once_are_refused(keyed: Running) -> None:
     assert (await label(keyed, [{"id": "a", "label": "b"}] * 10_001))[0] == 413
 
 
+@on_sqlite_alone
 @pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer wrong"}, {"x-tuneloop-token": "internal-secre"}])
 async def test_rows_are_given_to_holders_of_the_token_alone(keyed: Running, headers: dict[str, str]) -> None:
     for method, path in (("GET", "export?split=train"), ("GET", "labels"), ("POST", "labels")):
@@ -234,6 +239,7 @@ async def test_rows_are_given_to_holders_of_the_token_alone(keyed: Running, head
             assert response.status == 401
 
 
+@on_sqlite_alone
 async def test_the_token_may_come_in_its_own_header(keyed: Running) -> None:
     async with keyed.session.get(f"{keyed.internal_url}/internal/export", headers={"x-tuneloop-token": "internal-secret"}) as response:
         assert response.status == 200

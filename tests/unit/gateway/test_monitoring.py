@@ -32,6 +32,7 @@ async def loaded(gateway: Running) -> Monitor:
     return gateway.gateway.monitor
 
 
+@on_sqlite_alone
 async def test_requests_reach_the_detector_canonical_and_before_the_prompt(start: Start, engine: FakeEngine) -> None:
     gateway = await start(make_config(drift=drift(size=3)), {"svc": (engine.address,)})
     monitor = await loaded(gateway)
@@ -123,6 +124,7 @@ async def test_one_replica_detects_and_the_others_report_what_it_found(start: St
     assert (await follower.state()).drift.status is DriftStatus.ALARM
 
 
+@on_sqlite_alone
 async def test_without_drift_settings_nothing_is_watched(gateway: Running) -> None:
     assert (await gateway.state()).drift.status is DriftStatus.OFF
     assert "tuneloop_drift_alarm{" not in await gateway.metrics()

@@ -100,10 +100,12 @@ async def test_what_still_waits_to_be_stored_is_forgotten_too(keyed: Running) ->
     assert keyed.gateway.capture.report().dropped == 0
 
 
+@on_sqlite_alone
 @pytest.mark.parametrize("body", [{}, {"key": "ann", "subject": "0" * 24}, {"subject": "ann"}, {"key": ""}, {"name": "ann"}, [], "ann"])
 async def test_a_request_that_names_nobody_or_too_many_is_refused(keyed: Running, body: Any) -> None:
     assert (await forget(keyed, body))[0] == 400
 
 
+@on_sqlite_alone
 async def test_only_holders_of_the_token_may_delete(keyed: Running) -> None:
     assert (await forget(keyed, {"key": "ann"}, headers={}))[0] == 401
