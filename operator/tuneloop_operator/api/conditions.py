@@ -77,6 +77,7 @@ class JobReason(StrEnum):
     DEADLINE_EXCEEDED = "DeadlineExceeded"
     RESTART_LIMIT = "RestartLimit"
     NAME_CONFLICT = "NameConflict"
+    REFUSED = "Refused"
     INTERNAL_ERROR = "InternalError"
 
 
@@ -116,6 +117,7 @@ class DeploymentReason(StrEnum):
     SECRET_NOT_FOUND = "SecretNotFound"
     QUOTA_EXCEEDED = "QuotaExceeded"
     NAME_CONFLICT = "NameConflict"
+    REFUSED = "Refused"
     # drift
     DRIFT_ALARM = "DriftAlarm"
     NO_DRIFT = "NoDrift"

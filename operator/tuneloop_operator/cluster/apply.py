@@ -15,9 +15,9 @@ from typing import Any
 from tuneloop_operator.cluster.cache import Object, controller
 from tuneloop_operator.cluster.client import Cluster, key_of
 from tuneloop_operator.cluster.differences import is_drifted, owned_status, without_none
-from tuneloop_operator.cluster.errors import AlreadyExists, ApiError, NameConflict, Refused, Unreachable
+from tuneloop_operator.cluster.errors import AlreadyExists, ApiError, ChildRefused, Forbidden, NameConflict, Refused, Unreachable
 from tuneloop_operator.cluster.kinds import KINDS
-from tuneloop_operator.domain.decision import Decision, EventNote, Key, Manifest, Target
+from tuneloop_operator.domain.decision import Decision, EventNote, Key, Manifest, Refusal, Target
 from tuneloop_operator.render.names import HASH_LABEL, MANAGER, short_hash
 
 MADE_SECONDS = 600.0
@@ -50,26 +50,18 @@ class Applier:
         self._made: dict[Key, float] = {}
 
     async def carry_out(self, owner: Object, decision: Decision, now: datetime) -> Outcome:
-        """`owner` is the object as it was before it was observed. Raises Conflict, NameConflict and other ApiErrors."""
+        """`owner` is the object as it was before it was observed. Raises Conflict, NameConflict, ChildRefused and other ApiErrors."""
         outcome = Outcome()
         outcome.status = await self._status(owner, decision.status)
         if outcome.status:  # at once: the change of state is told even if a child meets an error, and is no change to the next pass
             for note in decision.events:
                 outcome.event_errors += not await self._event(owner, note, now)
-        for manifest in decision.create:
-            if await self._make(_completed(manifest, owner, is_owned=not KINDS[manifest["kind"]].is_ours)):
-                outcome.created.append(key_of(manifest))
-        taken = None
-        for manifest in decision.apply:
-            try:
-                await self._apply(_completed(manifest, owner, is_owned=True), owner, outcome)
-            except NameConflict as error:
-                taken = taken or error
+        problems = await self._children(owner, decision, outcome)
         for target in decision.delete:
             await self._delete(target)
             outcome.deleted.append(target.key)
-        if taken is not None:
-            raise taken
+        if problems:
+            raise problems[0]
         return outcome
 
     # --- status ---
@@ -84,6 +76,41 @@ class Applier:
         return True
 
     # --- children ---
+
+    async def _children(self, owner: Object, decision: Decision, outcome: Outcome) -> list[NameConflict | ChildRefused]:
+        """Makes and changes them; what somebody else holds or the API server refuses does not keep the others from going on."""
+        problems: list[NameConflict | ChildRefused] = []
+        made = [_completed(manifest, owner, is_owned=not KINDS[manifest["kind"]].is_ours) for manifest in decision.create]
+        for manifest in made:
+            try:
+                if await self._make(manifest):
+                    outcome.created.append(key_of(manifest))
+                self._taken_well(manifest, owner)
+            except (Refused, Forbidden) as error:
+                problems.append(self._refusal(manifest, owner, error))
+        for manifest in (_completed(manifest, owner, is_owned=True) for manifest in decision.apply):
+            try:
+                await self._apply(manifest, owner, outcome)
+                self._taken_well(manifest, owner)
+            except NameConflict as error:
+                problems.append(error)
+            except (Refused, Forbidden) as error:
+                problems.append(self._refusal(manifest, owner, error))
+        return problems
+
+    def _refusal(self, manifest: Manifest, owner: Object, error: Refused | Forbidden) -> ChildRefused:
+        """Remembered for the next pass; raises the error where it says nothing of the object."""
+        if isinstance(error, Forbidden) and not error.is_of_admission:
+            raise error
+        key, metadata = key_of(manifest), owner["metadata"]
+        refusal = Refusal(key, error.message, metadata.get("generation", 0))
+        self.cluster.refusals.setdefault(metadata["uid"], {})[key] = refusal
+        return ChildRefused(key, error)
+
+    def _taken_well(self, manifest: Manifest, owner: Object) -> None:
+        known = self.cluster.refusals.get(owner["metadata"]["uid"])
+        if known is not None and known.pop(key_of(manifest), None) is not None and not known:
+            del self.cluster.refusals[owner["metadata"]["uid"]]
 
     async def _make(self, manifest: Manifest) -> bool:
         """Once: by POST, or found to be there. Never changed again."""
@@ -183,6 +210,7 @@ class Applier:
         """The object is gone."""
         self._settled.pop(uid, None)
         self.cluster.conflicts.pop(uid, None)
+        self.cluster.refusals.pop(uid, None)
 
     async def _delete(self, target: Target) -> None:
         key = target.key

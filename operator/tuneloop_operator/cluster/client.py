@@ -14,7 +14,7 @@ from tuneloop_operator.cluster.cache import Cache, Object, Objects, controller
 from tuneloop_operator.cluster.errors import Conflict, NotFound, Unreachable
 from tuneloop_operator.cluster.kinds import KINDS
 from tuneloop_operator.cluster.transport import APPLY, JSON_PATCH, MERGE, Transport
-from tuneloop_operator.domain.decision import Key, Target
+from tuneloop_operator.domain.decision import Key, Refusal, Target
 from tuneloop_operator.render.names import MANAGER, STATUS_MANAGER
 from tuneloop_operator.settings import Settings
 
@@ -41,6 +41,9 @@ class Cluster:
         self.conflicts: dict[str, set[Key]] = {}
         """Owner's UID -> children whose names are taken by objects that are not ours. `observe` puts it into the snapshot; the decision
         says NameConflict and asks to be called again. The runtime looks at them before each pass, and forgets those that are free."""
+        self.refusals: dict[str, dict[Key, Refusal]] = {}
+        """Owner's UID -> children that the API server did not take. `observe` puts them into the snapshot, the decision says Refused; a
+        write that goes through, and another spec, end it."""
         self.written: Callable[[str, Object], None] = lambda kind, obj: None
         """Told of each write that the cache took: its event will be no news, so whoever watches this kind hears of it here."""
         self.on_write: Callable[[str, Object], None] = lambda kind, obj: None
@@ -182,6 +185,15 @@ class Cluster:
                 self.conflicts[owner_uid].discard(key)
         if not self.conflicts.get(owner_uid):
             self.conflicts.pop(owner_uid, None)
+
+    def refused(self, owner_uid: str) -> tuple[Refusal, ...]:
+        """What is known to be refused of an owner's children, in the order in which it was met."""
+        return tuple(self.refusals.get(owner_uid, {}).values())
+
+    def forget_refusals_of_another_spec(self, owner_uid: str, generation: int) -> None:
+        known = self.refusals.pop(owner_uid, {})
+        if still := {key: refusal for key, refusal in known.items() if refusal.generation == generation}:
+            self.refusals[owner_uid] = still
 
     # --- pods and Prometheus: without credentials, proxies, redirects or cookies ---
 

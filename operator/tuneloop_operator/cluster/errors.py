@@ -47,6 +47,11 @@ class Forbidden(ApiError):
     def is_namespace_ending(self) -> bool:
         return any(cause.get("reason") == "NamespaceTerminating" for cause in self.details.get("causes") or ())
 
+    @property
+    def is_of_admission(self) -> bool:
+        """A quota or an admission policy says no to this object; else the operator has no right to ask."""
+        return bool(self.message) and '" cannot ' not in self.message and not self.is_namespace_ending
+
 
 class Refused(ApiError):
     """400 or 422: the object is not as the API server wants it."""
@@ -88,6 +93,15 @@ class NameConflict(Exception):
     def __init__(self, key: Key) -> None:
         super().__init__(f"{key.kind} {key.name} exists and belongs to somebody else")
         self.key = key
+
+
+class ChildRefused(Exception):
+    """A child is not taken as it was rendered; the next pass sees it in `Cluster.refusals`."""
+
+    def __init__(self, key: Key, cause: Refused | Forbidden) -> None:
+        super().__init__(f"{key.kind} {key.name} was refused: {cause}")
+        self.key = key
+        self.label = cause.label
 
 
 def error_of(status: int, body: dict[str, Any], verb: str) -> ApiError:

@@ -51,6 +51,7 @@ async def observe(key: Key, cluster: Cluster, settings: Settings, now: datetime)
         missing_claims=await _missing_claims(cluster, job, runs),
         progress=await _progress(cluster, job, runs),
         conflicts=tuple(sorted(cluster.conflicts.get(job.metadata.uid, ()), key=lambda taken: (taken.kind, taken.name))),
+        refusals=cluster.refused(job.metadata.uid),
         children=tuple(_children(cluster.cache, job)),
     )
 
@@ -160,7 +161,7 @@ async def _missing_claims(cluster: Cluster, job: api.FineTuneJob, runs: list[Sta
     """Looked for before the first pod; later the scheduler says it."""
     if runs or job.status.started_at is not None or job.status.finished_at is not None or job.spec.run_policy.suspend:
         return ()
-    claims = training.all_claims(job, run_config(job, job.status.resolved))
+    claims = [claim for claim in training.all_claims(job, run_config(job, job.status.resolved)) if claim]
     found = [await cluster.get("PersistentVolumeClaim", job.metadata.namespace, claim) for claim in claims]
     return tuple(claim for claim, raw in zip(claims, found, strict=True) if raw is None)
 

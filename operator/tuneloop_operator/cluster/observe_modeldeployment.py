@@ -84,6 +84,7 @@ async def observe(key: Key, cluster: Cluster, settings: Settings, now: datetime)
         warnings=warnings,
         owned=tuple(_target(kind, item) for kind, items in children.items() for item in items),
         conflicts=tuple(sorted(cluster.conflicts.get(uid, ()), key=lambda taken: (taken.kind, taken.name))),
+        refusals=cluster.refused(uid),
         keys=_fresh_keys() if gateway is None or _misses_secret(warnings, names.gateway_secret(key.name)) else None,
     )
 

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from tuneloop_operator.domain.conditions import shortened
+
+REFUSAL_LIMIT = 600
+"""Characters that are quoted of the API server."""
 
 Manifest = dict[str, Any]
 """A Kubernetes object as JSON; typed by its renderer, opaque to everybody else."""
@@ -24,6 +30,27 @@ class Target:
 
     key: Key
     uid: str
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A child that the API server does not take as it was rendered; its words, and the generation of the spec that it was rendered from."""
+
+    key: Key
+    message: str
+    generation: int
+
+    @property
+    def sentence(self) -> str:
+        """The API server's, of a bounded length, with what to do."""
+        said = shortened(self.message, REFUSAL_LIMIT).rstrip(". ")
+        return f"The API server refuses {self.key.kind} {self.key.name}: {said}. Correct the spec, or what refuses it."
+
+
+def refusal_of(refusals: Iterable[Refusal], manifests: Iterable[Manifest]) -> Refusal | None:
+    """The first that still matters: a refused child that is wanted no longer keeps nothing."""
+    wanted = {(manifest["kind"], manifest["metadata"]["name"]) for manifest in manifests}
+    return next((refusal for refusal in refusals if (refusal.key.kind, refusal.key.name) in wanted), None)
 
 
 @dataclass(frozen=True)

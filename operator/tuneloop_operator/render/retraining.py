@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import ValidationError
+
 from tuneloop_operator.api import API_VERSION
+from tuneloop_operator.api.finetunejob import FineTuneJobSpec
 from tuneloop_operator.api.modeldeployment import ModelDeployment
 from tuneloop_operator.api.modelversion import ModelVersion
 from tuneloop_operator.api.objectives import learns_from_feedback
@@ -61,7 +64,18 @@ def retraining_spec(deployment: ModelDeployment, version: ModelVersion) -> Json:
         "output": {"model": version.spec.model},
         "runPolicy": {"suspend": suspended},
     }
-    return deep_merged(spec | {"evaluation": {**spec["evaluation"], "baseline": {}}}, forced)
+    return _valid(deep_merged(spec | {"evaluation": {**spec["evaluation"], "baseline": {}}}, forced))
+
+
+def _valid(spec: Json) -> Json:
+    """As the API would read it: what it would refuse is told here, before a job is counted."""
+    try:
+        FineTuneJobSpec.model_validate(spec)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        field = ".".join(map(str, first["loc"]))
+        raise NoTemplate(f"The job would be refused: {field}: {first['msg']}. Correct retraining.template.spec.") from None
+    return spec
 
 
 def deep_merged(under: Json, over: Json) -> Json:
@@ -83,6 +97,9 @@ def new_domain_items(spec: Json, deployment: str) -> int:
 
 def _check(spec: Json, *, has_lineage: bool) -> None:
     where = "" if has_lineage else "The served version was trained elsewhere and has no lineage: "
+    broken = [path for path in ("data", "evaluation", "output") if path in spec and not isinstance(spec[path], dict)]
+    if broken:
+        raise NoTemplate(f"{', '.join(broken)} in retraining.template.spec must be an object.")
     missing = [path for path in ("baseModel", "data", "evaluation", "output") if not spec.get(path)]
     if missing:
         raise NoTemplate(f"{where}set {', '.join(missing)} in retraining.template.spec.")

@@ -17,6 +17,7 @@ from tuneloop_operator.cluster.client import Cluster
 from tuneloop_operator.cluster.errors import (
     AlreadyExists,
     ApiError,
+    ChildRefused,
     Conflict,
     Forbidden,
     NameConflict,
@@ -39,6 +40,8 @@ OUTAGE_BACKOFF = 5.0
 """Longest backoff while the API server is away: no object's fault, and work shall go on soon after."""
 TAKEN_SECONDS = 30.0
 """How often a name that is taken is looked at, where the decision does not say."""
+REFUSED_SECONDS = 10.0
+"""What the API server refused is not tried again sooner, but for a wake: the spec may be another."""
 IDLE_PAUSE = 1.0
 """A pass that wrote nothing does not ask for the next one sooner than this."""
 
@@ -97,6 +100,7 @@ class Passes:
             return "gone"
         if owner["metadata"]["uid"] in self.cluster.conflicts:
             await self.cluster.forget_free_names(owner["metadata"]["uid"])
+        self.cluster.forget_refusals_of_another_spec(owner["metadata"]["uid"], owner["metadata"].get("generation", 0))
         registration, now = self.registrations[key.kind], self.now()
         snapshot = await registration.observe(key, self.cluster, self.cluster.settings, now)
         if snapshot is None:
@@ -107,16 +111,18 @@ class Passes:
 
     async def _carry_out(self, key: Key, owner: Object, decision: Decision, now: datetime) -> str:
         uid = owner["metadata"]["uid"]
-        known = frozenset(self.cluster.conflicts.get(uid, ()))
+        known = self._known_problems(uid)
         try:
             outcome = await self.applier.carry_out(owner, decision, now)
-        except NameConflict as error:
+        except (NameConflict, ChildRefused) as error:
             self.metrics.errors.labels(key.kind, error.label).inc()
-            is_news = error.key not in known
+            is_news = not ({error.key} | self._known_problems(uid)) <= known
             if is_news:
                 log.warning("%s", error, extra=about(key))
-            self.queue.done(key, 0.0 if is_news else decision.requeue_after or TAKEN_SECONDS)
-            return "conflict"
+            is_refused = isinstance(error, ChildRefused)
+            again_in = max(decision.requeue_after or TAKEN_SECONDS, REFUSED_SECONDS if is_refused else 0.0)
+            self.queue.done(key, 0.0 if is_news else again_in)
+            return "failed" if is_refused else "conflict"
         if outcome.event_errors:
             self.metrics.errors.labels(key.kind, "event").inc(outcome.event_errors)
         self.queue.done(key, self._next_look(key, outcome, decision))
@@ -124,6 +130,10 @@ class Passes:
             return "unchanged"
         log.info("%s", _told(outcome), extra=about(key))
         return "changed"
+
+    def _known_problems(self, uid: str) -> frozenset[Key]:
+        """Children that were told of already: their names are taken, or they are refused."""
+        return frozenset(self.cluster.conflicts.get(uid, ())) | {refusal.key for refusal in self.cluster.refused(uid)}
 
     def _next_look(self, key: Key, outcome: Outcome, decision: Decision) -> float | None:
         """A pass that wrote something is followed by another: what is counted before it is done is written by the first, done by the

@@ -12,7 +12,7 @@ from tuneloop_operator.api.kubernetes import Job, Pod, WarningEvent
 from tuneloop_operator.api.modeldeployment import ModelDeployment
 from tuneloop_operator.api.modelversion import ModelVersion
 from tuneloop_operator.domain import times
-from tuneloop_operator.domain.decision import Decision, Key, Target
+from tuneloop_operator.domain.decision import Decision, Key, Refusal, Target
 from tuneloop_operator.domain.finetunejob import FineTuneJobSnapshot, StageRun, decide
 from tuneloop_operator.render import names
 from tuneloop_operator.settings import Settings
@@ -145,6 +145,7 @@ class World:
     missing_claims: tuple[str, ...] = ()
     progress: Progress | None = None
     conflicts: tuple[Key, ...] = ()
+    refusals: tuple[Refusal, ...] = ()
     now: datetime = NOW
     writes: int = 0
     settings: Settings = SETTINGS
@@ -169,6 +170,7 @@ class World:
             missing_claims=self.missing_claims if not runs else (),
             progress=self.progress,
             conflicts=self.conflicts,
+            refusals=self.refusals,
             children=tuple(children),
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from tests.unit.finetunejob.builders import SETTINGS, World
 
-from tuneloop_operator.domain.decision import Key
+from tuneloop_operator.domain.decision import Key, Refusal
 from tuneloop_trainer.contract import Stage
 
 
@@ -154,3 +154,33 @@ def test_a_name_that_somebody_else_has_taken_stalls_the_job_and_overwrites_nothi
     world.settle()
     assert world.current().stage is Stage.PREPARE
     assert world.condition("Stalled") is None
+
+
+REFUSAL = 'Job.batch "tweets-prepare-1" is invalid: spec.template.labels: Invalid value: "a b": a valid label must be alphanumeric'
+
+
+def test_what_the_api_server_refuses_stalls_the_job_with_its_words_and_is_tried_again() -> None:
+    world = World(refusals=(Refusal(Key("Job", "team", "tweets-prepare-1"), REFUSAL, 1),))
+    decision = world.decide()
+    world.write_status(decision)
+    assert world.condition("Stalled") == ("True", "Refused")
+    assert world.message() == f"The API server refuses Job tweets-prepare-1: {REFUSAL}. Correct the spec, or what refuses it."
+    assert "tweets-prepare-1" in [manifest["metadata"]["name"] for manifest in decision.apply]
+    assert world.decide().status == decision.status
+    world.refusals = ()
+    world.settle()
+    assert world.condition("Stalled") is None
+    assert world.current().stage is Stage.PREPARE
+
+
+def test_a_refusal_of_what_is_wanted_no_longer_keeps_nothing() -> None:
+    world = World(refusals=(Refusal(Key("Job", "team", "another"), REFUSAL, 1),))
+    world.settle()
+    assert world.condition("Stalled") is None
+
+
+def test_a_refusal_is_quoted_to_a_bounded_length() -> None:
+    world = World(refusals=(Refusal(Key("Job", "team", "tweets-prepare-1"), "x\n" * 2000, 1),))
+    world.write_status(world.decide())
+    assert len(world.message()) < 800
+    assert "\n" not in world.message()

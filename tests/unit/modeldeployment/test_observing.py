@@ -13,7 +13,7 @@ from tuneloop_gateway.contract import DriftReport, DriftStatus, GatewayState
 from tuneloop_operator.cluster.cache import Cache
 from tuneloop_operator.cluster.client import Unreachable
 from tuneloop_operator.cluster.observe_modeldeployment import REGISTRATION, guard_source, observe
-from tuneloop_operator.domain.decision import Key
+from tuneloop_operator.domain.decision import Key, Refusal
 from tuneloop_operator.domain.modeldeployment import Snapshot
 from tuneloop_operator.settings import Settings
 
@@ -37,10 +37,14 @@ class FakeCluster:
     def __init__(self) -> None:
         self.cache = Cache()
         self.conflicts: dict[str, set[Key]] = {}
+        self.refusals: tuple[Refusal, ...] = ()
         self.answers: dict[str, bytes] = {}
         self.events: list[Json] = []
         self.series: dict[str, float] = dict(SERIES)
         self.queries: list[str] = []
+
+    def refused(self, owner_uid: str) -> tuple[Refusal, ...]:
+        return self.refusals if owner_uid == "mdep-uid" else ()
 
     async def http_get(self, url: str, limit: int, timeout: float = 2.0) -> bytes:  # noqa: ASYNC109
         if url not in self.answers or len(self.answers[url]) > limit:
@@ -99,6 +103,12 @@ async def look(cluster: FakeCluster, settings: Settings | None = None, now: date
     snapshot = await observe(KEY, cluster, settings or Settings(), now)  # type: ignore[arg-type]
     assert snapshot is not None
     return snapshot
+
+
+async def test_what_the_api_server_refused_is_observed() -> None:
+    cluster = cluster_of(World())
+    cluster.refusals = (Refusal(Key("Deployment", "shop", "tweets"), "no.", 1),)
+    assert (await look(cluster)).refusals == cluster.refusals
 
 
 async def test_what_was_written_is_observed_as_it_is() -> None:

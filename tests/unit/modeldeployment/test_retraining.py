@@ -9,7 +9,7 @@ from tests.unit.modeldeployment.world import LINEAGE_SPEC, NOW, RETRAINED, World
 
 from tuneloop_gateway.contract import DriftReport, DriftStatus, FeedbackReport
 from tuneloop_operator.api.finetunejob import FineTuneJobSpec
-from tuneloop_operator.domain.decision import Decision
+from tuneloop_operator.domain.decision import Decision, Key, Refusal
 from tuneloop_operator.domain.modeldeployment import Evidence
 
 ENOUGH = FeedbackReport(labelled_train=250, labelled_gate=310)
@@ -123,6 +123,26 @@ def test_manual_approval_makes_a_suspended_job() -> None:
     world.step()
     assert world.condition("RetrainingNeeded") == ("True", "AwaitingApproval")
     assert "runPolicy.suspend to false" in world.message("RetrainingNeeded")
+
+
+def test_a_refused_job_is_told_with_the_api_servers_words_and_made_once_it_is_taken() -> None:
+    world = alarmed()
+    world.step()
+    name = world.status["retraining"]["lastJob"]
+    world.refusals = (Refusal(Key("FineTuneJob", "shop", name), "spec.data.train: Invalid value", 1),)
+    assert [manifest["metadata"]["name"] for manifest in world.step().create] == [name]
+    assert world.condition("RetrainingNeeded") == ("True", "Refused")
+    assert "spec.data.train: Invalid value" in world.message("RetrainingNeeded")
+    assert world.condition("Ready") == ("True", "Serving"), "what serves is not concerned"
+
+
+def test_a_job_that_could_not_be_read_is_told_before_it_is_counted() -> None:
+    world = alarmed(template={"spec": {"training": {"maxSteps": "many"}}})
+    world.settle()
+    assert world.condition("RetrainingNeeded") == ("True", "NoTemplate")
+    assert "training.maxSteps: " in world.message("RetrainingNeeded")
+    assert world.status["retraining"]["blockedBy"] == "NoTemplate"
+    assert (world.status["retraining"]["episode"], world.status["retraining"].get("runsThisMonth", 0)) == (0, 0)
 
 
 # --- what is trained ---------------------------------------------------------

@@ -10,7 +10,8 @@ import pytest
 from tests.unit.modeldeployment.world import World, make_version
 
 from tuneloop_gateway.contract import ProbeState
-from tuneloop_operator.domain.decision import Key
+from tuneloop_operator.domain.decision import Key, Refusal
+from tuneloop_operator.render import names
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "status.md"
 COLUMNS = ("Available", "Ready", "Reconciling", "Stalled", "Degraded")
@@ -108,6 +109,22 @@ def conflict(kind: str, name: str) -> World:
     return world
 
 
+def refused(world: World, kind: str) -> World:
+    """The API server does not take the newest object of this kind."""
+    name = [name for found, name in world.objects if found == kind][-1]
+    world.refusals = (Refusal(Key(kind, "shop", name), f'{kind} "{name}" is invalid: spec.template.labels', 1),)
+    world.settle()
+    return world
+
+
+def first_refused() -> World:
+    world = unserved()
+    hashed = world.engines()[0]
+    world.refusals = (Refusal(Key("Deployment", "shop", names.engine("tweets", hashed)), "invalid: spec.template.labels", 1),)
+    world.settle()
+    return world
+
+
 def first_mismatch() -> World:
     return served(probe=MISMATCH)
 
@@ -179,6 +196,8 @@ STATES: dict[str, Callable[[], World]] = {
     "All gateway pods are lost": lost_gateway,
     "The name of its Service is taken": lambda: conflict("Service", "tweets"),
     "The name of another child is taken": lambda: conflict("NetworkPolicy", "tweets-engine"),
+    "The API server refuses the first engine": first_refused,
+    "The API server refuses a child of one that serves": lambda: refused(served(), "Deployment"),
 }
 
 

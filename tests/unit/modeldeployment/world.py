@@ -22,7 +22,7 @@ from tuneloop_operator.api.kubernetes import Deployment, Pod
 from tuneloop_operator.api.modeldeployment import ModelDeployment
 from tuneloop_operator.api.modelversion import ModelVersion
 from tuneloop_operator.domain import times
-from tuneloop_operator.domain.decision import Decision, Key, Target
+from tuneloop_operator.domain.decision import Decision, Key, Refusal, Target
 from tuneloop_operator.domain.modeldeployment import (
     EPOCH_ANNOTATION,
     REARMED_ANNOTATION,
@@ -121,6 +121,7 @@ class World:
     created: list[Json] = field(default_factory=list)
     born: dict[tuple[str, str], str] = field(default_factory=dict)
     conflicts: tuple[Key, ...] = ()
+    refusals: tuple[Refusal, ...] = ()
     guard_source: str = "GUARD = 1"
     # what pods do
     ready: dict[str, int] = field(default_factory=dict)
@@ -270,6 +271,7 @@ class World:
             warnings=self.warnings,
             owned=tuple(Target(Key(kind, "shop", name), f"{kind}/{name}") for kind, name in self.objects),
             conflicts=self.conflicts,
+            refusals=self.refusals,
             keys=None if has_gateway else FreshKeys("a", "b", "c"),
         )
 

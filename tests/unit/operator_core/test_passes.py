@@ -10,12 +10,12 @@ import pytest
 from tuneloop_operator.cluster.apply import Outcome
 from tuneloop_operator.cluster.client import Cluster
 from tuneloop_operator.cluster.credentials import Credentials
-from tuneloop_operator.cluster.errors import Conflict, Forbidden, NameConflict, NotLeader, ServerError, Unreachable
+from tuneloop_operator.cluster.errors import ChildRefused, Conflict, Forbidden, NameConflict, NotLeader, Refused, ServerError, Unreachable
 from tuneloop_operator.cluster.registration import Registration
 from tuneloop_operator.cluster.transport import Transport
-from tuneloop_operator.domain.decision import Decision, Key
+from tuneloop_operator.domain.decision import Decision, Key, Refusal
 from tuneloop_operator.runtime.metrics import Metrics
-from tuneloop_operator.runtime.passes import CHAIN, CONFLICT_BACKOFF, IDLE_PAUSE, MOMENT, OUTAGE_BACKOFF, Passes
+from tuneloop_operator.runtime.passes import CHAIN, CONFLICT_BACKOFF, IDLE_PAUSE, MOMENT, OUTAGE_BACKOFF, REFUSED_SECONDS, Passes
 from tuneloop_operator.runtime.queue import WakeQueue
 from tuneloop_operator.settings import Settings
 
@@ -149,3 +149,29 @@ async def test_a_taken_name_is_decided_about_at_once_and_looked_at_again_in_peac
     case.cluster.conflicts["u"] = {taken}
     case.cluster.forget_free_names = case._refresh  # type: ignore[method-assign, assignment]
     assert (await case.run(), case.wait) == ("conflict", 30)
+
+
+async def test_a_refused_child_is_decided_about_at_once_and_tried_again_in_peace(case: Case) -> None:
+    child = Key("Job", "n", "j")
+
+    async def refuse(*_: Any) -> Outcome:
+        case.cluster.refusals.setdefault("u", {})[child] = Refusal(child, "no.", 0)
+        raise ChildRefused(child, Refused(422, "Invalid", "no."))
+
+    case.carry_out = refuse  # type: ignore[method-assign]
+    case.decision = Decision(status={}, requeue_after=1)
+    assert (await case.run(), case.wait) == ("failed", 0)
+    assert (await case.run(), case.wait) == ("failed", REFUSED_SECONDS)
+    assert case.errors("refused") == 2
+
+
+async def test_a_refusal_is_forgotten_with_the_spec_that_it_was_of(case: Case) -> None:
+    child = Key("Job", "n", "j")
+    case.cluster.refusals["u"] = {child: Refusal(child, "no.", 0)}
+    await case.run()
+    assert [refusal.key for refusal in case.cluster.refused("u")] == [child]
+    known = case.cluster.cache.get(*("Widget", "n", "w"))
+    assert known is not None
+    known["metadata"]["generation"] = 2
+    await case.run()
+    assert case.cluster.refused("u") == ()

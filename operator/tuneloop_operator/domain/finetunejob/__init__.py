@@ -43,7 +43,7 @@ def decide(snapshot: FineTuneJobSnapshot, settings: Settings, now: datetime) -> 
         if not lifecycle.is_another_job(snapshot.job):
             return lifecycle.after_the_end(snapshot, case)
         case.status = lifecycle.started_over(snapshot.job)
-    return _conclude(case, _standing(case))
+    return _conclude(case, lifecycle.unless_refused(case, _standing(case)))
 
 
 def _standing(case: Case) -> Standing:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tuneloop_operator.api.conditions import JobReason
 from tuneloop_operator.api.finetunejob import FineTuneJob, FineTuneJobStatus
 from tuneloop_operator.domain import times
-from tuneloop_operator.domain.decision import Decision
+from tuneloop_operator.domain.decision import Decision, refusal_of
 from tuneloop_operator.domain.finetunejob.case import Case, Standing
 from tuneloop_operator.domain.finetunejob.outcomes import outcome
 from tuneloop_operator.domain.finetunejob.resolve import config_digest
@@ -22,6 +22,14 @@ def name_conflict(case: Case) -> Standing | None:
     listed = ", ".join(f"{key.kind} {key.name}" for key in case.snapshot.conflicts)
     message = f"{listed} exists and belongs to somebody else; it is left alone. Remove it, or rename this job."
     return Standing("Stalled", JobReason.NAME_CONFLICT, message, is_stalled=True, succeeded=False, requeue_after=CONFLICT_SECONDS)
+
+
+def unless_refused(case: Case, standing: Standing) -> Standing:
+    """What goes on does not go on where the API server refuses what it needs; it is tried again all the same."""
+    refusal = refusal_of(case.snapshot.refusals, (*case.create, *case.apply))
+    if refusal is None or standing.ended:
+        return standing
+    return Standing("Stalled", JobReason.REFUSED, refusal.sentence, is_stalled=True, succeeded=False, requeue_after=CONFLICT_SECONDS)
 
 
 def suspension(case: Case) -> Standing | None:

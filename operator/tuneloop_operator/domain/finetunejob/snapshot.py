@@ -9,7 +9,7 @@ from tuneloop_operator.api.finetunejob import FineTuneJob
 from tuneloop_operator.api.kubernetes import Job, Pod, WarningEvent
 from tuneloop_operator.api.modeldeployment import ModelDeployment
 from tuneloop_operator.api.modelversion import ModelVersion
-from tuneloop_operator.domain.decision import Key, Manifest, Target
+from tuneloop_operator.domain.decision import Key, Manifest, Refusal, Target
 from tuneloop_trainer.contract import Progress, Stage
 
 
@@ -70,6 +70,8 @@ class FineTuneJobSnapshot:
     conflicts: tuple[Key, ...] = ()
     """Children's names that somebody else has taken."""
     children: tuple[Target, ...] = ()
+    refusals: tuple[Refusal, ...] = ()
+    """Children that the API server did not take."""
     """Everything that the job controls."""
 
     @staticmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from tuneloop_operator.domain.decision import Decision, Key, Manifest, Target
+from tuneloop_operator.domain.decision import Decision, Key, Manifest, Target, refusal_of
 from tuneloop_operator.domain.modeldeployment.configurations import Configured, configure
 from tuneloop_operator.domain.modeldeployment.drift import Epoch, evidence_of, is_latched, next_epoch
 from tuneloop_operator.domain.modeldeployment.news import events
@@ -36,8 +36,9 @@ def decide(snapshot: Snapshot, settings: Settings, now: datetime) -> Decision:
     configured = configure(snapshot, rollout, epoch) if has_gateway else None
     objects = _objects(snapshot, rollout, epoch, configured, settings)
     generation = configured.config.generation if configured is not None else snapshot.deployment.status.config_generation
-    status = render_status(Findings(snapshot, rollout, evidence, epoch, retraining, generation), now)
     secret = (gateway.render_keys(snapshot.deployment, snapshot.keys),) if has_gateway and snapshot.keys is not None else ()
+    refusal = refusal_of(snapshot.refusals, (*secret, *objects))
+    status = render_status(Findings(snapshot, rollout, evidence, epoch, retraining, generation, refusal), now)
     return Decision(
         status=status,
         create=(*secret, *retraining.create),

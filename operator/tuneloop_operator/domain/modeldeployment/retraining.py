@@ -15,7 +15,7 @@ from tuneloop_operator.api.modeldeployment import Retraining, RetrainingStatus
 from tuneloop_operator.api.modelversion import ModelVersion
 from tuneloop_operator.api.types import Condition, ConditionStatus
 from tuneloop_operator.domain import conditions, times
-from tuneloop_operator.domain.decision import Manifest
+from tuneloop_operator.domain.decision import Manifest, refusal_of
 from tuneloop_operator.domain.modeldeployment.drift import Epoch, is_latched
 from tuneloop_operator.domain.modeldeployment.rollouts import Rollout
 from tuneloop_operator.domain.modeldeployment.snapshot import Evidence, Snapshot
@@ -109,6 +109,9 @@ def _make_job(case: _Case, name: str) -> Plan:
         manifest = render_retraining(case.snapshot.deployment, case.stable, name, case.status.episode)
     except NoTemplate as error:
         return case.says(R.NO_TEMPLATE, str(error))
+    refusal = refusal_of(case.snapshot.refusals, (manifest,))
+    if refusal is not None:
+        return replace(case.says(R.REFUSED, refusal.sentence), create=(manifest,))
     return replace(case.says(R.RETRAINING, f"FineTuneJob {name} is being made."), create=(manifest,), again_in=1.0)
 
 

@@ -10,7 +10,7 @@ from tuneloop_operator.api.finetunejob import FineTuneJob
 from tuneloop_operator.api.kubernetes import Deployment, Pod
 from tuneloop_operator.api.modeldeployment import ModelDeployment
 from tuneloop_operator.api.modelversion import ModelVersion
-from tuneloop_operator.domain.decision import Key, Target
+from tuneloop_operator.domain.decision import Key, Refusal, Target
 from tuneloop_operator.render.gateway import FreshKeys
 from tuneloop_operator.render.revisions import Revision
 
@@ -86,6 +86,8 @@ class Snapshot:
     """Children that this deployment controls: what is no longer wanted is removed."""
     conflicts: tuple[Key, ...] = ()
     """Names of children that somebody else has."""
+    refusals: tuple[Refusal, ...] = ()
+    """Children that the API server did not take."""
     keys: FreshKeys | None = None
     """Random values, where the Secret may have to be made."""
 

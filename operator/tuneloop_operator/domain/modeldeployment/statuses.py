@@ -10,6 +10,7 @@ from tuneloop_operator.api.conditions import DeploymentCondition, DeploymentReas
 from tuneloop_operator.api.modeldeployment import ModelDeploymentStatus, RevisionStatus
 from tuneloop_operator.api.types import Condition
 from tuneloop_operator.domain import conditions
+from tuneloop_operator.domain.decision import Refusal
 from tuneloop_operator.domain.modeldeployment import drift, retraining
 from tuneloop_operator.domain.modeldeployment.drift import Epoch
 from tuneloop_operator.domain.modeldeployment.failures import Failure
@@ -45,6 +46,8 @@ class Findings:
     retraining: Plan
     generation: int
     """Of the gateway's configuration."""
+    refusal: Refusal | None = None
+    """A child, of those that are wanted now, that the API server does not take."""
 
 
 def render_status(found: Findings, now: datetime) -> dict[str, Any]:
@@ -110,6 +113,8 @@ def _available(found: Findings, now: datetime) -> Claim:
 
 def _nothing_serves(found: Findings) -> Claim:
     rollout, target = found.rollout, found.rollout.target
+    if found.refusal is not None:
+        return _refused(found.refusal)
     if rollout.failure is not None:
         return _broken(rollout.failure, R.STARTING, "")
     if rollout.candidate is not None:
@@ -131,6 +136,8 @@ def _ready(found: Findings, available: Claim) -> Claim:
     snapshot, rollout, target = found.snapshot, found.rollout, found.rollout.target
     if snapshot.conflicts:
         return _conflict(snapshot)
+    if found.refusal is not None:
+        return _refused(found.refusal)
     if rollout.failure is not None:
         return _broken(rollout.failure, R.ROLLING_OUT, "")
     if not available.holds:
@@ -151,6 +158,10 @@ def _conflict(snapshot: Snapshot) -> Claim:
     taken = ", ".join(f"{key.kind} {key.name}" for key in snapshot.conflicts[:4])
     message = f"{taken} exists and belongs to somebody else. Rename or delete it, or give this deployment another name."
     return Claim(False, R.NAME_CONFLICT, message, is_stalled=True)
+
+
+def _refused(refusal: Refusal) -> Claim:
+    return Claim(False, R.REFUSED, refusal.sentence, is_stalled=True)
 
 
 def _keeps_serving(found: Findings) -> bool:
