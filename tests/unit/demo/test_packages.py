@@ -50,7 +50,8 @@ def test_a_package_that_cannot_be_fetched_is_named_with_the_folder_to_put_it_in(
 def test_an_environment_without_pip_asks_the_uv_of_the_project(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packages.importlib.util, "find_spec", lambda name: None)
     command = packages._pip()
-    assert Path(command[0]).is_absolute() and os.access(command[0], os.X_OK), "found without a PATH"
+    assert Path(command[0]).is_absolute(), "found without a PATH"
+    assert os.access(command[0], os.X_OK)
     assert command[1:] == ["tool", "run", "pip"]
 
 
