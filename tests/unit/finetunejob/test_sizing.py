@@ -90,6 +90,8 @@ def test_a_full_step_holds_weights_gradients_and_two_moments_in_fp32() -> None:
         ({"optimizer": "sgd"}, False),
         ({"only_attention": True}, False),
         ({"supervised_share": 0.0}, False),
+        ({"predicts_tokens": False}, False),
+        ({"has_reference": True, "method": "Full"}, True),
     ],
 )
 def test_each_setting_moves_the_peak_the_way_it_should(change: dict[str, Any], grows: bool) -> None:
@@ -108,6 +110,11 @@ def test_operations_for_each_token_follow_the_method() -> None:
     attention = 6.0 * 30 * 9 * 64 * 512
     assert estimates.flops_per_token(CPU_LORA) == 4 * weights + attention
     assert estimates.flops_per_token(replace(CPU_LORA, method="Full", checkpointing=True)) == 8 * weights + attention
+
+
+def test_a_reference_costs_the_weights_once_more() -> None:
+    full = replace(CPU_LORA, method="Full")
+    assert estimates.peak_memory(replace(full, has_reference=True)) - estimates.peak_memory(full) == 2 * SMOL.parameters
 
 
 @pytest.mark.parametrize(("text", "value"), [("8Gi", 8 << 30), ("500m", 0.5), ("1.5G", 1.5e9), ("2", 2)])
@@ -261,3 +268,11 @@ def test_what_was_taken_stands_beside_what_was_estimated() -> None:
 def test_a_price_changes_no_digest() -> None:
     priced = make_job(make_spec(compute={"costPerAcceleratorHour": "3"}))
     assert config_digest(priced.spec) == config_digest(make_job().spec)
+
+
+def test_an_objective_that_needs_two_rows_gets_two() -> None:
+    kto = {"type": "KTO"}
+    world = after_prepare(make_world(objective=kto, evaluation={}), longest=512)
+    estimate = world.job.status.estimate
+    assert estimate is not None
+    assert estimate.micro_batch_size == 2

@@ -53,6 +53,10 @@ class Workload:
     supervised_share: float
     checkpointing: bool
     optimizer: str = "adamw_torch"
+    has_reference: bool = False
+    """Whether a frozen copy of all weights stands beside those that are trained."""
+    predicts_tokens: bool = True
+    """Whether the head is as wide as the vocabulary."""
 
     @property
     def tokens(self) -> int:
@@ -121,7 +125,7 @@ def _static(work: Workload) -> int:
     moments = trained * _optimizer_bytes(work)
     if work.method == "Full":
         gradients = 4 * trained if work.accumulation > 1 else 0
-        return 4 * shape.parameters + moments + gradients + casts
+        return 4 * shape.parameters + moments + gradients + casts + _reference(work)
     weights = shape.parameters * (2 if work.precision == "BF16" else 4)
     return weights + 4 * trained + moments + 4 * trained + casts
 
@@ -130,7 +134,11 @@ def _end_of_backward(work: Workload) -> int:
     """Weights, moments and all gradients; the activations are gone."""
     trained = trained_parameters(work)
     frozen = work.shape.parameters * (2 if work.precision == "BF16" else 4) if work.method == "LoRA" else 0
-    return frozen + trained * (4 + 4 + _optimizer_bytes(work))
+    return frozen + trained * (4 + 4 + _optimizer_bytes(work)) + _reference(work)
+
+
+def _reference(work: Workload) -> int:
+    return work.shape.parameters * (2 if work.precision == "BF16" else 4) if work.has_reference else 0
 
 
 def _kept_by_layers(work: Workload) -> int:
@@ -163,6 +171,8 @@ def _kept_by_layer(work: Workload) -> int:
 
 def _head(work: Workload) -> int:
     """Logits, their softmax, and the temporaries of gradient and entropy: four tensors in fp32. A trained head has a gradient."""
+    if not work.predicts_tokens:
+        return 0
     positions = max(1, round(work.tokens * min(max(work.supervised_share, 0.0), 1.0)))
     vocabulary = work.shape.vocabulary
     gradient = 6 * vocabulary * work.shape.hidden_size if work.method == "Full" else 0

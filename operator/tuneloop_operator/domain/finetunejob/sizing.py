@@ -18,6 +18,10 @@ SUFFIXES = {"": 1, "m": 0.001, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, 
 QUANTITY = re.compile(r"^([0-9.]+)([A-Za-z]*)$")
 SHORTEST = 64
 """Tokens below which a shorter sequence is no remedy."""
+WITH_REFERENCE = ("DPO", "KTO")
+WITHOUT_TOKENS = ("SequenceClassification", "RewardModel")
+FEWEST_ROWS = {"KTO": 2}
+"""Rows of a micro-batch below which an objective makes no sense."""
 UNKNOWN_CORES = (1.0, 16.0)
 """Where the pod says nothing about CPUs."""
 
@@ -57,9 +61,9 @@ def size(job: FineTuneJob, config: RunConfig, facts: Facts, settings: Settings) 
         return None
     device = _device(job, settings)
     limit = _limit(job, device)
-    own = _workload(job, config, facts)
-    fitting = next((work for work in _smaller(own) if limit is None or estimates.needed_of_limit(work) <= limit), None)
-    work = fitting or list(_smaller(own))[-1]
+    choices = list(_smaller(_workload(job, config, facts), _fewest(config)))
+    fitting = next((work for work in choices if limit is None or estimates.needed_of_limit(work) <= limit), None)
+    work = fitting or choices[-1]
     problem = _problem(job, work, limit) if fitting is None and limit is not None else None
     return Sizing(_estimate(job, config, work, facts, device, limit), problem)
 
@@ -73,7 +77,8 @@ def _workload(job: FineTuneJob, config: RunConfig, facts: Facts) -> Workload:
     extra = {name: str(value).strip().lower() for name, value in training.extra_arguments.items()}
     of_device = max(1, training.global_batch_size // max(1, job.spec.compute.accelerators_per_node))
     allowed = max(1, TOKENS_PER_MICRO_BATCH[on] // facts.longest)
-    micro = max(rows for rows in range(1, of_device + 1) if of_device % rows == 0 and rows <= allowed)
+    sizes = [rows for rows in range(_fewest(config), of_device + 1) if of_device % rows == 0]
+    micro = max((rows for rows in sizes if rows <= allowed), default=min(sizes, default=1))
     return Workload(
         shape=facts.shape,
         method="LoRA" if method.type == "LoRA" else "Full",
@@ -87,12 +92,18 @@ def _workload(job: FineTuneJob, config: RunConfig, facts: Facts) -> Workload:
         supervised_share=facts.supervised_share,
         checkpointing=extra.get("gradient_checkpointing", "true" if on == "cuda" else "false") == "true",
         optimizer=extra.get("optim", "adamw_torch"),
+        has_reference=method.type == "Full" and config.objective in WITH_REFERENCE,
+        predicts_tokens=config.objective not in WITHOUT_TOKENS,
     )
 
 
-def _smaller(work: Workload) -> Iterator[Workload]:
+def _fewest(config: RunConfig) -> int:
+    return FEWEST_ROWS.get(config.objective, 1)
+
+
+def _smaller(work: Workload, fewest: int) -> Iterator[Workload]:
     """The same global batch in ever smaller micro-batches."""
-    for rows in range(work.micro_batch, 0, -1):
+    for rows in range(work.micro_batch, min(fewest, work.micro_batch) - 1, -1):
         if work.global_batch % rows == 0:
             yield replace(work, micro_batch=rows, accumulation=work.global_batch // rows)
 
@@ -189,7 +200,7 @@ def _problem(job: FineTuneJob, work: Workload, limit: int) -> str:
     more = "raise compute.pod.resources.limits.memory" if work.device == "cpu" else "take a larger device"
     what = f"{remedy}, or {more}" if remedy is not None else f"No single change makes it fit: {more}"
     return (
-        f"Training needs about {_gib(needed)} with one row at a time, and {where} is {_gib(limit)}. {what}; "
+        f"Training needs about {_gib(needed)} with {_rows(work)} at a time, and {where} is {_gib(limit)}. {what}; "
         "the annotation tuneloop.dev/ignore-estimate: 'true' trains all the same."
     )
 
@@ -209,6 +220,10 @@ def _remedies(work: Workload) -> Iterator[tuple[str, Workload]]:
     for length in lengths:
         words = f"Set training.maxSequenceLength to {length} and training.extraArguments.gradient_checkpointing to 'true'"
         yield words, replace(checkpointed, longest=length)
+
+
+def _rows(work: Workload) -> str:
+    return "one row" if work.micro_batch == 1 else f"{work.micro_batch} rows"
 
 
 def _gib(count: int) -> str:
