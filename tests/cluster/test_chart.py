@@ -29,7 +29,8 @@ SMALL_JOB: Manifest = {
         "output": {"model": "other", "store": {"uri": "pvc://models"}},
     },
 }
-SERVABLE = changed(changed(MODEL_VERSION, "spec.approval", "Approved"), "spec.artifact.format", "Merged")
+MERGED = changed(changed(MODEL_VERSION, "spec.artifact.format", "Merged"), "spec.artifact.rank", ...)
+SERVABLE = changed(MERGED, "spec.approval", "Approved")
 SMALL_DEPLOYMENT: Manifest = {
     "apiVersion": "tuneloop.dev/v1alpha1",
     "kind": "ModelDeployment",

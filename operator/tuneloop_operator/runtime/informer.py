@@ -36,7 +36,8 @@ log = logging.getLogger(__name__)
 
 SERVER_TIMEOUT = 120
 """Seconds after which the API server ends a watch: each begins anew within them, and that is its sign of life."""
-STOP_SECONDS = 5.0
+STOP_SECONDS = 2.0
+"""kopf is slow to end while it begins. It has nothing to lose, and its thread is no reason for the process to stay."""
 SWITCH_SECONDS = 0.0005
 """A thread that parses events holds the interpreter no longer than this while a worker's answer waits; the default of 5 ms would be paid at
 every await of a pass."""
