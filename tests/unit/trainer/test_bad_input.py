@@ -27,6 +27,7 @@ from tuneloop_trainer.contract import (
     Template,
 )
 from tuneloop_trainer.data.formats import MAX_LINE_BYTES
+from tuneloop_trainer.data.records import RowReader
 
 Build = Callable[[Path, Path], RunConfig]
 
@@ -225,6 +226,17 @@ def test_a_few_bad_rows_are_dropped_and_counted(tmp_path: Path, base: Path) -> N
 
     assert (summary.rows_in, summary.rows_kept) == (44, 40)
     assert summary.dropped == {"Malformed": 1, "MissingValue": 1, "Empty": 1, "Duplicate": 1}
+
+
+def test_a_field_of_a_megabyte_is_dropped_and_named_with_its_file(tmp_path: Path) -> None:
+    folder = tmp_path / "parts"
+    write_jsonl(folder / "a.jsonl", [{"prompt": "p", "completion": str(number)} for number in range(9)])
+    pq.write_table(pa.Table.from_pylist([{"prompt": "p", "completion": "x" * (1 << 20)}]), folder / "b.parquet")
+    reader = RowReader(make_source(folder, template=None), "data.train[0]")
+
+    assert len(list(reader.records())) == 9
+    assert reader.drops.counts == {"TooLong": 1}
+    assert reader.drops.first == "row 10 (b.parquet): its completion is longer than 262144 characters"
 
 
 def test_truncated_rows_are_counted(tmp_path: Path, base: Path) -> None:

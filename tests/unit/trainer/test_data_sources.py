@@ -140,6 +140,15 @@ def test_an_invalid_byte_costs_its_row_only(tmp_path: Path) -> None:
     assert [row.problem for row in rows] == ["", "it is not UTF-8 (byte 11)"]
 
 
+def test_half_a_surrogate_pair_costs_its_row_and_a_whole_one_does_not(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_bytes(b'{"text": "\\ud83d\\ude42"}\n{"text": "\\ud83d"}\n')
+
+    rows = list(Reading(DataSource(uri="pvc://x", path=str(tmp_path / "x.jsonl"))).rows())
+
+    assert rows[0].values == {"text": "🙂"}
+    assert rows[1].problem == "it has half of a surrogate pair, which is no character"
+
+
 def test_nan_in_csv_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_bytes(b"text,label\nfine,nan\n")
 

@@ -107,7 +107,20 @@ def _json_row(line: bytes) -> Values:
         values = json.loads(text)
     except (ValueError, RecursionError):
         return "it is not JSON"
-    return values if isinstance(values, dict) else "it is not a JSON object"
+    if not isinstance(values, dict):
+        return "it is not a JSON object"
+    return "it has half of a surrogate pair, which is no character" if _has_lone_surrogate(text, values) else values
+
+
+def _has_lone_surrogate(text: str, values: dict[str, object]) -> bool:
+    """JSON may escape what UTF-8 cannot hold, and no tokenizer takes."""
+    if "\\ud" not in text and "\\uD" not in text:
+        return False
+    try:
+        json.dumps(values, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _decompressed(raw: IO[bytes], compression: str, uri: str) -> IO[bytes]:

@@ -12,7 +12,7 @@ from jinja2 import TemplateError
 
 from tuneloop_trainer.contract import DataSource, Reason
 from tuneloop_trainer.data.sources import Reading, Row
-from tuneloop_trainer.data.templates import RowTemplate
+from tuneloop_trainer.data.templates import MAX_OUTPUT, RowTemplate
 from tuneloop_trainer.errors import Invalid
 
 ROLES = ("prompt", "completion", "chosen", "rejected", "desirable", "text", "label", "document", "system")
@@ -149,6 +149,9 @@ class RowReader:
         empty = next((name for name, text in texts.items() if not text.strip()), None)
         if empty is not None:
             return self._drop("Empty", row, f"its {empty} is empty")
+        long = next((name for name, text in texts.items() if len(text) > MAX_OUTPUT), None)
+        if long is not None:
+            return self._drop("TooLong", row, f"its {long} is longer than {MAX_OUTPUT} characters")
         prompt, completion = texts[shape.prompt] if shape.prompt else "", texts[shape.completion]
         rejected = texts[shape.rejected] if shape.rejected else None
         if rejected is not None and " ".join(rejected.split()) == " ".join(completion.split()):
@@ -169,7 +172,7 @@ class RowReader:
         return (_text(context[name]) or "") if template is None else template.render(context)
 
     def _drop(self, reason: str, row: Row, problem: str) -> Record | None:
-        self.drops.add(reason, f"row {row.number}: {problem}")
+        self.drops.add(reason, f"row {row.number}{f' ({row.file[:60]})' if row.file else ''}: {problem}")
         return None
 
     def _refuse_if_mostly_bad(self) -> None:
