@@ -211,6 +211,10 @@ class Database:
             yield
 
     async def close(self) -> None:
+        """A migration that is not done is undone, and left to the next to come."""
+        if self._making is not None:
+            self._making.cancel()
+            await asyncio.wait((self._making,), timeout=self._seconds)
         await self.engine.dispose()
         await self._for_migrations.dispose()
 

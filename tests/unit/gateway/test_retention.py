@@ -15,7 +15,9 @@ from tests.unit.gateway.test_feedback import KEYS, as_, label, sample, say, toke
 from tuneloop_gateway import retention
 from tuneloop_gateway.contract import ForgetReceipt
 from tuneloop_gateway.database import captured, corrections, feedback, labels
+from tuneloop_gateway.inbound import CHAT_PATH, Inbound
 from tuneloop_gateway.keys import subject_of
+from tuneloop_gateway.proxy import Exchange
 
 ON_BOTH_STORES = True
 
@@ -93,7 +95,9 @@ async def test_what_still_waits_to_be_stored_is_forgotten_too(keyed: Running) ->
     async with keyed.gateway.database.quiet():
         for who in ("ann", "bob"):
             await keyed.ask("a text", headers=as_(who))
-        keyed.gateway.capture.forget(subject_of("ann", b"feedback-secret"))
+        ann = subject_of("ann", b"feedback-secret")
+        keyed.gateway.capture.offer(Exchange(Inbound(CHAT_PATH, {}, "text", False), "r1", ann, {}, keep=True, status=200))
+        keyed.gateway.capture.forget(ann)
     await keyed.captured()
     async with keyed.gateway.database.begin() as connection:
         assert (await connection.execute(select(captured.c.subject))).scalars().all() == [subject_of("bob", b"feedback-secret")]
