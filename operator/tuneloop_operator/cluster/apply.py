@@ -72,8 +72,10 @@ class Applier:
             return False
         metadata = owner["metadata"]
         identity = {name: metadata[name] for name in ("name", "namespace", "uid", "resourceVersion")}
-        await self.cluster.apply_status({"apiVersion": owner["apiVersion"], "kind": owner["kind"], "metadata": identity, "status": desired})
-        return True
+        manifest = {"apiVersion": owner["apiVersion"], "kind": owner["kind"], "metadata": identity, "status": desired}
+        written = await self.cluster.apply_status(manifest)
+        # A CRD of another release drops fields that it does not know: what it keeps may be what was there. No pass follows then.
+        return bool(written["metadata"]["resourceVersion"] != metadata["resourceVersion"])
 
     # --- children ---
 

@@ -87,3 +87,14 @@ async def test_a_right_that_the_operator_lacks_is_no_refusal_of_the_object(serve
     with pytest.raises(Forbidden):
         await carry_out(server, "a")
     assert server.refused("u") == ()
+
+
+@pytest.mark.parametrize(("version", "is_changed"), [("2", True), ("1", False)])
+async def test_a_status_that_the_crd_drops_is_no_change(server: Server, version: str, is_changed: bool) -> None:
+    async def apply_status(manifest: Any) -> Any:
+        return {**OWNER, "metadata": {**manifest["metadata"], "resourceVersion": version}}
+
+    server.apply_status = apply_status  # type: ignore[method-assign]
+    owner = {**OWNER, "metadata": {**OWNER["metadata"], "resourceVersion": "1"}}
+    outcome = await Applier(server).carry_out(owner, Decision(status={"field": "of a newer release"}), NOW)
+    assert outcome.is_changed == is_changed
