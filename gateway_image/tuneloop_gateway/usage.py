@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 
 from tuneloop_gateway.inbound import Json
 
-MAX_HELD_BYTES = 1 << 20
+MAX_HELD_BYTES = 256 << 10
+_AFTER_EVENT = re.compile(rb"(?<=\n\n)|(?<=\n\r\n)")
 
 
 def asks_for_usage(body: Json) -> bool:
@@ -29,16 +31,10 @@ class UsageFilter:
 
     def feed(self, chunk: bytes) -> bytes:
         """What may go on to the client."""
-        self._held += chunk
-        end = self._held.rfind(b"\n\n") + 2
-        if end < 2:
-            return self.end() if len(self._held) > MAX_HELD_BYTES else b""
-        whole, self._held = self._held[:end], self._held[end:]
-        if b'"usage"' not in whole:
-            self.events += whole.count(b"data:")
-            return whole
-        events = [event + b"\n\n" for event in whole.split(b"\n\n")[:-1]]
+        *events, self._held = _AFTER_EVENT.split(self._held + chunk)
         self.events += len(events)
+        if len(self._held) > MAX_HELD_BYTES:
+            events.append(self.end())
         return b"".join(event for event in events if not _is_usage_alone(event))
 
     def end(self) -> bytes:
