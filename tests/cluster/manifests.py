@@ -66,7 +66,13 @@ FINE_TUNE_JOB: Manifest = {
             "lossSpikeRatio": "5",
             "extraArguments": {"weight_decay": "0.01"},
         },
-        "compute": {"acceleratorsPerNode": 0, "acceleratorResource": "nvidia.com/gpu", "costPerAcceleratorHour": "2.5", "pod": POD},
+        "compute": {
+            "nodes": 2,
+            "acceleratorsPerNode": 0,
+            "acceleratorResource": "nvidia.com/gpu",
+            "costPerAcceleratorHour": "2.5",
+            "pod": POD,
+        },
         "checkpoint": {"everyMinutes": "10", "everySteps": 50, "keep": 2},
         "evaluation": {
             "suites": [

@@ -220,6 +220,10 @@ REFUSED: dict[str, list[Manifest]] = {
     "SequenceClassification writes no answers: the metric Preference cannot be measured.": [
         changed(changed(CLASSES, "spec.evaluation.suites.0.metrics", ["Preference"]), "spec.evaluation.gates.0.metric", "Preference"),
     ],
+    "training.globalBatchSize must be a multiple of compute.nodes x compute.acceleratorsPerNode: each takes an equal share.": [
+        changed(changed(FINE_TUNE_JOB, "spec.compute.nodes", 3), "spec.training.globalBatchSize", 16),
+        changed(changed(FINE_TUNE_JOB, "spec.compute.acceleratorsPerNode", 3), "spec.training.globalBatchSize", 16),
+    ],
     "training.earlyStopping needs data.validation.": [WITHOUT_VALIDATION],
     "a suite of type Validation needs data.validation.": [changed(FINE_TUNE_JOB, "spec.data.validation", ...)],
     "evaluation.artifactDigest must equal artifact.manifestDigest: what is evaluated is what is shipped.": [

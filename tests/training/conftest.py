@@ -38,9 +38,9 @@ class Attempt:
         with suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
 
-    def kill_worker(self, pid: int) -> None:
+    def signal_worker(self, pid: int, number: int) -> None:
         with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+            os.kill(pid, number)
 
     def workers(self) -> list[int]:
         with suppress(OSError):

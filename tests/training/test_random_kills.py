@@ -112,7 +112,7 @@ def kill(attempt: Attempt, run: Run, chance: random.Random) -> bool:
             attempt.kill_all()
         case "worker":
             for pid in attempt.workers():
-                attempt.kill_worker(pid)
+                attempt.signal_worker(pid, signal.SIGKILL)
         case _:
             attempt.signal_launcher(signal.SIGTERM)
     return True

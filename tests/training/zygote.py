@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
-from tuneloop_trainer import launcher, worker
+from tuneloop_trainer import launcher, worker, workers
 from tuneloop_trainer.contract import Stage
 
 ENV_SAMPLES = "TEST_SAMPLES_FILE"
@@ -108,7 +108,7 @@ def main() -> None:
     import tuneloop_trainer.training.callbacks
     import tuneloop_trainer.training.trainer  # noqa: F401
 
-    launcher.subprocess.Popen = Forked  # type: ignore[misc, assignment]
+    workers.subprocess.Popen = Forked  # type: ignore[misc, assignment]
     for line in sys.stdin:
         asked = json.loads(line)
         pid = os.fork()

@@ -27,6 +27,9 @@ RESULT_LIMIT = 3500
 """Bytes that a `StageResult` may have; Kubernetes cuts a termination message at 4096."""
 PROGRESS_LIMIT = 16 * 1024
 """Bytes that an answer of `GET /progress` may have."""
+ENV_NODES, ENV_PROCESSES, ENV_RENDEZVOUS = "TUNELOOP_NODES", "TUNELOOP_PROCESSES", "TUNELOOP_RENDEZVOUS"
+"""Environment of the pods that train together: how many pods, how many processes in each, and `host:port` of the first one."""
+RENDEZVOUS_PORT = 29500
 MAX_GATES = 16
 TOKENS_PER_MICRO_BATCH = {"cpu": 512, "cuda": 16384}
 """The trainer's own choice of a micro-batch is as many rows as have so many tokens. On a CPU, rows of like length in small groups
@@ -53,6 +56,8 @@ class ExitCode(IntEnum):
     NON_FINITE = 12
     """The loss is no number any more, or has left its course."""
     STALLED = 13
+    PEER_LOST = 14
+    """Another process of the same training went away; its own exit code says why."""
     UNAVAILABLE = 69
     """The hub, a source or the store does not answer: another attempt may do better."""
     INTERRUPTED = 75

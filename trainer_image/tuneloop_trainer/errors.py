@@ -56,6 +56,13 @@ class Unavailable(StageError):
         self.reason = reason
 
 
+class PeerLost(StageError):
+    """Another process that trains the same model went away."""
+
+    exit_code = ExitCode.PEER_LOST
+    reason = Reason.PREEMPTED
+
+
 class Interrupted(BaseException):
     """SIGTERM was received; what was reached is saved. No `Exception`, so that no library's broad except takes it for its own."""
 

@@ -21,7 +21,7 @@ def cpu_threads(configured: int | None = None, cgroup: Path = CGROUP) -> int:
 def use_threads(configured: int | None) -> None:
     import torch
 
-    torch.set_num_threads(cpu_threads(configured))
+    torch.set_num_threads(max(1, cpu_threads(configured) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def _quota(cgroup: Path) -> float | None:

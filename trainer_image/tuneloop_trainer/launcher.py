@@ -10,12 +10,11 @@ import logging
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,9 +23,10 @@ from pydantic import ValidationError
 from tuneloop_trainer import contract, hardware
 from tuneloop_trainer.contract import ExitCode, Progress, Reason, RunConfig, Stage, StageResult
 from tuneloop_trainer.progress import read_progress
-from tuneloop_trainer.results import read_result, sentence, write_result, write_termination
+from tuneloop_trainer.results import sentence, write_result, write_termination
 from tuneloop_trainer.server import ProgressServer
 from tuneloop_trainer.watchdog import Watchdog
+from tuneloop_trainer.workers import Place, Workers
 
 log = logging.getLogger("tuneloop.launcher")
 WORKER = (sys.executable, "-m", "tuneloop_trainer.worker")
@@ -48,6 +48,7 @@ class Surroundings:
     termination: Path
     port: int
     pod_uid: str
+    place: Place
     environment: Mapping[str, str]
 
     @classmethod
@@ -58,6 +59,7 @@ class Surroundings:
             termination=Path(env.get("TERMINATION_PATH", contract.TERMINATION_PATH)),
             port=int(env.get("PROGRESS_PORT", contract.PROGRESS_PORT)),
             pod_uid=env.get(ENV_POD_UID, ""),
+            place=Place.from_environment(env),
             environment=dict(env),
         )
 
@@ -70,9 +72,8 @@ class Launcher:
         self._at = surroundings
         self._command = [*command, stage.value]
         self._scratch = Path(tempfile.mkdtemp(prefix="tuneloop-"))
-        self._progress_file = self._scratch / "progress.json"
-        self._result_file = self._scratch / "result.json"
-        self._worker: subprocess.Popen[bytes] | None = None
+        self._progress_file = self._scratch / "progress-0.json"
+        self._workers = Workers()
         self._terminated = False
 
     def run(self) -> int:
@@ -92,9 +93,10 @@ class Launcher:
             return self._tell(None, self._failure(ExitCode.BUG, f"The run's configuration cannot be read: {error}"))
         with self._serving():
             oom_kills = hardware.oom_kills()
-            code, stalled = self._watch(self._start(config), config)
+            self._start(config)
+            stalled = self._watch(config)
             killed_for_memory = (hardware.oom_kills() or 0) > (oom_kills or 0)
-            return self._tell(config, self._conclude(code, stalled, killed_for_memory))
+            return self._tell(config, self._conclude(stalled, killed_for_memory))
 
     @contextmanager
     def _serving(self) -> Iterator[None]:
@@ -111,43 +113,50 @@ class Launcher:
         finally:
             server.stop()
 
-    def _start(self, config: RunConfig) -> int:
-        environment = worker_environment(self._at.environment, self._scratch, config)
-        environment |= {
-            ENV_CONFIG: str(self._at.config),
-            ENV_PROGRESS: str(self._progress_file),
-            ENV_RESULT: str(self._result_file),
-            ENV_POD_UID: self._at.pod_uid,
-        }
-        self._worker = subprocess.Popen(self._command, env=environment)
+    def _start(self, config: RunConfig) -> None:
+        """One worker; one for each device where several train together."""
+        place = self._at.place if self._stage is Stage.TRAIN else Place()
+        for local in range(place.processes):
+            result = self._scratch / f"result-{local}.json"
+            environment = worker_environment(self._at.environment, self._scratch, config, place.processes) | place.environment(local)
+            environment |= {
+                ENV_CONFIG: str(self._at.config),
+                ENV_PROGRESS: str(self._scratch / f"progress-{local}.json"),
+                ENV_RESULT: str(result),
+                ENV_POD_UID: self._at.pod_uid,
+            }
+            self._workers.start(self._command, environment, result)
         if self._terminated:
-            self._worker.send_signal(signal.SIGTERM)
-        return self._worker.pid
+            self._workers.signal(signal.SIGTERM)
 
-    def _watch(self, pid: int, config: RunConfig) -> tuple[int, Watchdog | None]:
-        """Wait for the worker, reaping whatever else falls to PID 1. Returns its exit code and the watchdog if that ended it."""
+    def _watch(self, config: RunConfig) -> Watchdog | None:
+        """Wait for the workers, reaping whatever else falls to PID 1. Returns the watchdog if that ended them."""
         watchdog = Watchdog(config.stall_seconds, time.monotonic()) if self._stage is Stage.TRAIN else None
         while True:
             ended, status = os.waitpid(-1, os.WNOHANG)
-            if ended == pid:
-                return os.waitstatus_to_exitcode(status), None
             if ended:
+                self._workers.reaped(ended, os.waitstatus_to_exitcode(status))
+                if self._workers.are_over:
+                    return None
                 continue
+            self._workers.end_what_is_left()
             if watchdog is not None and watchdog.is_stalled(read_progress(self._progress_file), time.monotonic()):
-                self._kill_stalled(pid)
-                return -signal.SIGKILL, watchdog
+                self._kill_stalled()
+                return watchdog
             time.sleep(POLL_SECONDS)
 
-    def _kill_stalled(self, pid: int) -> None:
+    def _kill_stalled(self) -> None:
         log.error("no step for too long: asking the worker for its stacks, then ending it")
-        os.kill(pid, signal.SIGUSR1)
+        self._workers.signal(signal.SIGUSR1)
         time.sleep(STACKS_SECONDS)
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+        self._workers.signal(signal.SIGKILL)
+        while not self._workers.are_over:
+            ended, status = os.waitpid(-1, 0)
+            self._workers.reaped(ended, os.waitstatus_to_exitcode(status))
 
-    def _conclude(self, code: int, stalled: Watchdog | None, killed_for_memory: bool) -> StageResult:
-        result = read_result(self._result_file)
-        if result is not None and result.exit_code == code:
+    def _conclude(self, stalled: Watchdog | None, killed_for_memory: bool) -> StageResult:
+        code, result = self._workers.outcome()
+        if result is not None and stalled is None:
             return result
         if stalled is not None:
             return self._failure(ExitCode.STALLED, f"No step for {stalled.limit_seconds:.0f} s; the worker was ended.", Reason.STEP_STALLED)
@@ -165,7 +174,7 @@ class Launcher:
         except OSError as error:
             log.error("the termination message cannot be written: %s", error)
         try:
-            if config is not None:
+            if config is not None and self._at.place.node == 0:
                 write_result(Path(config.paths.work) / f"{self._stage.value}-result.json", result)
         except OSError as error:
             log.error("the result cannot be written to the store: %s", error)
@@ -181,15 +190,13 @@ class Launcher:
 
     def _forward(self, number: int, frame: object) -> None:
         self._terminated = True
-        if self._worker is not None:
-            with suppress(ProcessLookupError):
-                os.kill(self._worker.pid, signal.SIGTERM)
+        self._workers.signal(signal.SIGTERM)
 
 
-def worker_environment(inherited: Mapping[str, str], scratch: Path, config: RunConfig) -> dict[str, str]:
+def worker_environment(inherited: Mapping[str, str], scratch: Path, config: RunConfig, processes: int = 1) -> dict[str, str]:
     """The worker's environment: every cache in scratch (the root is read-only and the user may have no home), threads as the
     quota says, and no network for stages that need none."""
-    threads = str(hardware.cpu_threads(config.threads))
+    threads = str(max(1, hardware.cpu_threads(config.threads) // processes))
     caches = {name: str(scratch / name.lower()) for name in CACHES}
     own = {
         "HOME": str(scratch),

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from tuneloop_trainer.contract import ExitCode, Reason, RunConfig, Stage, StageResult
-from tuneloop_trainer.errors import Interrupted, OutOfMemory, StageError, Unavailable
+from tuneloop_trainer.errors import Interrupted, OutOfMemory, PeerLost, StageError, Unavailable
 from tuneloop_trainer.interrupts import Interrupts
 from tuneloop_trainer.launcher import ENV_CONFIG, ENV_POD_UID, ENV_PROGRESS, ENV_RESULT
 from tuneloop_trainer.progress import ProgressWriter
@@ -56,6 +56,8 @@ def run(stage: Stage, config: RunConfig, progress: ProgressWriter, interrupts: I
             where = f" ({error.filename})" if error.filename else ""
             log.exception("stage %s cannot read or write", stage.value)
             return _failure(stage, Unavailable(f"The store does not answer or is full: {error.strerror}{where}.", Reason.STORE_UNAVAILABLE))
+        if _is_of_peers(error):
+            return _failure(stage, PeerLost(f"Another process of the training went away: {sentence(str(error), 200)}"))
         log.exception("stage %s failed", stage.value)
         message = sentence(f"{type(error).__name__}: {error}")
         return StageResult(stage=stage, exit_code=ExitCode.BUG, reason=Reason.INTERNAL_ERROR, message=message)
@@ -86,6 +88,14 @@ def _stage(stage: Stage, config: RunConfig, progress: ProgressWriter, interrupts
 def _failure(stage: Stage, error: StageError | Interrupted) -> StageResult:
     message = sentence(" ".join(filter(None, (sentence(error.message, 480), HINTS.get(error.exit_code)))))
     return StageResult(stage=stage, exit_code=error.exit_code, reason=error.reason, message=message)
+
+
+def _is_of_peers(error: Exception) -> bool:
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return False
+    from tuneloop_trainer.training.world import is_of_peers
+
+    return is_of_peers(error)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -214,7 +214,14 @@ class Training(Model):
 class Compute(Model):
     """Where the training runs."""
 
-    accelerators_per_node: int = Field(default=1, ge=0, le=16, description="Devices of the training pod; 0 trains on the CPU.")
+    nodes: int = Field(
+        default=1,
+        ge=1,
+        le=64,
+        description="Pods that train together, each with acceleratorsPerNode devices. More than one need a store whose claim is "
+        "ReadWriteMany, or one node for all.",
+    )
+    accelerators_per_node: int = Field(default=1, ge=0, le=16, description="Devices of a training pod; 0 trains on the CPU.")
     accelerator_resource: str = Field(default="nvidia.com/gpu", max_length=128, description="Resource name of the devices.")
     cost_per_accelerator_hour: Number | None = Field(
         default=None, description="Price of one device for an hour, in any currency; status.estimate then tells the cost."
@@ -395,6 +402,11 @@ class FineTuneJobSpec(Model):
             (
                 "self.method.type == 'LoRA' || !has(self.output.format) || self.output.format == 'Merged'",
                 "method Full has no adapter: output.format must be Merged.",
+            ),
+            (
+                "self.training.globalBatchSize % (self.compute.nodes * (self.compute.acceleratorsPerNode > 0"
+                " ? self.compute.acceleratorsPerNode : 1)) == 0",
+                "training.globalBatchSize must be a multiple of compute.nodes x compute.acceleratorsPerNode: each takes an equal share.",
             ),
             ("!has(self.training.earlyStopping) || has(self.data.validation)", "training.earlyStopping needs data.validation."),
             (

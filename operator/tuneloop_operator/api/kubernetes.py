@@ -127,6 +127,12 @@ class Pod(Model):
         return next((c for c in self.status.conditions if c.type == type_), None)
 
     @property
+    def index(self) -> int:
+        """Its number in an Indexed Job; 0 in any other."""
+        number = self.metadata.labels.get("batch.kubernetes.io/job-completion-index", "")
+        return int(number) if number.isdecimal() else 0
+
+    @property
     def is_ready(self) -> bool:
         ready = self.condition("Ready")
         return ready is not None and ready.status == "True" and self.metadata.deletion_timestamp is None

@@ -25,7 +25,7 @@ from tuneloop_operator.render.run_config import run_config
 from tuneloop_operator.settings import Settings
 from tuneloop_trainer.contract import PROGRESS_LIMIT, PROGRESS_PORT, Progress, Stage
 
-CHILDREN = ("Job", "Pod", "ConfigMap", "NetworkPolicy")
+CHILDREN = ("Job", "Pod", "ConfigMap", "NetworkPolicy", "Service")
 MUTE_SECONDS = 3.0
 """A Job without a pod, or a pod without a word for so long, is asked after in the events."""
 MAX_EVENTS = 20

@@ -57,16 +57,27 @@ def job_policy(job: str) -> str:
     return f"{job}-progress"
 
 
+def job_peers(job: str) -> str:
+    """The headless Service of pods that train together."""
+    return f"{job}-peers"
+
+
 LONGEST_LABEL = 63
 """Characters of a label's value, and so of a Job's name, which its pods carry as a label."""
 
 
-def stage_job(job: str, stage: str, number: int) -> str:
-    """`<name>-train-<n>`, `<name>-prepare-<n>`, …; a long job's name is cut where the number has grown long too."""
+INDEX_LENGTH = 3
+"""Characters that the number of a pod adds to the name of its host: `-0` to `-63`."""
+
+
+def stage_job(job: str, stage: str, number: int, spare: int = 0) -> str:
+    """`<name>-train-<n>`, `<name>-prepare-<n>`, …; a long job's name is cut where the number has grown long too. `spare`
+    characters are left for what is appended to it."""
     suffix = f"-{stage}-{number}"
-    if len(job) + len(suffix) <= LONGEST_LABEL:
+    longest = LONGEST_LABEL - spare
+    if len(job) + len(suffix) <= longest:
         return job + suffix
-    kept = job[: LONGEST_LABEL - len(suffix) - 9]
+    kept = job[: longest - len(suffix) - 9]
     return f"{kept}-{short_hash(job, 8)}{suffix}"
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import PurePosixPath
 
 from tuneloop_operator.api.finetunejob import FineTuneJob, Resolved
-from tuneloop_operator.render import names, pods
+from tuneloop_operator.render import names, pods, together
 from tuneloop_operator.render.pods import Json
 from tuneloop_operator.render.run_config import FEEDBACK_PATH, INTERNAL_TOKEN, PUSH_PATH
 from tuneloop_operator.settings import Settings
@@ -84,7 +84,10 @@ def progress_policy(job: FineTuneJob, settings: Settings) -> Json:
         "spec": {
             "podSelector": {"matchLabels": {names.JOB_LABEL: job.metadata.name}},
             "policyTypes": ["Ingress"],
-            "ingress": [{"from": [operator, prometheus], "ports": [{"protocol": "TCP", "port": PROGRESS_PORT}]}],
+            "ingress": [
+                {"from": [operator, prometheus], "ports": [{"protocol": "TCP", "port": PROGRESS_PORT}]},
+                *together.ingress(job),
+            ],
         },
     }
 
@@ -110,18 +113,27 @@ def stage_job(
     `config` says which claims it needs; `text` is what it reads.
     """
     labels = job_labels(job) | {names.STAGE_LABEL: stage.value, names.ATTEMPT_LABEL: str(number)}
+    count = together.nodes(job, stage, with_devices=with_devices)
+    name = names.stage_job(job.metadata.name, stage.value, number, names.INDEX_LENGTH if count > 1 else 0)
+    template = _pod(job, resolved, config, settings, stage, labels, config_map_name(job, text), with_devices)
+    if with_devices:
+        template["spec"]["containers"][0]["env"] += together.environment(job, name, stage, count)
+    if count > 1:
+        template["spec"]["subdomain"] = names.job_peers(job.metadata.name)
     job_only = {names.INPUT_LABEL: input_hash, names.RETRY_HASH_LABEL: retry_hash(job), names.FROM_STEP_LABEL: str(from_step)}
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
         "metadata": {
-            "name": names.stage_job(job.metadata.name, stage.value, number),
+            "name": name,
             "namespace": job.metadata.namespace,
             "labels": labels | job_only,
         },
         "spec": {
-            "parallelism": 1,
-            "completions": 1,
+            "parallelism": count,
+            "completions": count,
+            # As one: what ends one pod ends the attempt, and the next one takes it up with as many.
+            **({"completionMode": "Indexed"} if count > 1 else {}),
             "backoffLimit": 0,
             "suspend": False,
             "podReplacementPolicy": "Failed",
@@ -132,7 +144,7 @@ def stage_job(
                     {"action": "FailJob", "onExitCodes": {"containerName": CONTAINER, "operator": "NotIn", "values": [0]}},
                 ]
             },
-            "template": _pod(job, resolved, config, settings, stage, labels, config_map_name(job, text), with_devices),
+            "template": template,
         },
     }
 

@@ -15,7 +15,7 @@ import numpy as np
 from tuneloop_trainer import bases, hardware, models
 from tuneloop_trainer.contract import ExitCode, Reason, RunConfig, Stage, StageResult, TrainSummary
 from tuneloop_trainer.data.shards import read_table, shard_files
-from tuneloop_trainer.errors import Invalid
+from tuneloop_trainer.errors import Invalid, StageError
 from tuneloop_trainer.interrupts import Interrupts
 from tuneloop_trainer.manifests import publish, staging
 from tuneloop_trainer.objectives import Objective, objective_of
@@ -27,6 +27,7 @@ from tuneloop_trainer.stages.prepare import CARD
 from tuneloop_trainer.training.arguments import Settings, resolve, surroundings
 from tuneloop_trainer.training.checkpoints import Checkpoint, Checkpoints
 from tuneloop_trainer.training.plan import Plan, make_plan
+from tuneloop_trainer.training.world import World, join
 
 log = logging.getLogger("tuneloop.train")
 SETTINGS = "settings.json"
@@ -54,8 +55,10 @@ def train(config: RunConfig, progress: ProgressWriter, interrupts: Interrupts) -
     progress.phase("LoadingData")
     manifest, prepared = require_stage(config, Stage.PREPARE)
     base = bases.require_prepared(config, manifest)
+    progress.phase("WaitingForPeers")
+    world = join()
     progress.phase("LoadingModel")
-    attempt = assemble(config, prepared, base, progress, interrupts)
+    attempt = assemble(config, prepared, base, progress, interrupts, world)
     started = time.monotonic()
     interrupts.defer()
     run(attempt)
@@ -63,6 +66,9 @@ def train(config: RunConfig, progress: ProgressWriter, interrupts: Interrupts) -
     if interrupts.requested and summary.step < summary.max_steps:
         message = f"Saved at step {summary.step} of {summary.max_steps} after SIGTERM."
         return StageResult(stage=Stage.TRAIN, exit_code=ExitCode.INTERRUPTED, reason=Reason.PREEMPTED, message=message, train=summary)
+    world.leave()
+    if not world.is_first:
+        return StageResult(stage=Stage.TRAIN, exit_code=ExitCode.DONE, train=summary)
     progress.phase("Saving")
     return finish(config, attempt, summary, folder)
 
@@ -79,7 +85,9 @@ def run(attempt: Attempt) -> None:
         attempt.trainer.state = TrainerState.load_from_json(str(attempt.resumed.folder / "trainer_state.json"))
 
 
-def assemble(config: RunConfig, prepared: StageResult, base: Path, progress: ProgressWriter, interrupts: Interrupts) -> Attempt:
+def assemble(
+    config: RunConfig, prepared: StageResult, base: Path, progress: ProgressWriter, interrupts: Interrupts, world: World
+) -> Attempt:
     """Model, data, callbacks and trainer; and the checkpoint to resume from."""
     from transformers import PrinterCallback
 
@@ -91,11 +99,14 @@ def assemble(config: RunConfig, prepared: StageResult, base: Path, progress: Pro
     objective = objective_of(config, data)
     sources = json.loads((data / CARD).read_text())["sources"]
     lengths = np.asarray(read_table(data, "train")["length"], dtype=np.int64)
-    plan = make_plan(config, prepared, [source["rows"] for source in sources], lengths, hardware.device(), objective.least_rows)
-    checkpoints = Checkpoints(stage_folder(config, Stage.TRAIN) / "checkpoints", plan.key, config.checkpoint.keep)
-    resumed = checkpoints.newest()
+    plan = make_plan(config, prepared, [source["rows"] for source in sources], lengths, hardware.device(), objective.least_rows, world.size)
+    if world.told_by_first(plan.key) != plan.key:
+        raise StageError("The processes of the training do not see the same data: is the store the same for all nodes?")
+    checkpoints = Checkpoints(stage_folder(config, Stage.TRAIN) / "checkpoints", plan.key, config.checkpoint.keep, world)
     writing = stage_folder(config, Stage.TRAIN) / "writing"
-    shutil.rmtree(writing, ignore_errors=True)
+    if world.is_first:
+        shutil.rmtree(writing, ignore_errors=True)
+    resumed = checkpoints.newest()
     stop_early = _stop_early(config, resumed)
     settings = resolve(config, plan, objective.defaults, hardware.device())
     log.info("settings: %s", settings.described())

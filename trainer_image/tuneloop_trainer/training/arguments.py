@@ -114,4 +114,6 @@ def surroundings(plan: Plan, folder: Path, evaluates: bool, device: str) -> dict
         "eval_steps": max(1, plan.max_steps // EVALUATIONS),
         "report_to": "none",
         "disable_tqdm": True,
+        "ddp_backend": "gloo" if plan.processes > 1 and device == "cpu" else None,
+        "ddp_find_unused_parameters": False if plan.processes > 1 else None,
     }

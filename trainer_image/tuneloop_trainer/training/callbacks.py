@@ -133,9 +133,13 @@ class DecideCheckpoints(TrainerCallback):
         self._saved = clock()
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
-        if self._interrupts.requested:
+        # Clocks and signals differ between processes; what follows from them must not.
+        is_due = self._is_due(state.global_step) or state.global_step >= state.max_steps
+        interrupted, is_due = self._checkpoints.world.any(self._interrupts.requested, is_due)
+        if interrupted:
+            self._interrupts.requested = True
             control.should_save = control.should_training_stop = True
-        if self._is_due(state.global_step) or state.global_step >= state.max_steps:
+        if is_due:
             control.should_save = True
         if control.should_save:
             self._progress.phase(SAVING)  # the watchdog is patient with the store

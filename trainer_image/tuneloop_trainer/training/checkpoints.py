@@ -14,6 +14,7 @@ from pathlib import Path
 from tuneloop_trainer.contract import Manifest, Reason
 from tuneloop_trainer.errors import Mismatch, Unavailable
 from tuneloop_trainer.manifests import publish, read_manifest, verify, write_atomically
+from tuneloop_trainer.training.world import World
 
 log = logging.getLogger("tuneloop.checkpoints")
 PREFIX = "step-"
@@ -40,7 +41,8 @@ class Checkpoint:
 class Checkpoints:
     """The checkpoints of a run, newest last. `plan` is a hash of data order and configuration: others are not resumed from."""
 
-    def __init__(self, folder: Path, plan: str, keep: int) -> None:
+    def __init__(self, folder: Path, plan: str, keep: int, world: World | None = None) -> None:
+        self.world = world or World()
         self._folder = folder
         self._plan = plan
         self._keep = max(1, keep)
@@ -50,7 +52,11 @@ class Checkpoints:
         folder.mkdir(parents=True, exist_ok=True)
 
     def newest(self) -> Checkpoint | None:
-        """The newest one whose every file verifies; torn ones are passed over."""
+        """The newest one whose every file verifies; torn ones are passed over. The first process looks, and tells the others."""
+        found = self.world.told_by_first(self._newest() if self.world.is_first else None)
+        return found if found is None else Checkpoint(self._folder / f"{PREFIX}{found.step}", found.step, found.samples)
+
+    def _newest(self) -> Checkpoint | None:
         for step in sorted(self._steps(), reverse=True):
             folder = self._folder / f"{PREFIX}{step}"
             try:
@@ -66,7 +72,6 @@ class Checkpoints:
         """Publish a written checkpoint and drop all but the newest few; `keep_step` stays whatever its age."""
         folder = self._folder / f"{PREFIX}{step}"
         manifest = publish(written, folder, "checkpoint", {"plan": self._plan, "step": step, "samples": samples})
-        self.saved_step = step
         for old in sorted(self._steps())[: -self._keep]:
             if old != keep_step:
                 shutil.rmtree(self._folder / f"{PREFIX}{old}", ignore_errors=True)
@@ -95,6 +100,8 @@ class Checkpoints:
 
     def note_step(self, step: int) -> None:
         """Remember the last step done, to tell after a kill how many were lost."""
+        if not self.world.is_first:
+            return
         position = {"plan": self._plan, "reached": step, "lost": self._lost}
         try:
             write_atomically(self._folder / POSITION, json.dumps(position).encode(), durable=False)

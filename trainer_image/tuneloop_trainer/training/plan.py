@@ -21,16 +21,23 @@ class Plan:
     global_batch: int
     micro_batch: int
     key: str
+    processes: int = 1
 
     @property
     def accumulation(self) -> int:
-        return self.global_batch // self.micro_batch
+        return self.global_batch // (self.micro_batch * self.processes)
 
 
 def make_plan(
-    config: RunConfig, prepared: StageResult, rows_per_source: list[int], lengths: npt.NDArray[np.int64], device: str, least: int = 1
+    config: RunConfig,
+    prepared: StageResult,
+    rows_per_source: list[int],
+    lengths: npt.NDArray[np.int64],
+    device: str,
+    least: int = 1,
+    processes: int = 1,
 ) -> Plan:
-    """The whole run's sequence of rows; the same for every attempt, whatever its micro-batch."""
+    """The whole run's sequence of rows; the same for every attempt, whatever its micro-batch and however many processes share it."""
     if prepared.prepare is None:
         raise StageError("The result of prepare has no summary.")
     steps, batch = prepared.prepare.max_steps, config.training.global_batch_size
@@ -38,8 +45,10 @@ def make_plan(
     order = sample_order(rows_per_source, weights, steps * batch, config.training.seed)
     order = by_length_within_batches(order, lengths, batch)
     content = f"{run_key(config)} {prepared.prepare.shards_digest} {prepared.prepare.base_digest}".encode() + order.tobytes()
-    micro = micro_batch(batch, config.training.micro_batch_size, int(lengths[order].max()), device, least)
-    return Plan(order, steps, batch, micro, hashlib.sha256(content).hexdigest())
+    if batch % processes:
+        raise Invalid(f"training.globalBatchSize {batch} cannot be shared by {processes} processes: make it a multiple.")
+    micro = micro_batch(batch // processes, config.training.micro_batch_size, int(lengths[order].max()), device, least)
+    return Plan(order, steps, batch, micro, hashlib.sha256(content).hexdigest(), processes)
 
 
 def micro_batch(global_batch: int, configured: int | None, longest: int, device: str, least: int = 1) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,14 +68,31 @@ class Resumable(Trainer):
         self.saves.attempt(lambda: self._save_once(model, trial), within)
 
     def _save_once(self, model: Any, trial: Any) -> None:
-        step = self.state.global_step
+        """All processes write their part; the first one publishes, once all have."""
+        step, world = self.state.global_step, self.checkpoints.world
         written = Path(self.args.output_dir) / f"checkpoint-{step}"
         try:
-            super()._save_checkpoint(model, trial)
+            self._together(lambda: super(Resumable, self)._save_checkpoint(model, trial))
             samples = step * len(self.order) // self.state.max_steps
-            self.checkpoints.add(written, step, samples, keep_step=self.best_step)
+            if world.is_first:
+                self._together(lambda: self.checkpoints.add(written, step, samples, keep_step=self.best_step))
+            else:
+                self._together(lambda: None)
+            self.checkpoints.saved_step = step
         finally:
-            shutil.rmtree(written, ignore_errors=True)
+            if world.is_first:
+                shutil.rmtree(written, ignore_errors=True)
+
+    def _together(self, part: Callable[[], Any]) -> None:
+        """Do one's part; raises in every process where it failed in one."""
+        is_done = False
+        try:
+            part()
+            is_done = True
+        finally:
+            (has_failed,) = self.checkpoints.world.any(not is_done)
+        if has_failed:
+            raise OSError("another process could not write its part")
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Put off until the first step: the data loader draws a random number when it starts, which an undisturbed run

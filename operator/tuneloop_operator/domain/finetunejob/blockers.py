@@ -27,7 +27,7 @@ class Blocker:
 
 def blocker(run: StageRun) -> Blocker | None:
     """What keeps a Job that has not ended from running; None where nothing is known to."""
-    pod = run.pod
+    pod = next((pod for pod in run.pods if pod.is_unschedulable), run.pod)
     if pod is None:
         return _without_pod(run)
     if pod.is_unschedulable:

@@ -11,7 +11,7 @@ from tuneloop_operator.api.finetunejob import FineTuneJob, FineTuneJobStatus, Re
 from tuneloop_operator.domain.decision import Manifest, Target
 from tuneloop_operator.domain.finetunejob.attempts import Done, Verdict, judge, out_of_memory_attempts
 from tuneloop_operator.domain.finetunejob.snapshot import FineTuneJobSnapshot, StageRun
-from tuneloop_operator.render import names, training
+from tuneloop_operator.render import names, together, training
 from tuneloop_operator.render.run_config import run_config
 from tuneloop_operator.settings import Settings
 from tuneloop_trainer.contract import TOKENS_PER_MICRO_BATCH, RunConfig, Stage
@@ -102,7 +102,7 @@ class Case:
             return max(1, estimated // 2)
         asked = self.job.spec.training
         tokens = TOKENS_PER_MICRO_BATCH["cuda" if self.job.spec.compute.accelerators_per_node else "cpu"]
-        own_choice = min(asked.global_batch_size, max(1, tokens // asked.max_sequence_length))
+        own_choice = min(asked.global_batch_size // together.processes(self.job), max(1, tokens // asked.max_sequence_length))
         return max(1, own_choice // 2)
 
     # --- stages ---
@@ -166,6 +166,8 @@ class Case:
             from_step=self.reached_step if stage is Stage.TRAIN else 0,
             with_devices=with_devices,
         )
+        if together.nodes(self.job, stage, with_devices=with_devices) > 1:
+            self.apply.append(together.service(self.job, training.job_labels(self.job)))
         self.apply += [training.progress_policy(self.job, self.settings), training.config_map(self.job, text), manifest]
         if stage is Stage.PREPARE:
             self.learn(prepare_runs=number)

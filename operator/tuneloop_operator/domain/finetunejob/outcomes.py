@@ -51,10 +51,17 @@ BY_EXIT_CODE = {
     ExitCode.STALLED: Outcome.STALLED,
     ExitCode.UNAVAILABLE: Outcome.UNAVAILABLE,
     ExitCode.INTERRUPTED: Outcome.INTERRUPTED,
+    ExitCode.PEER_LOST: Outcome.LOST,
     TERMINATED: Outcome.LOST,
     ExitCode.DONE: Outcome.LOST,
 }
 """Of a Job that failed; whatever is not listed is a bug."""
+
+
+CONSEQUENCES: tuple[int, ...] = (
+    ExitCode.UNAVAILABLE, ExitCode.STALLED, ExitCode.INTERRUPTED, TERMINATED, ExitCode.PEER_LOST, ExitCode.DONE,
+)  # fmt: skip
+"""Exit codes of pods that trained together, those that may follow from another's last; what is not here is a cause."""
 
 
 def outcome(run: StageRun) -> Outcome:
@@ -62,15 +69,26 @@ def outcome(run: StageRun) -> Outcome:
         return Outcome.DONE if result(run) is not None else Outcome.UNREADABLE
     if run.job.is_failed:
         return _failure(run)
-    return Outcome.RUNNING if _is_running(run.pod) else Outcome.PENDING
+    is_placed = not any(pod.is_unschedulable for pod in run.pods)
+    return Outcome.RUNNING if _is_running(run.pod) and is_placed else Outcome.PENDING
 
 
 def result(run: StageRun) -> StageResult | None:
-    """What the newest pod that ended said."""
-    for pod in reversed(run.pods):
-        if (ended := terminated(pod)) is not None:
-            return parse_result(ended.message, run.stage, ended.exit_code)
-    return None
+    """What the newest pod that ended said; of several that trained together, the one that says why."""
+    telling = _telling(run)
+    return parse_result(telling[1].message, run.stage, telling[1].exit_code) if telling is not None else None
+
+
+def _telling(run: StageRun) -> tuple[Pod, Terminated] | None:
+    """The newest pod that ended of each number; of these, the one whose exit code is the cause, and not what follows from it."""
+    ended = {pod.index: (pod, state) for pod in run.pods if (state := terminated(pod)) is not None}
+    return min((ended[index] for index in sorted(ended)), key=lambda one: _telling_rank(*one), default=None)
+
+
+def _telling_rank(pod: Pod, ended: Terminated) -> int:
+    was_deleted = ended.exit_code == KILLED and pod.metadata.deletion_timestamp is not None
+    code = TERMINATED if was_deleted else ended.exit_code
+    return CONSEQUENCES.index(code) + 1 if code in CONSEQUENCES else 0
 
 
 def terminated(pod: Pod) -> Terminated | None:
@@ -94,8 +112,8 @@ def ended_at(run: StageRun) -> str | None:
 
 
 def running_seconds(run: StageRun, now: datetime) -> float:
-    """Time that the run's containers ran, queueing and pulling excluded."""
-    return sum(_container_seconds(pod, now) for pod in run.pods)
+    """Time that the run's container ran, queueing and pulling excluded; of several at once, the first one's."""
+    return sum(_container_seconds(pod, now) for pod in run.pods if pod.index == 0)
 
 
 def _container_seconds(pod: Pod, now: datetime) -> float:
@@ -109,15 +127,15 @@ def _failure(run: StageRun) -> Outcome:
     code = _exit_code(run)
     if code is None:
         return Outcome.LOST
-    if code == KILLED and run.pod is not None and run.pod.metadata.deletion_timestamp is not None:
+    telling = _telling(run)
+    if code == KILLED and telling is not None and telling[0].metadata.deletion_timestamp is not None:
         return Outcome.LOST  # it was deleted and did not end in time; memory has nothing to do with it
     return BY_EXIT_CODE.get(code, Outcome.BUG)
 
 
 def _exit_code(run: StageRun) -> int | None:
-    for pod in reversed(run.pods):
-        if (ended := terminated(pod)) is not None:
-            return ended.exit_code
+    if (telling := _telling(run)) is not None:
+        return telling[1].exit_code
     failed = run.job.condition("Failed")
     found = EXIT_CODE.search(failed.message) if failed is not None else None
     return int(found[1]) if found is not None and len(found[1]) <= 3 else None

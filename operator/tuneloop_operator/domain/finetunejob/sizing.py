@@ -11,6 +11,7 @@ from tuneloop_operator.api.finetunejob import Estimate, FineTuneJob
 from tuneloop_operator.domain.finetunejob import estimates
 from tuneloop_operator.domain.finetunejob.devices import CPU_CORE, Device, device_of
 from tuneloop_operator.domain.finetunejob.estimates import Workload
+from tuneloop_operator.render import together
 from tuneloop_operator.settings import Settings
 from tuneloop_trainer.contract import TOKENS_PER_MICRO_BATCH, ModelShape, PrepareSummary, RunConfig
 
@@ -75,7 +76,7 @@ def _workload(job: FineTuneJob, config: RunConfig, facts: Facts) -> Workload:
     training, method = config.training, config.method
     on: Literal["cpu", "cuda"] = "cuda" if job.spec.compute.accelerators_per_node else "cpu"
     extra = {name: str(value).strip().lower() for name, value in training.extra_arguments.items()}
-    of_device = max(1, training.global_batch_size // max(1, job.spec.compute.accelerators_per_node))
+    of_device = max(1, training.global_batch_size // together.processes(job))
     allowed = max(1, TOKENS_PER_MICRO_BATCH[on] // facts.longest)
     sizes = [rows for rows in range(_fewest(config), of_device + 1) if of_device % rows == 0]
     micro = max((rows for rows in sizes if rows <= allowed), default=min(sizes, default=1))
@@ -141,11 +142,12 @@ def _rates(job: FineTuneJob, device: Device | None) -> tuple[float, float] | Non
     if device is None:
         return None
     if device is not CPU_CORE:
-        count = job.spec.compute.accelerators_per_node
+        count = together.processes(job)
         return device.slowest * count, device.fastest * count
     resources = job.spec.compute.pod.resources
     text = (resources.limits.get("cpu") or resources.requests.get("cpu")) if resources is not None else None
     least, most = (quantity(text),) * 2 if text is not None else UNKNOWN_CORES
+    least, most = least * job.spec.compute.nodes, most * job.spec.compute.nodes
     return device.slowest * least, device.fastest * most
 
 
@@ -189,7 +191,7 @@ def number(value: float) -> str:
 
 def cost(job: FineTuneJob, hours: float) -> str | None:
     price = job.spec.compute.cost_per_accelerator_hour
-    devices = job.spec.compute.accelerators_per_node
+    devices = job.spec.compute.nodes * job.spec.compute.accelerators_per_node
     return number(float(price) * devices * hours) if price is not None and devices else None
 
 

@@ -41,8 +41,9 @@ class StageRun:
 
     @property
     def pod(self) -> Pod | None:
-        """The newest."""
-        return self.pods[-1] if self.pods else None
+        """The newest; of several that train together, the newest of the first, which leads them."""
+        leading = [pod for pod in self.pods if pod.index == 0]
+        return leading[-1] if leading else None
 
     @property
     def target(self) -> Target:

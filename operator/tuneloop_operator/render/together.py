@@ -1,0 +1,55 @@
+"""What the pods of a training that runs on several nodes need to find each other, and each one's processes."""
+
+from __future__ import annotations
+
+from tuneloop_operator.api.finetunejob import FineTuneJob
+from tuneloop_operator.render import names, pods
+from tuneloop_operator.render.pods import Json
+from tuneloop_trainer.contract import ENV_NODES, ENV_PROCESSES, ENV_RENDEZVOUS, RENDEZVOUS_PORT, Stage
+
+
+def nodes(job: FineTuneJob, stage: Stage, *, with_devices: bool) -> int:
+    """Pods of an attempt: only training is shared, and not where its result is only read again."""
+    return job.spec.compute.nodes if stage is Stage.TRAIN and with_devices else 1
+
+
+def processes(job: FineTuneJob) -> int:
+    """Of the whole training: one for each device, or for each pod on CPUs."""
+    return job.spec.compute.nodes * max(1, job.spec.compute.accelerators_per_node)
+
+
+def environment(job: FineTuneJob, job_name: str, stage: Stage, count: int) -> list[Json]:
+    """For the launcher; nothing where one process trains alone. The pod's own number is set by Kubernetes."""
+    if stage is not Stage.TRAIN or (count == 1 and processes(job) == 1):
+        return []
+    first = f"{job_name}-0.{names.job_peers(job.metadata.name)}" if count > 1 else "127.0.0.1"
+    return [
+        pods.value(ENV_NODES, str(count)),
+        pods.value(ENV_PROCESSES, str(max(1, job.spec.compute.accelerators_per_node))),
+        pods.value(ENV_RENDEZVOUS, f"{first}:{RENDEZVOUS_PORT}"),
+    ]
+
+
+def service(job: FineTuneJob, labels: dict[str, str]) -> Json:
+    """Headless: gives each pod a name. The first one must be found before it is ready."""
+    return {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {"name": names.job_peers(job.metadata.name), "namespace": job.metadata.namespace, "labels": labels},
+        "spec": {
+            "type": "ClusterIP",
+            "clusterIP": "None",
+            "publishNotReadyAddresses": True,
+            "selector": _selector(job),
+            "ports": [{"name": "rendezvous", "port": RENDEZVOUS_PORT, "targetPort": RENDEZVOUS_PORT, "protocol": "TCP"}],
+        },
+    }
+
+
+def ingress(job: FineTuneJob) -> list[Json]:
+    """Gloo and NCCL open ports as they like, so the training's own pods reach each other on all."""
+    return [{"from": [{"podSelector": {"matchLabels": _selector(job)}}]}] if job.spec.compute.nodes > 1 else []
+
+
+def _selector(job: FineTuneJob) -> dict[str, str]:
+    return {names.JOB_LABEL: job.metadata.name, names.STAGE_LABEL: Stage.TRAIN.value}

@@ -1,0 +1,133 @@
+"""Several processes that train together see the rows of one, in its order, and come to its losses; they stop and resume as one."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from tests.training.conftest import Attempt, Zygote, free_port
+from tests.training.runs import forwards, losses, prepared_run, rows_of_steps
+from tests.unit.trainer.builders import copy_work
+
+from tuneloop_trainer.contract import ENV_NODES, ENV_PROCESSES, ENV_RENDEZVOUS, ExitCode, RunConfig, Stage, StageResult
+from tuneloop_trainer.workers import ENV_NODE
+
+STEPS = 12
+
+
+def together(processes: int = 2) -> dict[str, str]:
+    return {ENV_PROCESSES: str(processes), ENV_NODES: "1", ENV_RENDEZVOUS: f"127.0.0.1:{free_port()}"}
+
+
+@pytest.fixture(scope="module")
+def prepared(zygote: Zygote, base: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """Without dropout, whose random numbers each process draws for itself."""
+    return prepared_run(zygote, base, tmp_path_factory.mktemp("prepared"), STEPS, dropout=0.0)
+
+
+@pytest.fixture(scope="module")
+def alone(zygote: Zygote, prepared: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    config = copy_work(prepared, tmp_path_factory.mktemp("alone"))
+    assert zygote.run(config, Stage.TRAIN).exit_code == ExitCode.DONE
+    return config
+
+
+def rows_together(config: RunConfig) -> dict[int, list[str]]:
+    """Step -> the rows that all processes saw in their last attempt at it, sorted."""
+    last: dict[tuple[int, int], tuple[int, list[str]]] = {}
+    for forward in forwards(config):
+        key = (forward.step, forward.rank)
+        worker, rows = last.get(key, (forward.worker, []))
+        last[key] = (forward.worker, [*(rows if worker == forward.worker else []), *forward.rows])
+    steps = {step for step, _ in last}
+    return {step: sorted(row for (of, _), (_, rows) in last.items() if of == step for row in rows) for step in steps}
+
+
+def assert_as_alone(config: RunConfig, alone: RunConfig) -> None:
+    assert rows_together(config) == {step: sorted(rows) for step, rows in rows_of_steps(alone).items()}
+    assert {forward.rank for forward in forwards(config)} == {0, 1}
+    assert losses(config) == pytest.approx(losses(alone), rel=0.02)
+
+
+def test_two_processes_train_as_one_does(zygote: Zygote, prepared: RunConfig, alone: RunConfig, tmp_path: Path) -> None:
+    config = copy_work(prepared, tmp_path)
+
+    result = zygote.run(config, Stage.TRAIN, **together())
+
+    assert result.exit_code == ExitCode.DONE
+    assert result.train is not None
+    assert (result.train.step, result.train.samples) == (STEPS, 4 * STEPS)
+    assert_as_alone(config, alone)
+
+
+def test_signal_to_one_process_stops_both_at_the_same_step_and_one_takes_it_up(
+    zygote: Zygote, prepared: RunConfig, alone: RunConfig, tmp_path: Path
+) -> None:
+    config = copy_work(prepared, tmp_path)
+    attempt = zygote.start(config, Stage.TRAIN, **together())
+    wait_for_step(attempt, config, 4)
+
+    attempt.signal_worker(attempt.workers()[1], signal.SIGTERM)
+    code = attempt.wait()
+    stopped = attempt.result().train
+    finished = zygote.run(config, Stage.TRAIN).train  # with another number of processes
+
+    assert code == ExitCode.INTERRUPTED
+    assert stopped is not None
+    assert finished is not None
+    assert (finished.resumed_from_step, finished.steps_lost) == (stopped.step, 0)
+    assert losses(config) == pytest.approx(losses(alone), rel=0.02)
+    assert {step: sorted(rows) for step, rows in rows_of_steps(config).items() if step > stopped.step} == {
+        step: sorted(rows) for step, rows in rows_of_steps(alone).items() if step > stopped.step
+    }
+
+
+def test_process_that_is_killed_ends_all_and_they_go_on_together(
+    zygote: Zygote, prepared: RunConfig, alone: RunConfig, tmp_path: Path
+) -> None:
+    config = copy_work(prepared, tmp_path)
+    attempt = zygote.start(config, Stage.TRAIN, **together())
+    wait_for_step(attempt, config, 7)
+
+    attempt.signal_worker(attempt.workers()[1], signal.SIGKILL)
+    code = attempt.wait()
+    finished = zygote.run(config, Stage.TRAIN, **together()).train
+
+    assert code == ExitCode.OUT_OF_MEMORY, "the one that was killed says why, not the one that lost it"
+    assert finished is not None
+    assert finished.resumed_from_step == 5
+    assert_as_alone(config, alone)
+
+
+@pytest.mark.long
+def test_two_launchers_as_two_pods_train_as_one_process_does(zygote: Zygote, prepared: RunConfig, alone: RunConfig, tmp_path: Path) -> None:
+    """Each with its own scratch and termination message, on one store, as the pods of an Indexed Job."""
+    config = copy_work(prepared, tmp_path / "shared")
+    other = Zygote()
+    rendezvous = {ENV_NODES: "2", ENV_RENDEZVOUS: f"127.0.0.1:{free_port()}"}
+    try:
+        second = other.start(config, Stage.TRAIN, **rendezvous, **own_place(tmp_path / "second", index=1))
+        first = zygote.start(config, Stage.TRAIN, **rendezvous, **own_place(tmp_path / "first", index=0))
+        codes = (first.wait(), second.wait())
+    finally:
+        other.stop()
+
+    assert codes == (ExitCode.DONE, ExitCode.DONE)
+    assert_as_alone(config, alone)
+    told = StageResult.model_validate_json((tmp_path / "first" / "termination").read_bytes())
+    assert told.uri is not None, "the first one publishes"
+
+
+def own_place(folder: Path, index: int) -> dict[str, str]:
+    folder.mkdir()
+    return {ENV_NODE: str(index), "TERMINATION_PATH": str(folder / "termination"), "TMPDIR": str(folder)}
+
+
+def wait_for_step(attempt: Attempt, config: RunConfig, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while not any(forward.step >= step for forward in forwards(config)):
+        assert not attempt.is_over(), attempt.result().message
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

@@ -1,0 +1,84 @@
+"""The processes that train one model together: they meet once, agree at each step, and tell when one of them is gone."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+MEETING = timedelta(minutes=30)
+"""So long the first pod waits for the last one to be scheduled and to pull its image."""
+PATIENCE = timedelta(hours=1)
+"""So long a process waits for another at one point: a save to a slow store takes its time. The watchdog looks after steps."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among `size`; the first one writes, all others wait for it."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        """Each flag, as soon as one process has it set."""
+        if self.size == 1:
+            return flags
+        import torch
+
+        votes = torch.tensor(flags, dtype=torch.int32)
+        torch.distributed.all_reduce(votes, op=torch.distributed.ReduceOp.MAX)
+        return tuple(bool(vote) for vote in votes)
+
+    def told_by_first(self, value: T) -> T:
+        """What the first process has."""
+        if self.size == 1:
+            return value
+        import torch
+
+        box: list[Any] = [value]
+        torch.distributed.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        told: T = box[0]
+        return told
+
+    def leave(self) -> None:
+        if self.size > 1:
+            import torch
+
+            torch.distributed.destroy_process_group()
+
+
+def join() -> World:
+    """Meet the others, as many as the environment says; alone where it says nothing.
+
+    Gloo carries what lies on the CPU, so that flags can be agreed on without a device's stream.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return World()
+    import torch
+
+    rank, local = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    has_device = torch.cuda.is_available()
+    if has_device:
+        torch.cuda.set_device(local)
+    address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    store = torch.distributed.TCPStore(*address, world_size=size, is_master=rank == 0, timeout=MEETING)
+    backend = "cpu:gloo,cuda:nccl" if has_device else "gloo"
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+    return World(rank, size)
+
+
+def is_of_peers(error: BaseException) -> bool:
+    """Whether another process of the world went away, rather than this one failing."""
+    import torch
+
+    if isinstance(error, (torch.distributed.DistBackendError, torch.distributed.DistNetworkError, torch.distributed.DistStoreError)):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in ("gloo", "Connection closed by peer", "NCCL"))
