@@ -14,7 +14,7 @@ from typing import Any
 
 from tuneloop_operator.cluster.cache import Object, controller
 from tuneloop_operator.cluster.client import Cluster, key_of
-from tuneloop_operator.cluster.differences import is_drifted, owned_status, without_none
+from tuneloop_operator.cluster.differences import is_drifted, owned_status, without_empty
 from tuneloop_operator.cluster.errors import AlreadyExists, ApiError, ChildRefused, Forbidden, NameConflict, Refused, Unreachable
 from tuneloop_operator.cluster.kinds import KINDS
 from tuneloop_operator.domain.decision import Decision, EventNote, Key, Manifest, Refusal, Target
@@ -67,7 +67,7 @@ class Applier:
     # --- status ---
 
     async def _status(self, owner: Object, desired: dict[str, Any]) -> bool:
-        desired = without_none(desired)
+        desired = without_empty(desired)
         if owned_status(owner) == desired:
             return False
         metadata = owner["metadata"]

@@ -13,12 +13,12 @@ Fields = dict[str, Any]
 """A fieldsV1 tree: f:name, k:{keys}, v:value, "." for the node itself."""
 
 
-def without_none(value: Any) -> Any:
-    """A JSON value without null members."""
+def without_empty(value: Any) -> Any:
+    """A JSON value without members that are null or an empty list: nobody would own those, so they would be missed after each write."""
     if isinstance(value, dict):
-        return {name: without_none(member) for name, member in value.items() if member is not None}
+        return {name: without_empty(member) for name, member in value.items() if member is not None and member not in ([], ())}
     if isinstance(value, (list, tuple)):
-        return [without_none(member) for member in value]
+        return [without_empty(member) for member in value]
     return value
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tuneloop_operator.cluster.differences import is_drifted, owned_status, without_none
+from tuneloop_operator.cluster.differences import is_drifted, owned_status, without_empty
 
 CONTAINER = {"name": "main", "image": "a", "command": ["run"], "resources": {"limits": {"memory": "1000Mi"}}}
 MANIFEST: dict[str, Any] = {
@@ -93,5 +93,5 @@ def test_a_status_that_we_never_wrote_is_empty() -> None:
     assert owned_status({"metadata": {}, "status": {"phase": "Running"}}) == {}
 
 
-def test_null_members_are_left_out() -> None:
-    assert without_none({"a": None, "b": [{"c": None, "d": 0}], "e": {}}) == {"b": [{"d": 0}], "e": {}}
+def test_null_members_and_empty_lists_are_left_out() -> None:
+    assert without_empty({"a": None, "b": [{"c": None, "d": 0}], "e": {}, "f": [], "g": ()}) == {"b": [{"d": 0}], "e": {}}
