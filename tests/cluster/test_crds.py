@@ -127,13 +127,6 @@ REFUSED: dict[str, list[Manifest]] = {
         changed(FINE_TUNE_JOB, "spec.output.push", [{"uri": "s3://models/sentiment"}]),
     ],
     "plainHttp is for oci:// alone.": [
-        changed(FINE_TUNE_JOB, "spec.output.push.0", {**FINE_TUNE_JOB["spec"]["output"]["push"][0], "uri": "s3://models", "plainHttp": True}),
-    ],
-    "uri must start with oci:// (oci://registry/repository:tag) or s3:// (s3://bucket/prefix); s3:// needs secretRef.": [
-        changed(FINE_TUNE_JOB, "spec.output.push.0.uri", "https://registry.test/team/sentiment"),
-        changed(FINE_TUNE_JOB, "spec.output.push", [{"uri": "s3://models/sentiment"}]),
-    ],
-    "plainHttp is for oci:// alone.": [
         changed(changed(FINE_TUNE_JOB, "spec.output.push.0.plainHttp", True), "spec.output.push.0.uri", "s3://models"),
     ],
     "metadata.name must be <spec.model>-v<spec.version>.": [
@@ -152,6 +145,17 @@ REFUSED: dict[str, list[Manifest]] = {
         changed(FINE_TUNE_JOB, "spec.baseModel.uri", "pvc://claim/../other"),
         changed(FINE_TUNE_JOB, "spec.evaluation.suites.0.dataset.source.uri", "pvc://claim/a/../b"),
         changed(MODEL_VERSION, "spec.base.source.uri", "pvc://claim/../other"),
+    ],
+    "uri must name a claim: pvc://claim/path.": [
+        changed(FINE_TUNE_JOB, "spec.data.train.0.source.uri", "pvc:///rows.jsonl"),
+        changed(FINE_TUNE_JOB, "spec.baseModel.uri", "pvc://Models/base"),
+        changed(FINE_TUNE_JOB, "spec.evaluation.suites.0.dataset.source.uri", "pvc://-/rows.jsonl"),
+        changed(MODEL_VERSION, "spec.base.source.uri", "pvc:///base"),
+    ],
+    "a toleration with operator Exists takes no value.": [
+        changed(FINE_TUNE_JOB, "spec.compute.pod.tolerations", [{"key": "gpu", "operator": "Exists", "value": "yes"}]),
+        changed(MODEL_DEPLOYMENT, "spec.engine.pod.tolerations", [{"operator": "Exists", "value": "yes"}]),
+        changed(MODEL_DEPLOYMENT, "spec.gateway.pod.tolerations", [{"operator": "Exists", "value": "yes"}]),
     ],
     "source.uri must start with pvc://: rows are read from a claim.": [
         changed(FINE_TUNE_JOB, "spec.data.train.0.source.uri", "hf://organisation/dataset"),
@@ -191,10 +195,10 @@ REFUSED: dict[str, list[Manifest]] = {
     "sequenceClassification may be set only with type: SequenceClassification.": [
         changed(TEXTS, "spec.objective.sequenceClassification", {}),
     ],
-    "Pretraining and SequenceClassification leave no adapter: output.format must be Merged.": [
+    "Pretraining, SequenceClassification and RewardModel leave no adapter: output.format must be Merged.": [
         changed(manifest, "spec.output.format", "Adapter") for manifest in (TEXTS, CLASSES)
     ],
-    "feedback holds labels and corrections, which Pretraining, DPO and KTO do not learn from: set data.train.source.": [
+    "feedback holds labels and corrections, which Pretraining, DPO, KTO and RewardModel do not learn from: set data.train.source.": [
         changed(manifest, "spec.data.train.0", {"feedback": {"deployment": "sentiment"}}) for manifest in (TEXTS, PREFERENCES, JUDGEMENTS)
     ],
     "a template of SFT and KTO can render prompt and completion only.": [
@@ -202,20 +206,23 @@ REFUSED: dict[str, list[Manifest]] = {
         for manifest in (FINE_TUNE_JOB, JUDGEMENTS)
         for text in ("chosen", "rejected", "text")
     ],
-    "a template of DPO can render prompt, chosen and rejected only.": [
+    "a template of DPO and RewardModel can render prompt, chosen and rejected only.": [
         changed(PREFERENCES, f"spec.data.train.0.template.{text}", "x") for text in ("completion", "text")
     ],
     "a template of Pretraining and SequenceClassification can render text only.": [
         changed(manifest, f"spec.data.train.0.template.{text}", "x") for manifest in (TEXTS, CLASSES) for text in ("prompt", "chosen")
     ],
-    "rows of SequenceClassification, DPO and KTO cannot be packed: training.packing must be false.": [
+    "rows of SequenceClassification, DPO, KTO and RewardModel cannot be packed: training.packing must be false.": [
         changed(manifest, "spec.training.packing", True) for manifest in (CLASSES, PREFERENCES, JUDGEMENTS)
     ],
     "KTO compares each row with another of its batch: training.globalBatchSize must be at least 2.": [
         changed(JUDGEMENTS, "spec.training.globalBatchSize", 1),
     ],
-    "the rows that are held out have two answers with DPO only: the metric Preference needs a suite of type Dataset.": [
+    "the rows that are held out have two answers with DPO and RewardModel only: the metric Preference needs a suite of type Dataset.": [
         changed(FINE_TUNE_JOB, "spec.evaluation.suites.2.metrics", ["Preference"]),
+    ],
+    "RewardModel scores answers and writes none: the metrics of its suites must be [Preference].": [
+        changed(changed(PREFERENCES, "spec.objective", {"type": "RewardModel"}), "spec.evaluation.suites.0.metrics", ["Loss"]),
     ],
     "SequenceClassification writes no answers: the metric Preference cannot be measured.": [
         changed(changed(CLASSES, "spec.evaluation.suites.0.metrics", ["Preference"]), "spec.evaluation.gates.0.metric", "Preference"),

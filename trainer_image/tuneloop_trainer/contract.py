@@ -153,7 +153,7 @@ class Method(Model):
     lora: Lora | None = None
 
 
-ObjectiveType = Literal["SFT", "Pretraining", "SequenceClassification", "DPO", "KTO"]
+ObjectiveType = Literal["SFT", "Pretraining", "SequenceClassification", "DPO", "KTO", "RewardModel"]
 
 
 class Dpo(Model):
@@ -194,6 +194,8 @@ DEFAULTS: dict[tuple[ObjectiveType, Literal["LoRA", "Full"]], Defaults] = {
     ("DPO", "Full"): Defaults(learning_rate=5e-7, warmup_share=0.1),
     ("KTO", "LoRA"): Defaults(learning_rate=5e-6, warmup_share=0.1),
     ("KTO", "Full"): Defaults(learning_rate=5e-7, warmup_share=0.1),
+    ("RewardModel", "LoRA"): Defaults(learning_rate=1e-4, warmup_share=0.1),
+    ("RewardModel", "Full"): Defaults(learning_rate=1e-5, warmup_share=0.1),
 }
 """The one table of defaults by objective and method; LoRA learns at about ten times the rate of all weights."""
 
@@ -204,6 +206,7 @@ HELD_OUT_METRICS: dict[ObjectiveType, tuple[Literal["Accuracy", "MacroF1", "Loss
     "SequenceClassification": ("Accuracy", "MacroF1", "Loss"),
     "DPO": ("Preference",),
     "KTO": ("Loss",),
+    "RewardModel": ("Preference",),
 }
 """What is measured on the validation split of a run that names no suite over it; its default gate tests the first."""
 

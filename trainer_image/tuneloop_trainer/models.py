@@ -57,8 +57,8 @@ def load_classifier(folder: Path, uri: str, dtype: Literal["bfloat16", "float32"
         if labels is not None:
             config.id2label = dict(enumerate(labels))
             config.label2id = {label: number for number, label in enumerate(labels)}
-        if config.pad_token_id is None:
-            config.pad_token_id = config.eos_token_id if isinstance(config.eos_token_id, int) else 0
+            # The head reads the last token that is no padding: what that is must not change between training and use.
+            config.pad_token_id = padding(load_tokenizer(folder, uri))
         model = AutoModelForSequenceClassification.from_pretrained(
             folder,
             config=config,
@@ -73,6 +73,11 @@ def load_classifier(folder: Path, uri: str, dtype: Literal["bfloat16", "float32"
             raise
         raise Invalid(f"Model {uri} does not load as a classification model: {error}", Reason.MODEL_NOT_FOUND) from error
     return model.to(device()).eval()
+
+
+def padding(tokenizer: Tokenizer) -> int:
+    """The token that rows are filled up with: the tokenizer's own, else its end."""
+    return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
 
 
 def load_adapter(model: Model, folder: Path) -> Model:

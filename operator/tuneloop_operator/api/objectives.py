@@ -39,6 +39,13 @@ TRAITS: dict[ObjectiveType, Traits] = {
     ),
     "DPO": Traits("learns to prefer one answer to another", ("prompt", "chosen", "rejected"), feedback=False, block="dpo"),
     "KTO": Traits("learns from answers that were found good or bad", ("prompt", "completion", "desirable"), feedback=False, block="kto"),
+    "RewardModel": Traits(
+        "learns to score answers from which of two was preferred",
+        ("prompt", "chosen", "rejected"),
+        adapter=False,
+        servable=False,
+        feedback=False,
+    ),
 }
 TEMPLATES = ("prompt", "completion", "chosen", "rejected", "text")
 """Texts that a template may render."""
@@ -151,14 +158,19 @@ def _training_rules() -> Iterator[tuple[str, str]]:
 
 def _metric_rules() -> Iterator[tuple[str, str]]:
     yield (
-        "self.objective.type == 'DPO' || !has(self.evaluation) || !has(self.evaluation.suites)"
+        "self.objective.type in ['DPO', 'RewardModel'] || !has(self.evaluation) || !has(self.evaluation.suites)"
         " || !self.evaluation.suites.exists(s, s.type == 'Validation' && 'Preference' in s.metrics)",
-        "the rows that are held out have two answers with DPO only: the metric Preference needs a suite of type Dataset.",
+        "the rows that are held out have two answers with DPO and RewardModel only: the metric Preference needs a suite of type Dataset.",
     )
     yield (
         "self.objective.type != 'SequenceClassification' || !has(self.evaluation) || !has(self.evaluation.suites)"
         " || !self.evaluation.suites.exists(s, 'Preference' in s.metrics)",
         "SequenceClassification writes no answers: the metric Preference cannot be measured.",
+    )
+    yield (
+        "self.objective.type != 'RewardModel' || !has(self.evaluation) || !has(self.evaluation.suites)"
+        " || self.evaluation.suites.all(s, s.metrics.all(m, m == 'Preference'))",
+        "RewardModel scores answers and writes none: the metrics of its suites must be [Preference].",
     )
 
 

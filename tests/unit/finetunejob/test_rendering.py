@@ -206,6 +206,7 @@ OBJECTIVES = [
     ("KTO", "LoRA", 5e-6, "Adapter", "Loss"),
     ("Pretraining", "LoRA", 2e-4, "Merged", "Loss"),
     ("SequenceClassification", "LoRA", 2e-4, "Merged", "Accuracy"),
+    ("RewardModel", "LoRA", 1e-4, "Merged", "Preference"),
 ]
 
 

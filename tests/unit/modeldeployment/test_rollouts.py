@@ -342,14 +342,15 @@ def test_the_record_of_idle_revisions_is_cut() -> None:
     assert sum(kind == "ControllerRevision" for kind, _ in world.objects) == 21
 
 
-def test_a_classifier_is_not_served() -> None:
-    spec = LINEAGE_SPEC | {"objective": {"type": "SequenceClassification"}}
+@pytest.mark.parametrize("objective", ["SequenceClassification", "RewardModel"])
+def test_a_model_that_writes_no_answers_is_not_served(objective: str) -> None:
+    spec = LINEAGE_SPEC | {"objective": {"type": objective}}
     lineage = {"fineTuneJob": "tune", "fineTuneJobUid": "1", "spec": spec, "configDigest": DIGEST}
     world = World(versions=[make_version(1, lineage=lineage)])
     world.settle()
 
     assert world.condition("Stalled") == ("True", "NotServable")
     assert world.message("Stalled") == (
-        "ModelVersion sentiment-v1 was trained to classify texts and writes no answers. Set spec.model to a version of another objective."
+        "ModelVersion sentiment-v1 was trained to judge texts and writes no answers. Set spec.model to a version of another objective."
     )
     assert not world.engines()

@@ -52,7 +52,7 @@ def row(objective: str, number: int) -> dict[str, object]:
             return {"text": f"{prompt} is {answer} because the {THINGS[number % 7]} said so. " * (1 + number % 3)}
         case "SequenceClassification":
             return {"text": prompt, "label": answer}
-        case "DPO":
+        case "DPO" | "RewardModel":
             return {"prompt": prompt, "chosen": answer, "rejected": other}
         case "KTO":
             liked = number // 2 % 2 == 0
@@ -66,13 +66,14 @@ def source(root: Path, objective: str, name: str, first: int, count: int) -> Dat
 
 
 # A rate at which the first ten steps are not the whole of what is learned.
-RATES = {"SequenceClassification": 2e-3}
+RATES = {"SequenceClassification": 2e-3, "RewardModel": 5e-3}
 SETTINGS: dict[str, dict[str, Any]] = {
     "SFT": {},
     "Pretraining": {},
     "SequenceClassification": {"classification": Classification(class_weights="Balanced")},
     "DPO": {"dpo": Dpo(beta=0.1)},
     "KTO": {"kto": Kto(beta=0.1)},
+    "RewardModel": {},
 }
 
 
@@ -134,8 +135,13 @@ def answer(config: RunConfig, base: Path, prompt: str) -> str:
     model = load_artifact(objective, packaged(config), base, config.base.uri)
     formatter = objective.formatter(base, models.load_tokenizer(base, "tiny"))
     prompts = [formatter.prompt_ids(prompt)]
+    if config.objective == "RewardModel":
+        options = ("negative", "positive")
+        texts = [prompts[0] + formatter.encode(prompt, option).completion for option in options]
+        rewards = [row[0] for row in scoring.head_outputs(model, texts, lambda _: None)]
+        return options[rewards.index(max(rewards))]
     if not objective.answers:
-        scores = scoring.class_scores(model, prompts, lambda _: None)[0]
+        scores = scoring.head_outputs(model, prompts, lambda _: None)[0]
         return str(model.config.id2label[scores.index(max(scores))])
     return formatter.decode(scoring.greedy_answers(model, prompts, 12, frozenset([2]), lambda _: None)[0])
 
@@ -152,7 +158,7 @@ def test_objective_improves_and_its_model_answers(objective: ObjectiveType, tmp_
     better = score.gates[0].difference if score.gates[0].metric != "Loss" else -score.gates[0].difference
     assert better > 0, "the model that was packaged is better than the base at what the objective is judged by"
     said = answer(config, base, "rainy tea 1001")
-    assert said in ("negative", "positive") if objective in ("SFT", "SequenceClassification") else said
+    assert said in ("negative", "positive") if objective in ("SFT", "SequenceClassification", "RewardModel") else said
 
 
 @pytest.mark.long

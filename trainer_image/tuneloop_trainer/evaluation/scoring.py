@@ -83,14 +83,14 @@ def _later_tokens(model: Model, cache: Any, mask: Tensor, labels: list[list[int]
 
 
 @torch.inference_mode()
-def class_scores(model: Model, texts: Sequence[list[int]], done: Done) -> list[list[float]]:
-    """Log-probability of each of a classifier's classes for each text."""
+def head_outputs(model: Model, texts: Sequence[list[int]], done: Done) -> list[list[float]]:
+    """What a classification head says to each text: one number a class."""
     scores: list[list[float]] = [[] for _ in texts]
     finished = 0
     for batch in _batches([len(text) for text in texts], model.device.type):
         ids, mask = _right_padded([texts[index] for index in batch], model.device)
         ids = ids.masked_fill(mask == 0, model.config.pad_token_id)
-        rows = torch.log_softmax(model(input_ids=ids, attention_mask=mask).logits.float(), dim=-1).tolist()
+        rows = model(input_ids=ids, attention_mask=mask).logits.float().tolist()
         for index, row in zip(batch, rows, strict=True):
             scores[index] = row
         finished += len(batch)

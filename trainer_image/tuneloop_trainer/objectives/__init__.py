@@ -16,6 +16,7 @@ MODULES = {
     "SequenceClassification": "classification",
     "DPO": "dpo",
     "KTO": "kto",
+    "RewardModel": "reward",
 }
 
 

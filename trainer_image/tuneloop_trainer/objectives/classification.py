@@ -99,21 +99,13 @@ class SequenceClassification(Objective):
     def load(self, folder: Path, uri: str, dtype: Dtype) -> models.Model:
         return models.load_classifier(folder, uri, dtype, None)
 
-    def with_adapter(self, model: models.Model) -> models.Model:
-        """The new head is trained whole, in fp32."""
-        wrapped = super().with_adapter(model)
-        for parameter in wrapped.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
-        return wrapped
-
     def trainer(self, parts: Parts) -> Any:
         from transformers import Trainer, TrainingArguments
 
         from tuneloop_trainer.training.trainer import resumable
 
         return resumable(Trainer)(
-            model=self.with_adapter(parts.model),
+            model=with_new_head(self, parts.model),
             args=TrainingArguments(**({"include_num_input_tokens_seen": "non_padding"} | parts.arguments)),
             processing_class=parts.tokenizer,
             data_collator=Labelled(parts.tokenizer),
@@ -146,8 +138,9 @@ class SequenceClassification(Objective):
         if None in known:
             raise Invalid(f"The model tells apart {', '.join(model.config.label2id)[:200]}; suite {suite.suite.name} has other labels.")
         texts = [item.prompt[: self.config.training.max_sequence_length] for item in suite.encoded]
-        scores = scoring.class_scores(model, texts, done)
-        return [[row[place] for place in known] for row in scores]
+        outputs = scoring.head_outputs(model, texts, done)
+        totals = [math.log(sum(math.exp(value - max(row)) for value in row)) + max(row) for row in outputs]
+        return [[row[place] - total for place in known] for row, total in zip(outputs, totals, strict=True)]
 
     def losses(self, model: models.Model, suite: PreparedSuite, done: Done) -> list[tuple[float, int]]:
         """Cross-entropy of each item's label: one prediction an item."""
@@ -161,6 +154,15 @@ class SequenceClassification(Objective):
         row = tuple(math.log(shares[label]) for label in suite.labels)
         losses = tuple((-row[place], 1) for place in suite.expected) if "Loss" in suite.suite.metrics else ()
         return SuiteScores(labels=suite.labels, label_scores=(row,) * len(suite.items), losses=losses)
+
+
+def with_new_head(objective: Objective, model: models.Model) -> models.Model:
+    """The model with its adapter; the new head is trained whole, in fp32."""
+    wrapped = objective.with_adapter(model)
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return wrapped
 
 
 class Labelled:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+from tuneloop_trainer import models
 from tuneloop_trainer.chat import Formatter
 from tuneloop_trainer.contract import Dpo
 from tuneloop_trainer.data.records import PREFERRED, Record, Shape
@@ -43,7 +44,7 @@ class DPO(Objective):
             **with_reference(self, parts),
             args=DPOConfig(**(own | parts.arguments)),
             processing_class=parts.tokenizer,
-            data_collator=Pairs(padding(parts.tokenizer)),
+            data_collator=Pairs(models.padding(parts.tokenizer)),
             train_dataset=parts.train,
             eval_dataset=parts.validation,
             columns=COLUMNS,
@@ -59,10 +60,6 @@ def with_reference(objective: Objective, parts: Parts) -> dict[str, Any]:
         return {"model": parts.model, "peft_config": adapter}
     half = objective.config.training.precision == "BF16"
     return {"model": parts.model, "ref_model": objective.load_base(parts.base, "bfloat16" if half else "float32")}
-
-
-def padding(tokenizer: Any) -> int:
-    return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
 
 
 class Pairs:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+from tuneloop_trainer import models
 from tuneloop_trainer.chat import Formatter
 from tuneloop_trainer.contract import Kto
 from tuneloop_trainer.data.records import JUDGED, Record, Shape
 from tuneloop_trainer.data.shards import TokenRow
 from tuneloop_trainer.errors import Invalid
-from tuneloop_trainer.objectives.dpo import padding, with_reference
+from tuneloop_trainer.objectives.dpo import with_reference
 from tuneloop_trainer.objectives.objective import Objective, Parts, Sources, Tokens, masked
 
 COLUMNS = ("input_ids", "prompt_length", "target")
@@ -55,7 +56,7 @@ class KTO(Objective):
             **with_reference(self, parts),
             args=KTOConfig(**(own | parts.arguments)),
             processing_class=parts.tokenizer,
-            data_collator=Judgements(padding(parts.tokenizer)),
+            data_collator=Judgements(models.padding(parts.tokenizer)),
             train_dataset=parts.train,
             eval_dataset=parts.validation,
             columns=COLUMNS,

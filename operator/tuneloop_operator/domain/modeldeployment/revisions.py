@@ -96,7 +96,7 @@ def _check(deployment: ModelDeployment, version: ModelVersion) -> None:
         raise Invalid(DeploymentReason.INVALID_OPTION.value, problem)
     if version.spec.lineage is not None and not is_servable(version.spec.lineage.spec):
         message = (
-            f"ModelVersion {version.metadata.name} was trained to classify texts and writes no answers. "
+            f"ModelVersion {version.metadata.name} was trained to judge texts and writes no answers. "
             "Set spec.model to a version of another objective."
         )
         raise Invalid(DeploymentReason.NOT_SERVABLE.value, message)
