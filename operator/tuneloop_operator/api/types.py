@@ -102,6 +102,10 @@ SOURCE_RULES = rules(
         "uri must start with pvc:// (pvc://claim/path) or hf:// (hf://organisation/name).",
     ),
     ("!self.uri.contains('..')", "uri must not contain '..'."),
+    (
+        "!self.uri.startsWith('pvc://') || self.uri.matches('^pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?(/.*)?$')",
+        "uri must name a claim: pvc://claim/path.",
+    ),
 )
 
 
@@ -140,6 +144,15 @@ class ModelRef(Model):
 class Toleration(Model):
     """As in a pod."""
 
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            (
+                "!has(self.operator) || self.operator != 'Exists' || !has(self.value) || self.value == ''",
+                "a toleration with operator Exists takes no value.",
+            )
+        )
+    )
+
     key: str | None = Field(default=None, max_length=316, description="Taint key.")
     operator: Literal["Exists", "Equal"] | None = Field(default=None, description="Exists: any value. Equal: this value.")
     value: str | None = Field(default=None, max_length=63, description="Taint value.")
@@ -176,7 +189,35 @@ class EnvVar(Model):
     value: str = Field(default="", max_length=4096, description="Its value.")
 
 
-LabelValue = Annotated[str, Field(max_length=253)]
+LabelValue = Annotated[
+    str,
+    Field(
+        json_schema_extra={
+            "maxLength": 63,
+            **rules(
+                (
+                    "self.matches('^(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])?$')",
+                    "must be a label's value: letters, digits, '-', '_' and '.', beginning and ending with a letter or digit.",
+                )
+            ),
+        }
+    ),
+]
+"""Of the schema alone, as are object names below: an older object that breaks the rule is still read, and what refuses its pod is told."""
+ObjectName = Annotated[
+    str,
+    Field(
+        json_schema_extra={
+            "maxLength": 253,
+            **rules(
+                (
+                    "self.matches('^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$')",
+                    "must be the name of an object: only a-z, 0-9, '-' and '.', beginning and ending with a letter or digit.",
+                )
+            ),
+        }
+    ),
+]
 
 
 class PodOverrides(Model):
@@ -190,9 +231,9 @@ class PodOverrides(Model):
     )
     node_selector: Annotated[dict[str, LabelValue], Field(max_length=16)] = Field(default={}, description="As in a pod.")
     tolerations: Annotated[tuple[Toleration, ...], Field(max_length=16)] = Field(default=(), description="As in a pod.")
-    priority_class_name: str | None = Field(default=None, max_length=253, description="As in a pod.")
-    runtime_class_name: str | None = Field(default=None, max_length=253, description="As in a pod.")
-    scheduler_name: str | None = Field(default=None, max_length=253, description="As in a pod.")
+    priority_class_name: ObjectName | None = Field(default=None, description="As in a pod.")
+    runtime_class_name: ObjectName | None = Field(default=None, description="As in a pod.")
+    scheduler_name: ObjectName | None = Field(default=None, description="As in a pod.")
     image_pull_secrets: Annotated[tuple[SecretRef, ...], Field(max_length=8)] = Field(default=(), description="As in a pod.")
     resources: Resources | None = Field(default=None, description="Merged over the operator's defaults.")
     env: Annotated[tuple[EnvVar, ...], Field(max_length=32)] = Field(
