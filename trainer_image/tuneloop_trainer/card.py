@@ -3,14 +3,31 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 from tuneloop_trainer.contract import PrepareSummary, RunConfig, TrainSummary
 
+LICENCE = re.compile(r"^license:\s*[\"']?([A-Za-z0-9][A-Za-z0-9.+-]{0,63})[\"']?\s*$", re.MULTILINE)
+MAX_CARD = 1 << 20
 
-def model_card(config: RunConfig, data: PrepareSummary, training: TrainSummary) -> str:
-    """Markdown. Holds no row of the data and no path of the store."""
+
+def base_licence(folder: Path) -> str | None:
+    """What the base model's own card says in its header; None where there is none, or it does not say."""
+    try:
+        with (folder / "README.md").open(encoding="utf-8", errors="replace") as file:
+            _, _, rest = file.read(MAX_CARD).partition("---\n")
+    except OSError:
+        return None
+    found = LICENCE.search(rest.partition("\n---")[0])
+    return found[1] if found is not None else None
+
+
+def model_card(config: RunConfig, data: PrepareSummary, training: TrainSummary, licence: str | None = None) -> str:
+    """Markdown, with the header that model hubs read. Holds no row of the data and no path of the store."""
     return "\n".join(
         [
+            *_header(config, licence),
             f"# {config.model}",
             "",
             f"Fine-tuned from `{config.base.uri}` by the FineTuneJob `{config.namespace}/{config.name}`.",
@@ -58,12 +75,27 @@ def model_card(config: RunConfig, data: PrepareSummary, training: TrainSummary) 
             ),
             "```",
             "",
+            "## Licence",
+            "",
+            f"The base model's card says `{licence}`." if licence is not None else "The base model's files do not say; its page does.",
+            "The licences of the data are those of its sources, which Tuneloop does not know.",
+            "",
             "## Limits",
             "",
             "Evaluated on the suites of its FineTuneJob only: the ModelVersion has the verdict. Anything else it says is not measured.",
             "",
         ]
     )
+
+
+def _header(config: RunConfig, licence: str | None) -> list[str]:
+    base = config.base.repository or config.base.uri
+    lines = [
+        f"base_model: {json.dumps(base)}",
+        f"library_name: {'peft' if config.output_format == 'Adapter' else 'transformers'}",
+        f"tags: {json.dumps(['tuneloop', config.objective.lower(), config.method.type.lower()])}",
+    ]
+    return ["---", *([f"license: {licence}"] if licence is not None else []), *lines, "---", ""]
 
 
 def _objective(config: RunConfig) -> str:

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from tuneloop_trainer import bases
-from tuneloop_trainer.card import model_card
+from tuneloop_trainer.card import base_licence, model_card
 from tuneloop_trainer.contract import ExitCode, Manifest, PackageSummary, RunConfig, Stage, StageResult
 from tuneloop_trainer.errors import StageError
 from tuneloop_trainer.manifests import Metadata, publish, staging, verify
@@ -48,7 +48,8 @@ def package(config: RunConfig, progress: ProgressWriter) -> StageResult:
             write_adapter(config, trained, folder, prepared.prepare.base_revision)
         else:
             write_merged(config, base, trained, folder)
-        (folder / "README.md").write_text(model_card(config, prepared.prepare, trained_result.train))
+        card = model_card(config, prepared.prepare, trained_result.train, base_licence(base))
+        (folder / "README.md").write_text(card)
         metadata: Metadata = {
             "run_key": run_key(config),
             "model": config.model,
