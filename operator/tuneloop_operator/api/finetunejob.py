@@ -98,7 +98,7 @@ class DataSource(Model):
 
     model_config = ConfigDict(json_schema_extra=ONE_PLACE)
 
-    source: Source | None = Field(default=None, description="A file (jsonl, csv) or a folder of them.")
+    source: Source | None = Field(default=None, description="A file or a folder of files - jsonl, csv (also .gz, .zst), parquet, arrow.")
     feedback: FeedbackRef | None = Field(default=None, description="The training half of a deployment's curated feedback.")
     columns: Columns = Field(default=Columns(), description="Which column plays which role.")
     template: RowTemplate | None = Field(
@@ -246,7 +246,7 @@ class SuiteDataset(Model):
 
     model_config = ConfigDict(json_schema_extra=ONE_PLACE)
 
-    source: Source | None = Field(default=None, description="A file (jsonl, csv).")
+    source: Source | None = Field(default=None, description="A file or a folder of files, as in data.train.")
     feedback: FeedbackRef | None = Field(default=None, description="The gate half of a deployment's reviewer-labelled traffic.")
     columns: Columns = Field(default=Columns(), description="Which column plays which role.")
     template: RowTemplate | None = Field(default=None, description="As in data.train.")
