@@ -47,7 +47,10 @@ class Formatter:
 
     def prompt_ids(self, prompt: str, system: str | None = None) -> list[int]:
         """Chat: the template writes the special tokens itself. Text: the tokenizer adds what it adds when serving."""
-        ids: list[int] = self._tokenizer(self.prompt_text(prompt, system), add_special_tokens=not self._chat)["input_ids"]
+        return self._ids(self.prompt_text(prompt, system))
+
+    def _ids(self, prompt_text: str) -> list[int]:
+        ids: list[int] = self._tokenizer(prompt_text, add_special_tokens=not self._chat)["input_ids"]
         while not self._chat and len(ids) > 1 and ids[-1] in self._stop_ids:
             ids = ids[:-1]
         return ids
@@ -64,7 +67,7 @@ class Formatter:
                 )
             rest = whole[len(prompt_text) :]
         ids: list[int] = self._tokenizer(rest, add_special_tokens=False)["input_ids"]
-        return Encoded(self.prompt_ids(prompt, system), self._ended(ids))
+        return Encoded(self._ids(prompt_text), self._ended(ids))
 
     def decode(self, ids: list[int]) -> str:
         text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
