@@ -92,12 +92,16 @@ chart: tools ## lint the chart and package it into build/
 	helm package charts/tuneloop -d build
 
 .PHONY: bench
-bench: bench-operator bench-gateway ## all benchmarks
+bench: bench-operator bench-gateway bench-estimate ## all benchmarks
 
 .PHONY: bench-operator
 bench-operator: venv control-plane-up ## objects a second, memory, writes when idle and after a restart
 	@export PATH="$$($(KUBE) bin):$$PATH"
 	$(PY) -m bench.operator
+
+.PHONY: bench-estimate
+bench-estimate: venv ## how far the memory estimate is from what training takes
+	@$(PY) -m bench.estimate
 
 .PHONY: bench-gateway
 bench-gateway: venv ## what the gateway adds to a request

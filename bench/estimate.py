@@ -1,6 +1,6 @@
 """How far the memory estimate is from what training takes: random models on a CPU, each training in a process of its own.
 
-`python -m bench.estimate` makes a Llama for each shape, prepares rows of exactly the wanted length, trains three steps by the trainer's
+`python -m bench.estimate` makes a Llama for each shape, prepares rows of exactly the wanted length, trains two steps by the trainer's
 own stage, and compares the peak of the resident set after imports with the operator's estimate. The last line is JSON.
 """
 
@@ -34,7 +34,7 @@ from tuneloop_trainer.contract import (
     Training,
 )
 
-STEPS = 3
+STEPS = 2
 RANK = 16
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -69,19 +69,17 @@ class Point:
 
 GRID = (
     Point("wide", "LoRA", 128, 4),
-    Point("wide", "LoRA", 512, 2),
-    Point("wide", "LoRA", 1024, 2),
-    Point("wide", "Full", 256, 4),
-    Point("wide", "Full", 1024, 1),
-    Point("deep", "LoRA", 256, 4),
+    Point("wordy", "Full", 512, 2),
     Point("deep", "LoRA", 1024, 1),
-    Point("deep", "LoRA", 512, 1, "FP32"),
     Point("deep", "Full", 256, 2),
-    Point("deep", "Full", 1024, 2),
+    Point("wide", "LoRA", 1024, 2),
+    Point("wide", "Full", 1024, 1),
     Point("wordy", "LoRA", 128, 2),
+    Point("deep", "Full", 1024, 2),
+    Point("deep", "LoRA", 512, 1, "FP32"),
     Point("wordy", "LoRA", 1024, 1),
     Point("wordy", "Full", 64, 8),
-    Point("wordy", "Full", 512, 2),
+    Point("wide", "Full", 256, 4),
 )
 
 
@@ -92,7 +90,7 @@ def run_config(root: Path, point: Point) -> RunConfig:
         name="estimate",
         uid="0",
         paths=Paths(work=str(root / "work"), artifact=str(root / "artifact"), cache=str(root / "cache")),
-        base=Base(uri="pvc://models/base", path=str(root / "base")),
+        base=Base(uri=f"pvc://models/{point.shape}", path=str(root.parent / point.shape)),
         method=method,
         loss="FullSequence",
         prompt_format="Text",
@@ -111,18 +109,32 @@ def run_config(root: Path, point: Point) -> RunConfig:
 # --- in processes of their own ------------------------------------------------
 
 
-def make(root: Path, point: Point) -> None:
-    """Model, tokenizer of one token a word, rows of exactly the wanted length, and the prepare stage. Prints its summary."""
+def make(root: Path, points: Sequence[Point]) -> None:
+    """Each shape's model once, and for each point rows of exactly the wanted length and the prepare stage. Prints what it told."""
+    for name in {point.shape: None for point in points}:
+        make_model(root / name, SHAPES[name])
+    told = []
+    for number, point in enumerate(points):
+        write_rows(root / str(number), point)
+        result = _stage(root / str(number), point, Stage.PREPARE)
+        assert result.prepare is not None, result
+        assert result.prepare.longest_row == point.length
+        assert result.prepare.model is not None
+        told.append({"shape": result.prepare.model.model_dump(), "supervised_share": result.prepare.supervised_share})
+    print(json.dumps(told))
+
+
+def make_model(folder: Path, shape: Shape) -> None:
+    """Random weights, and a tokenizer of one token a word."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    shape = SHAPES[point.shape]
     words = {("</s>", "<unk>")[number] if number < 2 else f"w{number}": number for number in range(shape.vocabulary)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<unk>", unk_token="<unk>")
-    fast.save_pretrained(root / "base")
+    fast.save_pretrained(folder)
     config = LlamaConfig(
         vocab_size=shape.vocabulary,
         hidden_size=shape.hidden,
@@ -134,18 +146,19 @@ def make(root: Path, point: Point) -> None:
         eos_token_id=0,
         bos_token_id=None,
     )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(root / "base")
-    draw = random.Random(0)
+    torch.set_default_dtype(torch.bfloat16)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    torch.set_default_dtype(torch.float32)
+
+
+def write_rows(root: Path, point: Point) -> None:
+    root.mkdir()
+    draw, shape = random.Random(0), SHAPES[point.shape]
     with (root / "rows.jsonl").open("w") as file:
         for _ in range(point.batch):
             text = [f"w{draw.randrange(2, shape.vocabulary)}" for _ in range(point.length - 1)]
             half = point.length // 2
             file.write(json.dumps({"prompt": " ".join(text[:half]), "completion": " " + " ".join(text[half:])}) + "\n")
-    result = _stage(root, point, Stage.PREPARE)
-    assert result.prepare is not None
-    assert result.prepare.longest_row == point.length
-    assert result.prepare.model is not None
-    print(json.dumps({"shape": result.prepare.model.model_dump(), "supervised_share": result.prepare.supervised_share}))
 
 
 def train(root: Path, point: Point) -> None:
@@ -181,9 +194,8 @@ def _resident(name: str) -> int:
 # --- the grid -----------------------------------------------------------------
 
 
-def measure(point: Point) -> dict[str, object]:
-    with tempfile.TemporaryDirectory(prefix="tuneloop-estimate-") as folder:
-        made, trained = _child("make", folder, point), _child("train", folder, point)
+def measure(root: Path, point: Point, made: dict[str, object]) -> dict[str, object]:
+    trained = _child("train", root, asdict(point))
     workload = workload_of(point, made)
     if trained["micro_batch"] != workload.micro_batch:
         raise SystemExit(f"{point}: the trainer took micro-batches of {trained['micro_batch']}, not {workload.micro_batch}")
@@ -218,11 +230,11 @@ def workload_of(point: Point, made: dict[str, object]) -> estimates.Workload:
     )
 
 
-def _child(step: str, folder: str, point: Point):  # type: ignore[no-untyped-def]  # JSON of the step
-    command = [sys.executable, "-m", "bench.estimate", "--step", step, "--root", folder, "--point", json.dumps(asdict(point))]
+def _child(step: str, root: Path, what: object):  # type: ignore[no-untyped-def]  # JSON of the step
+    command = [sys.executable, "-m", "bench.estimate", "--step", step, "--root", str(root), "--what", json.dumps(what)]
     done = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise SystemExit(f"{step} of {point} failed:\n{done.stderr[-3000:]}")
+        raise SystemExit(f"{step} of {what} failed:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -232,14 +244,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=2, help="trainings at a time (default: %(default)s)")
     parser.add_argument("--step", choices=("make", "train"), help=argparse.SUPPRESS)
     parser.add_argument("--root", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--point", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--what", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
-    if arguments.step is not None:
-        {"make": make, "train": train}[arguments.step](arguments.root, Point(**arguments.point))
-        return
+    if arguments.step == "make":
+        return make(arguments.root, [Point(**point) for point in arguments.what])
+    if arguments.step == "train":
+        return train(arguments.root, Point(**arguments.what))
+    points = GRID[: arguments.points]
     found = []
-    with ThreadPoolExecutor(arguments.workers) as pool:
-        for row in pool.map(measure, GRID[: arguments.points]):
+    with tempfile.TemporaryDirectory(prefix="tuneloop-estimate-") as folder, ThreadPoolExecutor(arguments.workers) as pool:
+        root = Path(folder)
+        made = _child("make", root, [asdict(point) for point in points])
+        for row in pool.map(measure, [root / str(number) for number in range(len(points))], points, made):
             print(json.dumps(row), flush=True)
             found.append(row)
     errors = [float(str(row["error"])) for row in found]
