@@ -131,8 +131,9 @@ def test_near_duplicates_go_and_the_first_is_kept(tmp_path: Path) -> None:
     assert curating.drops == {"NearDuplicate": 20}
 
 
-def test_texts_that_share_half_their_words_are_no_near_duplicates(tmp_path: Path) -> None:
-    records = [make_record(number, f"{make_text(0, 20)} {make_text(number, 20)}") for number in range(1, 40)]
+def test_texts_that_share_three_quarters_of_their_words_are_no_near_duplicates(tmp_path: Path) -> None:
+    """Jaccard similarity 0.58: some meet in a band, and are told apart by their signatures."""
+    records = [make_record(number, f"{make_text(0, 30)} {make_text(number, 10)}") for number in range(1, 40)]
 
     train, _, _ = curated(tmp_path, records, deduplicate="Near", decontaminate=False)
 
