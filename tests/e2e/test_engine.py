@@ -66,6 +66,17 @@ def test_a_pod_without_any_policy_gets_401_on_every_route_of_the_engine_but_heal
     assert not wrong
 
 
+async def test_a_request_for_logprobs_is_answered_and_ends_no_engine(serving: Story) -> None:
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "fine"}], "max_tokens": 2, "logprobs": True, "top_logprobs": 2}
+    with serving.space.forward(f"service/{DEPLOYMENT}", 80) as url:
+        async with aiohttp.ClientSession() as client:
+            for _ in range(2):
+                async with client.post(f"{url}/v1/chat/completions", json=body) as response:
+                    answer = await response.json(content_type=None)
+                assert response.status == 200, answer
+                assert len(answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]) == 2
+
+
 async def test_the_engine_reads_the_same_tokens_that_the_trainer_taught(serving: Story) -> None:
     from transformers import AutoTokenizer
 

@@ -118,7 +118,7 @@ def _server(deployment: ModelDeployment, version: ModelVersion, image: str, moun
         # `python3 -m` imports from here; PYTHONPATH is the image's own business.
         "workingDir": GUARD_PATH,
         "args": _arguments(engine, version),
-        "env": _environment(version, engine.startup_timeout_seconds, on_cpu=on_cpu),
+        "env": [*_environment(version, engine.startup_timeout_seconds, on_cpu=on_cpu), *_compilation(engine, on_cpu=on_cpu)],
         "ports": [{"name": "http", "containerPort": ENGINE_PORT}],
         "resources": pods.resources({"cpu": "500m", "memory": "4Gi"}, engine.pod.resources, devices),
         "securityContext": pods.container_security(),
@@ -206,6 +206,12 @@ def _environment(version: ModelVersion, startup_seconds: int, *, on_cpu: bool) -
     if on_cpu:
         variables.append(pods.value("VLLM_CPU_KVCACHE_SPACE", "1"))
     return variables
+
+
+def _compilation(engine: Engine, *, on_cpu: bool) -> list[Json]:
+    """`enforce-eager` leaves what a request for logprobs compiles: on a CPU image without a compiler it would end the engine."""
+    is_eager = on_cpu and engine.options.get("enforce-eager") == "true"
+    return [pods.value("TORCHDYNAMO_DISABLE", "1")] if is_eager else []
 
 
 # --- what runs it ------------------------------------------------------------

@@ -147,6 +147,13 @@ def test_a_base_on_the_hub_is_pinned_to_its_commit_and_may_be_fetched() -> None:
     assert "HF_HUB_OFFLINE" not in {variable["name"] for variable in spec["containers"][0]["env"]}
 
 
+@pytest.mark.parametrize(("devices", "eager", "is_off"), [(0, "true", True), (0, "false", False), (1, "true", False)])
+def test_an_eager_engine_on_the_cpu_compiles_nothing_at_all(devices: int, eager: str, is_off: bool) -> None:
+    spec = {"engine": {"acceleratorsPerReplica": devices, "options": {"enforce-eager": eager}}}
+    names = {variable["name"] for variable in engine_of(World(spec=spec))["containers"][0]["env"]}
+    assert ("TORCHDYNAMO_DISABLE" in names) is is_off
+
+
 def test_the_model_is_verified_before_the_engine_may_read_it() -> None:
     spec = engine_of(World())
     assert spec["initContainers"][0]["command"] == [
