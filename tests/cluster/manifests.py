@@ -214,6 +214,21 @@ WITH_DATABASE_SECRET = copy.deepcopy(MODEL_DEPLOYMENT)
 WITH_DATABASE_SECRET["spec"]["gateway"]["capture"]["database"] = {"secretRef": {"name": "db", "key": "url"}}
 
 
+def changed(manifest: Manifest, path: str, value: object) -> Manifest:
+    """A copy with one field set; `path` like `spec.data.train.0.weight`; the value `...` removes the field."""
+    result: Manifest = json.loads(json.dumps(manifest))  # unlike a deep copy, this parts what the samples share
+    *parents, last = path.split(".")
+    node: Any = result
+    for part in parents:
+        node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
+    key: Any = int(last) if isinstance(node, list) else last
+    if value is ...:
+        del node[key]
+    else:
+        node[key] = value
+    return result
+
+
 def of_objective(objective: Manifest, columns: Manifest, template: Manifest, suites: list[Manifest], gate: Manifest) -> Manifest:
     """The job with another objective, whose rows have other texts and are judged by other suites."""
     job: Manifest = json.loads(json.dumps(FINE_TUNE_JOB))
@@ -259,20 +274,6 @@ TEXTS = of_objective(
     [suite("texts", "Loss")],
     {"suite": "texts", "metric": "Loss", "rule": "Superior"},
 )
-FULL = (FINE_TUNE_JOB, PREFERENCES, JUDGEMENTS, CLASSES, TEXTS, MODEL_VERSION, MODEL_DEPLOYMENT, WITH_DATABASE_SECRET)
+OWN = changed(FINE_TUNE_JOB, "spec.objective", {"type": "Custom", "custom": {"name": "mine", "settings": {"strict": "yes"}}})
+FULL = (FINE_TUNE_JOB, OWN, PREFERENCES, JUDGEMENTS, CLASSES, TEXTS, MODEL_VERSION, MODEL_DEPLOYMENT, WITH_DATABASE_SECRET)
 PLURALS = {"FineTuneJob": "finetunejobs", "ModelVersion": "modelversions", "ModelDeployment": "modeldeployments"}
-
-
-def changed(manifest: Manifest, path: str, value: object) -> Manifest:
-    """A copy with one field set; `path` like `spec.data.train.0.weight`; the value `...` removes the field."""
-    result: Manifest = json.loads(json.dumps(manifest))  # unlike a deep copy, this parts what the samples share
-    *parents, last = path.split(".")
-    node: Any = result
-    for part in parents:
-        node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
-    key: Any = int(last) if isinstance(node, list) else last
-    if value is ...:
-        del node[key]
-    else:
-        node[key] = value
-    return result

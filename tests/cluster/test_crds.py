@@ -195,6 +195,8 @@ REFUSED: dict[str, list[Manifest]] = {
     "sequenceClassification may be set only with type: SequenceClassification.": [
         changed(TEXTS, "spec.objective.sequenceClassification", {}),
     ],
+    "custom may be set only with type: Custom.": [changed(FINE_TUNE_JOB, "spec.objective.custom", {"name": "mine"})],
+    "type: Custom needs custom.name.": [changed(FINE_TUNE_JOB, "spec.objective", {"type": "Custom"})],
     "Pretraining, SequenceClassification and RewardModel leave no adapter: output.format must be Merged.": [
         changed(manifest, "spec.output.format", "Adapter") for manifest in (TEXTS, CLASSES)
     ],

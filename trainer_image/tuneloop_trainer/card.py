@@ -100,7 +100,7 @@ def _header(config: RunConfig, licence: str | None) -> list[str]:
 
 def _objective(config: RunConfig) -> str:
     """What was optimised, with the settings that only this objective has."""
-    settings = next((value for value in (config.dpo, config.kto, config.classification) if value is not None), None)
+    settings = next((value for value in (config.dpo, config.kto, config.classification, config.custom) if value is not None), None)
     shown = [f"{name} {value}" for name, value in settings.model_dump(mode="json").items() if value] if settings is not None else []
     shown += [config.loss] if config.objective == "SFT" else []
     return ", ".join([config.objective, *shown, config.prompt_format])

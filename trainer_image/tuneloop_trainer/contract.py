@@ -153,7 +153,7 @@ class Method(Model):
     lora: Lora | None = None
 
 
-ObjectiveType = Literal["SFT", "Pretraining", "SequenceClassification", "DPO", "KTO", "RewardModel"]
+ObjectiveType = Literal["SFT", "Pretraining", "SequenceClassification", "DPO", "KTO", "RewardModel", "Custom"]
 
 
 class Dpo(Model):
@@ -172,6 +172,13 @@ class Classification(Model):
     """The classes; empty: the distinct labels of the training rows."""
     class_weights: Literal["None", "Balanced"] = "None"
     """Balanced: a row counts by the inverse of its class's share."""
+
+
+class Custom(Model):
+    """An objective that a derived trainer image brings: its name in the entry points `tuneloop.objectives`, and what it is told."""
+
+    name: str
+    settings: dict[str, str] = {}
 
 
 class Defaults(Model):
@@ -196,6 +203,8 @@ DEFAULTS: dict[tuple[ObjectiveType, Literal["LoRA", "Full"]], Defaults] = {
     ("KTO", "Full"): Defaults(learning_rate=5e-7, warmup_share=0.1),
     ("RewardModel", "LoRA"): Defaults(learning_rate=1e-4, warmup_share=0.1),
     ("RewardModel", "Full"): Defaults(learning_rate=1e-5, warmup_share=0.1),
+    ("Custom", "LoRA"): Defaults(learning_rate=2e-4),
+    ("Custom", "Full"): Defaults(learning_rate=2e-5),
 }
 """The one table of defaults by objective and method; LoRA learns at about ten times the rate of all weights."""
 
@@ -207,6 +216,7 @@ HELD_OUT_METRICS: dict[ObjectiveType, tuple[Literal["Accuracy", "MacroF1", "Loss
     "DPO": ("Preference",),
     "KTO": ("Loss",),
     "RewardModel": ("Preference",),
+    "Custom": ("Loss",),
 }
 """What is measured on the validation split of a run that names no suite over it; its default gate tests the first."""
 
@@ -330,6 +340,7 @@ class RunConfig(Model):
     dpo: Dpo | None = None
     kto: Kto | None = None
     classification: Classification | None = None
+    custom: Custom | None = None
     loss: Literal["CompletionOnly", "FullSequence"] = "CompletionOnly"
     prompt_format: Literal["Chat", "Text"] = "Chat"
     method: Method

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from tuneloop_operator.api.types import Model, Positive, rules
+from tuneloop_operator.api.types import Model, Name, Positive, rules
 from tuneloop_trainer.contract import DEFAULTS, HELD_OUT_METRICS, ObjectiveType
 
 Format = Literal["Adapter", "Merged"]
@@ -46,6 +46,7 @@ TRAITS: dict[ObjectiveType, Traits] = {
         servable=False,
         feedback=False,
     ),
+    "Custom": Traits("is a class of a derived trainer image", ("prompt", "completion"), packs=True, block="custom"),
 }
 TEMPLATES = ("prompt", "completion", "chosen", "rejected", "text")
 """Texts that a template may render."""
@@ -85,6 +86,15 @@ class KTO(Model):
     undesirable_weight: Positive = Field(default="1", description="What a bad answer counts; raise it where bad answers are rare.")
 
 
+class Custom(Model):
+    """An objective of one's own: `examples/objectives/custom` is one."""
+
+    name: Name = Field(description="Its name in the entry points `tuneloop.objectives` of the trainer image.")
+    settings: Annotated[dict[str, Annotated[str, Field(max_length=256)]], Field(max_length=32)] = Field(
+        default={}, description="What it is told."
+    )
+
+
 def _blocks() -> Iterator[tuple[str, str]]:
     for name, traits in TRAITS.items():
         if traits.block is not None:
@@ -94,13 +104,16 @@ def _blocks() -> Iterator[tuple[str, str]]:
 class Objective(Model):
     """What the training optimises."""
 
-    model_config = ConfigDict(json_schema_extra=rules(*_blocks()))
+    model_config = ConfigDict(
+        json_schema_extra=rules(*_blocks(), ("self.type != 'Custom' || has(self.custom)", "type: Custom needs custom.name."))
+    )
 
     type: ObjectiveType = Field(default="SFT", description=" ".join(f"{name}: {traits.meaning}." for name, traits in TRAITS.items()))
     sft: SFT | None = Field(default=None, description="Settings of SFT.")
     sequence_classification: SequenceClassification | None = Field(default=None, description="Settings of SequenceClassification.")
     dpo: DPO | None = Field(default=None, description="Settings of DPO.")
     kto: KTO | None = Field(default=None, description="Settings of KTO.")
+    custom: Custom | None = Field(default=None, description="Which objective of the trainer image.")
 
 
 def spec_rules() -> tuple[tuple[str, str], ...]:
@@ -135,7 +148,8 @@ def _data_rules() -> Iterator[tuple[str, str]]:
         f"feedback holds labels and corrections, which {_only(names)} do not learn from: set data.train.source.",
     )
     for texts in dict.fromkeys(_rendered(traits) for traits in TRAITS.values()):
-        names = [name for name, traits in TRAITS.items() if _rendered(traits) == texts]
+        # What a custom objective reads is its own affair: prepare says what a template renders in vain.
+        names = [name for name, traits in TRAITS.items() if _rendered(traits) == texts and name != "Custom"]
         others = " || ".join(f"has(s.template.{name})" for name in TEMPLATES if name not in texts)
         yield (
             f"!({_in(names)}) || self.data.train.all(s, !has(s.template) || !({others}))",

@@ -106,6 +106,8 @@ def _objective(asked: Objective) -> dict[str, Any]:
         case "SequenceClassification":
             classes = asked.sequence_classification or SequenceClassification()
             parts["classification"] = contract.Classification(labels=classes.labels, class_weights=classes.class_weights)
+        case "Custom" if asked.custom is not None:
+            parts["custom"] = contract.Custom(name=asked.custom.name, settings=dict(asked.custom.settings))
     return parts
 
 

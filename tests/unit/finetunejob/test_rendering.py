@@ -16,7 +16,7 @@ from tests.unit.finetunejob.builders import SETTINGS, World, evaluated, make_job
 from tuneloop_operator.api.finetunejob import FineTuneJobSpec, Resolved
 from tuneloop_operator.render import names, training
 from tuneloop_operator.render.run_config import run_config
-from tuneloop_trainer.contract import Classification, Dpo, Kto, RunConfig, Stage
+from tuneloop_trainer.contract import Classification, Custom, Dpo, Kto, RunConfig, Stage
 
 ROOT = Path(__file__).parents[3]
 GOLDEN = Path(__file__).parents[2] / "golden" / "finetunejob"
@@ -230,6 +230,8 @@ def test_every_example_of_an_objective_is_rendered(path: Path) -> None:
 
 
 def test_settings_of_an_objective_reach_the_trainer() -> None:
+    own = run_config(make_job(make_spec(objective={"type": "Custom", "custom": {"name": "mine", "settings": {"a": "b"}}})), Resolved())
+    assert own.custom == Custom(name="mine", settings={"a": "b"})
     kto = run_config(make_job(make_spec(objective={"type": "KTO", "kto": {"undesirableWeight": "1.5"}})), Resolved())
     dpo = run_config(make_job(make_spec(objective={"type": "DPO", "dpo": {"beta": "0.3", "loss": "IPO"}})), Resolved())
     classes = {"type": "SequenceClassification", "sequenceClassification": {"labels": ["a", "b"], "classWeights": "Balanced"}}

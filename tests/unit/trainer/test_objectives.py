@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import statistics
+import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -19,6 +22,7 @@ from tuneloop_trainer.contract import (
     Checkpoint,
     Classification,
     Curation,
+    Custom,
     DataSource,
     Dpo,
     Evaluation,
@@ -39,7 +43,8 @@ from tuneloop_trainer.objectives import MODULES, objective_of
 from tuneloop_trainer.objectives.classification import SequenceClassification
 
 THINGS = ("day", "tea", "song", "film", "street", "letter", "garden", "answer", "morning", "story")
-OBJECTIVES: tuple[ObjectiveType, ...] = get_args(ObjectiveType)
+OBJECTIVES: tuple[ObjectiveType, ...] = tuple(MODULES)  # type: ignore[arg-type]
+PLUGIN = Path(__file__).parents[3] / "examples" / "objectives" / "custom"
 
 
 def row(objective: str, number: int) -> dict[str, object]:
@@ -146,7 +151,12 @@ def answer(config: RunConfig, base: Path, prompt: str) -> str:
     return formatter.decode(scoring.greedy_answers(model, prompts, 12, frozenset([2]), lambda _: None)[0])
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+def in_unit_tests(*fast: str) -> list[Any]:
+    """All objectives; those that are not named take their seconds in the long run."""
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.long) for name in OBJECTIVES]
+
+
+@pytest.mark.parametrize("objective", in_unit_tests("DPO", "SequenceClassification"))
 def test_objective_improves_and_its_model_answers(objective: ObjectiveType, tmp_path: Path, base: Path) -> None:
     config = make_run(tmp_path, base, objective)
 
@@ -174,7 +184,7 @@ def test_objective_improves_with_each_of_three_seeds(objective: ObjectiveType, m
         assert improvement(optimised(config)) > 3
 
 
-@pytest.mark.parametrize("objective", [name for name in OBJECTIVES if name != "SFT"])
+@pytest.mark.parametrize("objective", in_unit_tests("KTO"))
 def test_interrupted_run_of_any_objective_ends_bit_equal(objective: ObjectiveType, tmp_path: Path, base: Path) -> None:
     method = Method(type="LoRA", lora=Lora(rank=4, alpha=8, dropout=0.1))
     config = make_run(tmp_path, base, objective, steps=4, method=method)
@@ -300,8 +310,68 @@ def test_every_value_of_a_run_is_recorded_with_its_origin(tmp_path: Path, base: 
 
 
 def test_every_objective_has_a_module_and_defaults() -> None:
-    assert set(MODULES) == set(OBJECTIVES) == set(HELD_OUT_METRICS)
-    assert set(DEFAULTS) == {(objective, method) for objective in OBJECTIVES for method in ("LoRA", "Full")}
+    named = set(get_args(ObjectiveType))
+    assert named == set(HELD_OUT_METRICS) == {*MODULES, "Custom"}
+    assert set(DEFAULTS) == {(objective, method) for objective in named for method in ("LoRA", "Full")}
+
+
+# --- objectives of a derived image ---
+
+
+@pytest.fixture
+def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The example's package, as pip would install it into the image."""
+    site = tmp_path / "site"
+    (site / "dynamic_fine_tuning-1.0.0.dist-info").mkdir(parents=True)
+    project = tomllib.loads((PLUGIN / "pyproject.toml").read_text())["project"]
+    lines = [f"[{group}]\n{name} = {target}" for group, points in project["entry-points"].items() for name, target in points.items()]
+    (site / "dynamic_fine_tuning-1.0.0.dist-info" / "entry_points.txt").write_text("\n".join(lines))
+    (site / "dynamic_fine_tuning-1.0.0.dist-info" / "METADATA").write_text(f"Name: {project['name']}\nVersion: {project['version']}\n")
+    shutil.copy(PLUGIN / "dynamic_fine_tuning.py", site)
+    monkeypatch.syspath_prepend(str(site))
+    return site
+
+
+def make_custom(root: Path, base: Path, name: str = "dynamic-fine-tuning", **settings: str) -> RunConfig:
+    config = make_run(root, base, "SFT")
+    return replace(config, objective="Custom", custom=Custom(name=name, settings=settings))
+
+
+@pytest.mark.long
+def test_objective_of_a_derived_image_trains_and_is_judged(plugin: Path, tmp_path: Path, base: Path) -> None:
+    config = make_custom(tmp_path / "own", base)
+
+    results = run_through(config)
+
+    plain = make_run(tmp_path / "plain", base, "SFT")
+    run_stage(plain, Stage.PREPARE)
+    run_stage(plain, Stage.TRAIN)
+    log = json.loads((Path(config.paths.work) / "train" / "final" / "log.json").read_text())
+    assert improvement([-entry["mean_token_accuracy"] for entry in log if "mean_token_accuracy" in entry]) > 3
+    assert optimised(config)[0] != optimised(plain)[0], "its own loss is what is optimised"
+    assert results[Stage.EVALUATE].evaluate.gates[0].difference < 0, "the held-out loss fell"
+    assert answer(config, base, "rainy tea 1001"), "what was packaged writes answers"
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "sentence"),
+    [
+        ("unknown", "", "has no objective 'unknown' in the entry points tuneloop.objectives; it has dynamic-fine-tuning."),
+        ("dynamic-fine-tuning", "raise OSError('no disk')", "does not load: OSError: no disk"),
+        ("dynamic-fine-tuning", "DynamicFineTuning = dict", "is no class below"),
+    ],
+)
+def test_objective_that_the_image_does_not_have_is_refused(
+    name: str, code: str, sentence: str, plugin: Path, tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if code:
+        (plugin / "dynamic_fine_tuning.py").write_text(code)
+    monkeypatch.delitem(sys.modules, "dynamic_fine_tuning", raising=False)
+
+    result = run_stage(make_custom(tmp_path / "own", base, name), Stage.PREPARE)
+
+    assert (result.exit_code, result.reason) == (ExitCode.INVALID, Reason.DATA_INVALID)
+    assert sentence in result.message
 
 
 def test_configuration_of_the_first_release_keeps_its_key() -> None:

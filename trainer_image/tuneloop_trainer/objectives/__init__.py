@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.metadata import entry_points
 from pathlib import Path
 
-from tuneloop_trainer.contract import RunConfig
+from tuneloop_trainer.contract import Custom, RunConfig
+from tuneloop_trainer.errors import Invalid
 from tuneloop_trainer.objectives.objective import NOTES, Objective
 
 __all__ = ["Objective", "objective_of"]
 
+GROUP = "tuneloop.objectives"
+"""Entry points under which a derived image brings objectives of its own."""
 MODULES = {
     "SFT": "sft",
     "Pretraining": "pretraining",
@@ -22,8 +26,27 @@ MODULES = {
 
 def objective_of(config: RunConfig, prepared: Path | None = None) -> Objective:
     """The run's objective; with what prepare noted for it, where the folder of prepare is given."""
-    module = import_module(f"tuneloop_trainer.objectives.{MODULES[config.objective]}")
-    objective: Objective = module.OBJECTIVE(config)
+    objective = (_own if config.custom is None else _brought(config.custom))(config)
     if prepared is not None and (prepared / NOTES).is_file():
         objective.read_notes(prepared)
     return objective
+
+
+def _own(config: RunConfig) -> Objective:
+    objective: Objective = import_module(f"tuneloop_trainer.objectives.{MODULES[config.objective]}").OBJECTIVE(config)
+    return objective
+
+
+def _brought(custom: Custom) -> type[Objective]:
+    """The class of a derived image. Raises Invalid: only the spec, or the image, can be changed."""
+    brought = entry_points(group=GROUP)
+    if custom.name not in brought.names:
+        names = ", ".join(sorted(brought.names)) or "none"
+        raise Invalid(f"The trainer image has no objective '{custom.name}' in the entry points {GROUP}; it has {names}.")
+    try:
+        found = brought[custom.name].load()
+    except Exception as error:  # whatever the package raises when it is imported
+        raise Invalid(f"Objective '{custom.name}' of the trainer image does not load: {type(error).__name__}: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, Objective)):
+        raise Invalid(f"Objective '{custom.name}' of the trainer image is no class below {Objective.__module__}.Objective.")
+    return found

@@ -21,19 +21,22 @@ class SFT(Objective):
         row = TokenRow(ids, labels, record.document, len(encoded.prompt))
         return Tokens([row] if row.supervised else [], len(encoded.prompt) + len(encoded.completion))
 
+    def own_arguments(self) -> dict[str, Any]:
+        """Arguments of TRL's configuration that follow from the objective."""
+        return {
+            "padding_free": self.packs or self.config.training.packing,
+            "max_length": None,
+            "dataset_kwargs": {"skip_prepare_dataset": True},
+        }
+
     def trainer(self, parts: Parts) -> Any:
         from trl import SFTConfig, SFTTrainer
 
         from tuneloop_trainer.training.trainer import resumable
 
-        own = {
-            "padding_free": self.packs or self.config.training.packing,
-            "max_length": None,
-            "dataset_kwargs": {"skip_prepare_dataset": True},
-        }
         return resumable(SFTTrainer)(
             model=self.with_adapter(parts.model),
-            args=SFTConfig(**(own | parts.arguments)),
+            args=SFTConfig(**(self.own_arguments() | parts.arguments)),
             processing_class=parts.tokenizer,
             train_dataset=parts.train,
             eval_dataset=parts.validation,
