@@ -77,7 +77,7 @@ class Preflight:
         for row in rows:
             self._refuse_unknown_token(record, row)
             self._refuse_double_start(record, row)
-        if whole_length <= self.config.training.max_sequence_length and rows[-1].labels:
+        if whole_length <= self.config.training.max_sequence_length and max(rows[-1].labels, default=-1) >= 0:
             self.whole += 1
             self.ended += rows[-1].labels[-1] in self.vocabulary.stop_ids
         self._count_class(record)
@@ -229,7 +229,7 @@ class Preflight:
             self.classes = None
             return
         name = record.completion.strip()
-        if len(name) > MAX_CLASS_CHARACTERS or (name not in self.classes and len(self.classes) == MAX_CLASSES):
+        if not name or len(name) > MAX_CLASS_CHARACTERS or (name not in self.classes and len(self.classes) == MAX_CLASSES):
             self.classes = None
         else:
             self.classes[name] += 1
