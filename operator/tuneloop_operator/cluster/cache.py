@@ -17,6 +17,9 @@ Objects = list[Object]
 INDEXED_LABELS = "tuneloop.dev/"
 """Labels with this prefix are indexed, so that `list` need not look at every object of a kind."""
 SHARED_LENGTH = 64
+"""Of strings that are looked up to be shared."""
+SHARED_PARTS = 10_000
+"""Parts of objects that are remembered to be shared."""
 REMEMBERED_DELETIONS = 10_000
 
 
@@ -28,6 +31,7 @@ class Cache:
         self._owned: dict[tuple[str, str], set[tuple[str, str]]] = {}
         self._labelled: dict[tuple[str, str, str], set[tuple[str, str]]] = {}
         self._deleted: OrderedDict[str, int] = OrderedDict()
+        self._sharing = Sharing()
 
     # --- reading ---
 
@@ -75,7 +79,7 @@ class Cache:
             return False
         if known is not None:
             self._forget_indices(kind, place, known)
-        self._objects[kind][place] = obj = trimmed(kind, obj)
+        self._objects[kind][place] = obj = self._sharing.of(trimmed(kind, obj))
         self._remember_indices(kind, place, obj)
         return True
 
@@ -141,7 +145,7 @@ def controller(obj: Object) -> dict[str, Any] | None:
 
 
 def trimmed(kind: str, obj: Object) -> Object:
-    """The object without what nobody reads, and with one string for each that many objects share: a third of the memory.
+    """The object without what nobody reads: half of it.
 
     Of managedFields, which are half of an object, there stay, at their places in the list: who manages; which fields others than us set
     beside subresources (hand edits); and what our status manager owns. Of a pod's spec, its node.
@@ -151,16 +155,33 @@ def trimmed(kind: str, obj: Object) -> Object:
         obj = {**obj, "metadata": {**obj["metadata"], "managedFields": entries}}
     if kind == "Pod":
         obj = {**obj, "spec": {"nodeName": obj["spec"].get("nodeName")}}
-    return dict(_shared(obj))
+    return obj
 
 
-def _shared(value: Any) -> Any:
-    """The same value, with equal short strings being one."""
-    if isinstance(value, dict):
-        return {intern(name): _shared(member) for name, member in value.items()}
-    if isinstance(value, list):
-        return [_shared(member) for member in value]
-    return intern(value) if isinstance(value, str) and len(value) <= SHARED_LENGTH else value
+class Sharing:
+    """Lets equal parts of objects be one: who owns which fields, security contexts, tolerations, rules. It halves the memory.
+
+    Works from the leaves up, so that a part is known by its names and the identities of its members. What is remembered keeps those alive;
+    when it is too much, all of it is forgotten, and sharing begins anew.
+    """
+
+    def __init__(self, limit: int = SHARED_PARTS) -> None:
+        self._limit = limit
+        self._parts: dict[tuple[Any, ...], Any] = {}
+
+    def of(self, obj: Object) -> Object:
+        if len(self._parts) > self._limit:
+            self._parts.clear()
+        return {intern(name): self._part(member) for name, member in obj.items()}
+
+    def _part(self, value: Any) -> Any:
+        if isinstance(value, dict):
+            members = {intern(name): self._part(member) for name, member in value.items()}
+            return self._parts.setdefault((*members, *map(id, members.values())), members)
+        if isinstance(value, list):
+            items = [self._part(item) for item in value]
+            return self._parts.setdefault((len(items), *map(id, items)), items)
+        return intern(value) if isinstance(value, str) and len(value) <= SHARED_LENGTH else value
 
 
 def _trimmed_entry(kind: str, entry: dict[str, Any]) -> dict[str, Any]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from tuneloop_operator.cluster.cache import Cache
+from tuneloop_operator.cluster.cache import Cache, Sharing
 from tuneloop_operator.domain.decision import Key
 
 
@@ -103,3 +106,26 @@ def test_keys_name_every_object(cache: Cache) -> None:
     cache.put("Widget", make("a", 1))
     assert list(cache.keys("Widget")) == [Key("Widget", "n", "a")]
     assert list(cache.keys("Job")) == []
+
+
+def test_equal_parts_of_objects_are_one(cache: Cache) -> None:
+    for name in ("a", "b"):
+        cache.put("Job", {**make(name, 1), "spec": {"tolerations": [{"key": "gpu", "seconds": 3}], "suspend": name == "a"}})
+    a, b = cache.get("Job", "n", "a"), cache.get("Job", "n", "b")
+    assert a is not None
+    assert b is not None
+    assert a["spec"]["tolerations"][0] is b["spec"]["tolerations"][0]
+    assert (a["spec"]["suspend"], b["spec"]["suspend"]) == (True, False)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.sampled_from(["", "a", "b", "x" * 70]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["a", "b", "0"]), inner, max_size=3),
+)
+
+
+@given(st.lists(st.dictionaries(st.sampled_from(["a", "b"]), VALUES), max_size=12), st.integers(0, 20))
+def test_sharing_changes_no_object(objects: list[dict[str, Any]], limit: int) -> None:
+    sharing = Sharing(limit)
+    texts = [json.dumps(obj) for obj in objects]
+    assert [json.dumps(shared) for shared in [sharing.of(json.loads(text)) for text in texts]] == texts
