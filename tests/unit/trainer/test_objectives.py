@@ -229,6 +229,29 @@ def test_any_objective_stops_early(objective: ObjectiveType, tmp_path: Path, bas
     assert result.train.validation_loss is not None
 
 
+def test_each_prompt_is_also_scored_with_its_neighbours_answer() -> None:
+    from tuneloop_trainer.objectives.kto import Judgements
+
+    rows = [{"input_ids": [5, 6, 10 + number], "prompt_length": 2, "target": number % 2} for number in range(3)]
+
+    batch = Judgements(pad=0)(rows)
+
+    assert batch["input_ids"][:, 2].tolist() == [10, 11, 12]
+    assert batch["KL_input_ids"][:, 2].tolist() == [12, 10, 11]
+    assert batch["label"].tolist() == [False, True, False]
+
+
+def test_preferences_are_learned_relative_to_the_base(tmp_path: Path, base: Path) -> None:
+    """Before its first step a model is its own reference: the loss is that of a coin."""
+    config = make_run(tmp_path, base, "DPO", steps=2)
+    run_stage(config, Stage.PREPARE)
+    run_stage(config, Stage.TRAIN)
+
+    assert losses(config)[0] == pytest.approx(math.log(2), abs=1e-6)
+    saved = {path.name for path in (tmp_path / "work" / "train" / "final").iterdir()}
+    assert "ref" not in saved, "no copy of the adapter is kept as a reference"
+
+
 def test_pretraining_keeps_every_token(tmp_path: Path, base: Path) -> None:
     from tuneloop_trainer import models
     from tuneloop_trainer.data.shards import read_rows
