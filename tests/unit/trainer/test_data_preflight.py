@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace as replace_vocabulary
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from tests.unit.trainer.builders import make_config, make_gated, make_rows, make
 
 from tuneloop_trainer.contract import Curation, ExitCode, Lora, Method, Reason, RunConfig, Stage, Training
 from tuneloop_trainer.data import page
-from tuneloop_trainer.data.preflight import Preflight, Vocabulary
+from tuneloop_trainer.data.preflight import Preflight, Vocabulary, untrained_tokens
 from tuneloop_trainer.data.records import Record
 from tuneloop_trainer.data.samples import Piece, Samples
 from tuneloop_trainer.data.shards import TokenRow
@@ -127,6 +128,21 @@ def test_imbalance_and_labels_that_nobody_trains_on_are_warned_of(tmp_path: Path
 
     assert "'positive' has 90 rows, 'meh' 2" in warnings[0]
     assert warnings[1] == "No training row has the label 'negative', which a suite asks for."
+
+
+def test_an_end_that_the_base_never_learned_is_warned_of(tmp_path: Path, base: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(base / "model.safetensors")
+    weights["model.embed_tokens.weight"][END] = 0
+    save_file(weights, tmp_path / "model.safetensors")
+    assert (untrained_tokens(base, [0, END]), untrained_tokens(tmp_path, [0, END, 10**6])) == (frozenset(), {END})
+    preflight = make_preflight(tmp_path, replace_vocabulary(VOCABULARY, untrained=frozenset([END])))
+
+    (warning,) = preflight.judge(see(preflight), steps=500)
+
+    assert "never learned token 2" in warning
+    assert len(warning) < 160
 
 
 def test_a_tokenizer_larger_than_the_model_is_warned_of(tmp_path: Path) -> None:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from tuneloop_trainer.chat import stop_ids
@@ -20,6 +22,9 @@ from tuneloop_trainer.data.shards import TokenRow
 from tuneloop_trainer.data.tokens import TokenCounts
 from tuneloop_trainer.errors import Invalid
 
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
+EMBEDDINGS_LOOKED_AT = 128
+UNTRAINED_SHARE = 0.01
 MIN_END_SHARE = 0.99
 MAX_TRUNCATED_SHARE = MAX_BAD_SHARE
 FEW_TRUNCATED_SHARE = 0.01
@@ -48,18 +53,41 @@ class Vocabulary:
     tokenizer_size: int
     embedding_rows: int | None
     """None: the model's configuration does not say."""
+    untrained: frozenset[int] = frozenset()
+    """Stop tokens that the model never learned."""
 
 
 def read_vocabulary(base: Path, tokenizer: Any) -> Vocabulary:  # Any: transformers is untyped
     config = json.loads((base / "config.json").read_text())
     rows = config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size"))
+    ends = stop_ids(base, tokenizer)
     return Vocabulary(
-        stop_ids=stop_ids(base, tokenizer),
+        stop_ids=ends,
         bos=tokenizer.bos_token_id,
         pad=tokenizer.pad_token_id,
         tokenizer_size=len(tokenizer),
         embedding_rows=rows if isinstance(rows, int) else None,
+        untrained=untrained_tokens(base, ends),
     )
+
+
+def untrained_tokens(base: Path, tokens: Iterable[int]) -> frozenset[int]:
+    """Those of the tokens whose input embedding is near zero beside the others': a base model has such for the marks of a chat."""
+    from safetensors import safe_open
+
+    for path in sorted(base.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            name = next((name for name in file.keys() if name.endswith(EMBEDDINGS)), None)  # noqa: SIM118  # no mapping
+            if name is not None:
+                table = file.get_slice(name)
+                rows = table.get_shape()[0]
+                usual = median(_norm(table, row) for row in range(0, rows, max(1, rows // EMBEDDINGS_LOOKED_AT)))
+                return frozenset(token for token in tokens if token < rows and _norm(table, token) < UNTRAINED_SHARE * usual)
+    return frozenset()
+
+
+def _norm(table: Any, row: int) -> float:  # Any: safetensors is untyped
+    return float(table[row : row + 1].float().norm())
 
 
 @dataclass
@@ -70,6 +98,7 @@ class Preflight:
     vocabulary: Vocabulary
     whole: int = 0
     ended: int = 0
+    ends: set[int] = field(default_factory=set)
     classes: Counter[str] | None = field(default_factory=Counter)
 
     def see(self, record: Record, rows: list[TokenRow], whole_length: int) -> None:
@@ -80,6 +109,7 @@ class Preflight:
         if whole_length <= self.config.training.max_sequence_length and max(rows[-1].labels, default=-1) >= 0:
             self.whole += 1
             self.ended += rows[-1].labels[-1] in self.vocabulary.stop_ids
+            self.ends.add(rows[-1].labels[-1])
         self._count_class(record)
 
     def judge(self, counts: TokenCounts, steps: int) -> list[str]:
@@ -89,6 +119,7 @@ class Preflight:
         self._refuse_mostly_truncated(counts)
         self._refuse_one_class()
         checks = (
+            self._untrained_end(),
             self._truncation(counts),
             self._supervision(counts),
             self._imbalance(),
@@ -147,6 +178,12 @@ class Preflight:
             raise Invalid(f"All {self.classes.total()} training rows have the completion '{name[:40]}': there is nothing to learn.")
 
     # --- warnings ---
+
+    def _untrained_end(self) -> str | None:
+        never = sorted(self.ends & self.vocabulary.untrained)
+        if not never:
+            return None
+        return f"The base model never learned token {never[0]}, which ends the answers (its embedding is near 0). Use an instruct model."
 
     def _truncation(self, counts: TokenCounts) -> str | None:
         if counts.truncated <= FEW_TRUNCATED_SHARE * counts.rows:
