@@ -122,6 +122,9 @@ class Capture:
                 except Unavailable as error:
                     logger.warning("Captured rows could not be stored (%s), attempt %d of %d.", error, attempt + 1, TRIES)
                     await asyncio.sleep(random.uniform(0.5, 1.0) * 2**attempt)
+                except Exception:
+                    logger.exception("Captured rows cannot be stored.")
+                    break
             self._drop("database", len(batch))
         finally:
             self._busy -= len(batch)

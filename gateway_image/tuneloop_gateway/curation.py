@@ -48,6 +48,10 @@ def split_of(document: str) -> Split:
     return "train" if hashlib.sha256(b"split:" + document.encode()).digest()[0] % 2 == 0 else "gate"
 
 
+class NotCaptured(Exception):
+    """What was asked is not stored, or not yet."""
+
+
 class Curation:
     """What people said, in the database. Every method raises Unavailable where that is away."""
 
@@ -56,7 +60,10 @@ class Curation:
         self._report, self._report_key, self._report_at = FeedbackReport(), "", 0.0
 
     async def add_vote(self, vote: Vote, epoch: str) -> bool:
-        """Stores one vote; the same subject's later vote on the response replaces it. True where it is the first."""
+        """Stores one vote; the same subject's later vote on the response replaces it. True where it is the first.
+
+        Raises NotCaptured, and stores nothing, for a correction of a response whose request is not stored.
+        """
         now = time.time()
         async with self._database.begin() as connection:
             row = {
@@ -73,14 +80,15 @@ class Curation:
         return is_first
 
     async def _add_correction(self, connection: AsyncConnection, vote: Vote, correction: str, epoch: str, now: float) -> None:
-        """Keeps the input beside the correction, so that it outlives the raw row. An answer that was not captured cannot be learnt from."""
-        asked = (await connection.execute(select(captured.c.text, captured.c.subject).where(captured.c.id == vote.response_id))).first()
-        if asked is None:
-            return
-        document = document_of(asked.text)
+        """Keeps the input beside the correction, so that it outlives the raw row."""
+        asked = await _asked(connection, [vote.response_id])
+        if vote.response_id not in asked:
+            raise NotCaptured
+        text, asked_by = asked[vote.response_id]
+        document = document_of(text)
         row = {
-            "response_id": vote.response_id, "subject": vote.subject, "document": document, "text": asked.text, "correction": correction,
-            "reviewer": vote.reviewer, "split": split_of(document), "epoch": epoch, "updated_at": now, "asked_by": asked.subject,
+            "response_id": vote.response_id, "subject": vote.subject, "document": document, "text": text, "correction": correction,
+            "reviewer": vote.reviewer, "split": split_of(document), "epoch": epoch, "updated_at": now, "asked_by": asked_by,
         }  # fmt: skip
         await connection.execute(upsert(connection, corrections), row)
 

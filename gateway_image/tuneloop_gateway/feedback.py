@@ -11,7 +11,7 @@ from aiohttp import web
 from tuneloop_gateway.canonical import normalise, redact_personal_data, storable
 from tuneloop_gateway.configuration import Configuration
 from tuneloop_gateway.contract import FEEDBACK_HEADER
-from tuneloop_gateway.curation import Curation, Vote
+from tuneloop_gateway.curation import Curation, NotCaptured, Vote
 from tuneloop_gateway.database import Unavailable
 from tuneloop_gateway.errors import Refused, invalid
 from tuneloop_gateway.inbound import Json, parse_object, read_body
@@ -24,6 +24,9 @@ MAX_CORRECTION_CHARS = 8192
 MAX_COMMENT_CHARS = 2000
 FIELDS = {"token", "rating", "thumbs", "preference", "correction", "comment"}
 NAMES = {1: "up", -1: "down", 0: "none"}
+CAPTURE_SECONDS = 3.0
+"""How long a correction waits for its answer to be stored, which happens off the request path."""
+POLL_SECONDS = 0.1
 
 
 class Feedback:
@@ -45,11 +48,24 @@ class Feedback:
         try:
             for vote in votes:
                 # A sender that hangs up does not undo what was said.
-                if await asyncio.shield(self._curation.add_vote(vote, epoch)):
+                if await asyncio.shield(self._add(vote, epoch)):
                     self._metrics.feedback(vote.kind, NAMES[vote.value])
         except Unavailable:
             raise Refused(503, "Feedback cannot be stored now; send it again.", code="store_unavailable", retry_after=10) from None
         return web.json_response({"object": "feedback", "response_id": token.response_id, "stored": [v.kind for v in votes]})
+
+    async def _add(self, vote: Vote, epoch: str) -> bool:
+        """True where it is the subject's first. A correction is learnt from together with what was asked, which is stored off the
+        request path: waits for that. Raises Refused where it was not captured."""
+        deadline = time.monotonic() + CAPTURE_SECONDS
+        while True:
+            try:
+                return await self._curation.add_vote(vote, epoch)
+            except NotCaptured:
+                if time.monotonic() > deadline:
+                    message = "This answer was not captured, so a correction of it cannot be kept; nothing of this request was stored."
+                    raise Refused(409, message, code="not_captured", param="correction") from None
+            await asyncio.sleep(POLL_SECONDS)
 
     def _token(self, request: web.BaseRequest, body: Json) -> FeedbackToken:
         text = body.get("token") or request.headers.get(FEEDBACK_HEADER)
@@ -70,17 +86,17 @@ class Feedback:
             return Vote(token.response_id, subject, caller.reviewer, kind, value, text)
 
         votes = []
+        correction = self._text(body, "correction", MAX_CORRECTION_CHARS)
+        if correction is not None:  # first, as it alone may be refused later on
+            if not correction.strip():
+                raise invalid("'correction' is empty.", "correction")
+            votes.append(vote("correction", 0, correction.strip()))
         value = _rating(body)
         if value is not None:
             votes.append(vote("rating", value, comment))
         preference = body.get("preference")
         if preference is not None:
             votes.append(vote("preference", *self._preference(preference)))
-        correction = self._text(body, "correction", MAX_CORRECTION_CHARS)
-        if correction is not None:
-            if not correction.strip():
-                raise invalid("'correction' is empty.", "correction")
-            votes.append(vote("correction", 0, correction.strip()))
         return votes
 
     def _text(self, body: Json, field: str, limit: int) -> str | None:

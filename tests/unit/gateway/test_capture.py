@@ -235,3 +235,17 @@ async def test_what_is_past_its_retention_is_deleted(gateway: Running) -> None:
         await connection.execute(sql("UPDATE captured SET captured_at = captured_at - 31 * 86400 WHERE text = 'old'"))
     assert await gateway.gateway.retention.sweep(time.time()) == 1
     assert [row[0] for row in await rows(gateway)] == ["new"]
+
+
+async def test_rows_that_cannot_be_stored_for_any_reason_are_counted(gateway: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    capture = gateway.gateway.capture
+
+    async def fail(batch: object) -> None:
+        raise ValueError("a value that the driver does not take")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(capture, "_store", fail)
+        await gateway.ask("one")
+        await eventually(lambda: capture.report().dropped == 1)
+    await gateway.ask("two")
+    await eventually(lambda: capture.report().captured == 1)

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Sequence
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 from tests.unit.gateway.conftest import INTERNAL, Running, Start, make_config, on_sqlite_alone
@@ -138,6 +139,25 @@ async def test_two_subjects_who_agree_count_and_one_who_repeats_himself_does_not
     assert await export(keyed) == []
     await say(keyed, "bob", token=second, correction=" negative")
     assert [r.label for r in await export(keyed)] == ["negative"]
+
+
+async def test_a_correction_sent_right_after_the_answer_is_kept(keyed: Running) -> None:
+    """The request is stored off the request path: the correction waits for it."""
+    token = await token_of(keyed, train_text())
+    assert await say(keyed, "rita", token=token, correction="positive") == (200, ANY)
+    assert [(row.text, row.label) for row in await export(keyed)] == [(train_text(), "positive")]
+
+
+async def test_a_correction_of_an_answer_that_is_not_captured_is_refused_whole(
+    start: Start, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tuneloop_gateway.feedback.CAPTURE_SECONDS", 0.2)
+    gateway = await start(make_config(capture={"sampleRate": 0.0}), {"svc": (engine.address,)}, KEYS)
+    token = await token_of(gateway)
+    status, body = await say(gateway, "rita", token=token, correction="positive", thumbs="down")
+    assert (status, body["error"]["code"]) == (409, "not_captured")
+    assert (await gateway.state()).feedback.down == 0
+    assert (await say(gateway, "rita", token=token, thumbs="down"))[0] == 200
 
 
 async def test_corrections_never_judge_a_model(keyed: Running) -> None:
