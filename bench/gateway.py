@@ -358,7 +358,7 @@ def measure(runner: asyncio.Runner, ports: tuple[int, int], internal_port: int, 
         "cpu_ms_per_request": round(1000 * spent, 3),
         "captured": state["capture"]["captured"],
         "capture_dropped": state["capture"]["dropped"],
-        "drift": state["drift"]["status"],
+        "drift": (state["drift"] or {}).get("status"),
         "stream_events": STREAM_EVENTS,
     }
 

@@ -218,7 +218,8 @@ class GatewayState(Model):
     generation: int
     """Of the configuration that is applied."""
     revisions: tuple[RevisionReport, ...] = ()
-    drift: DriftReport
+    drift: DriftReport | None = None
+    """None: its saved state has not been read yet, so there may be an alarm or none."""
     feedback: FeedbackReport = FeedbackReport()
     capture: CaptureReport = CaptureReport()
 

@@ -119,9 +119,9 @@ class Metrics:
         self._render_drift(state.drift)
         return generate_latest(self.registry)
 
-    def _render_drift(self, drift: DriftReport) -> None:
+    def _render_drift(self, drift: DriftReport | None) -> None:
         gauges = (self._evidence, self._threshold, self._effect, self._alarm, self._remaining, self._pairs)
-        if drift.status is DriftStatus.OFF:
+        if drift is None or drift.status is DriftStatus.OFF:
             for gauge in gauges:
                 gauge.clear()
             return

@@ -75,7 +75,8 @@ class Monitor:
                 logger.info("Drift detection: %s (epoch %s).", process.status.value, process.progress.epoch)
                 self._wake.set()
 
-    def report(self) -> DriftReport:
+    def report(self) -> DriftReport | None:
+        """None until the saved state of this epoch has been read: to say that nothing was found would take an alarm back."""
         settings = self.settings
         if settings is None:
             return DriftReport(status=DriftStatus.OFF, epoch="0")
@@ -83,6 +84,8 @@ class Monitor:
             return self._process.report()
         if self._followed is not None and self._followed.epoch == settings.epoch:
             return self._followed
+        if self._process is None:
+            return None
         return DriftReport(status=DriftStatus.COLLECTING, epoch=settings.epoch, log_threshold=math.log(settings.false_alarm_every_requests))
 
     @property

@@ -21,7 +21,7 @@ from tests.unit.gateway.postgresql import Missing, Server
 
 from tuneloop_gateway.app import Gateway
 from tuneloop_gateway.configuration import Configuration
-from tuneloop_gateway.contract import GatewayConfig, GatewayState
+from tuneloop_gateway.contract import DriftReport, GatewayConfig, GatewayState
 from tuneloop_gateway.database import Database, database_url
 from tuneloop_gateway.settings import Settings
 
@@ -108,6 +108,12 @@ class Running:
         """(status, JSON, headers) of one request that is not streamed."""
         async with self.chat(text, **more) as response:
             return response.status, await response.json(), response.headers
+
+    async def drift(self) -> DriftReport:
+        """What it says of drift, once it says anything."""
+        report = (await self.state()).drift
+        assert report is not None
+        return report
 
     async def state(self) -> GatewayState:
         async with self.session.get(f"{self.internal_url}/internal/state") as response:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import pytest
 from tests.unit.gateway.conftest import INTERNAL, Running, Start, eventually, make_config, on_sqlite_alone
 from tests.unit.gateway.engines import FakeEngine
 
-from tuneloop_gateway.contract import DriftStatus
+from tuneloop_gateway.contract import DriftReport, DriftStatus
+from tuneloop_gateway.database import Unavailable
 from tuneloop_gateway.drift.monitor import Monitor
 
 WORDS = {"clean": [f"clean{i}" for i in range(60)], "other": [f"other{i}" for i in range(60)]}
@@ -27,6 +29,12 @@ async def say(gateway: Running, words: str, rows: int, seed: int = 0) -> None:
         gateway.gateway.monitor.take(" ".join(rng.choices(WORDS[words], k=12)), 0.0)
 
 
+def found(gateway: Running) -> DriftReport:
+    report = gateway.gateway.monitor.report()
+    assert report is not None
+    return report
+
+
 async def loaded(gateway: Running) -> Monitor:
     await eventually(lambda: gateway.gateway.monitor._process is not None)
     return gateway.gateway.monitor
@@ -42,7 +50,7 @@ async def test_requests_reach_the_detector_canonical_and_before_the_prompt(start
         await gateway.ask("mail  a@b.org")
     await gateway.captured()
     assert seen == ["mail [EMAIL]"] * 3
-    assert (await gateway.state()).drift.status is DriftStatus.MONITORING
+    assert (await gateway.drift()).status is DriftStatus.MONITORING
 
 
 async def test_an_alarm_is_latched_over_a_restart_and_shown_as_a_metric(start: Start, engine: FakeEngine) -> None:
@@ -50,9 +58,9 @@ async def test_an_alarm_is_latched_over_a_restart_and_shown_as_a_metric(start: S
     first = await start(config, {"svc": (engine.address,)})
     await loaded(first)
     await say(first, "clean", 210)
-    assert (await first.state()).drift.status is DriftStatus.MONITORING
+    assert (await first.drift()).status is DriftStatus.MONITORING
     await say(first, "other", 170)
-    before = (await first.state()).drift
+    before = await first.drift()
     assert before.status is DriftStatus.ALARM
     assert before.log_evidence >= before.log_threshold
     assert before.effect > 0.2
@@ -60,7 +68,31 @@ async def test_an_alarm_is_latched_over_a_restart_and_shown_as_a_metric(start: S
     await first.gateway.stop()
     second = await start(config, {"svc": (engine.address,)}, pod_uid="uid-2")
     await loaded(second)
-    assert (await second.state()).drift == before
+    assert await second.drift() == before
+
+
+async def test_nothing_is_said_of_drift_before_the_saved_state_is_read(
+    start: Start, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(drift=drift())
+    first = await start(config, {"svc": (engine.address,)})
+    await loaded(first)
+    await say(first, "clean", 210)
+    await say(first, "other", 170)
+    await first.gateway.stop()
+    hold = Monitor._hold
+
+    async def away(self: Monitor) -> bool:
+        raise Unavailable("the database is away")
+
+    monkeypatch.setattr(Monitor, "_hold", away)
+    second = await start(config, {"svc": (engine.address,)}, pod_uid="uid-2")
+    assert (await second.state()).drift is None
+    assert "tuneloop_drift_alarm{" not in await second.metrics()
+    monkeypatch.setattr(Monitor, "_hold", hold)
+    await second.gateway.monitor.step()
+    assert (await second.drift()).status is DriftStatus.ALARM
+    assert "tuneloop_drift_alarm{" in await second.metrics()
 
 
 async def test_promotion_starts_afresh_with_the_inputs_since_the_alarm(start: Start, engine: FakeEngine) -> None:
@@ -71,7 +103,7 @@ async def test_promotion_starts_afresh_with_the_inputs_since_the_alarm(start: St
     await gateway.captured()
     await say(gateway, "clean", 180)
     await say(gateway, "other", 170)
-    assert gateway.gateway.monitor.report().status is DriftStatus.ALARM
+    assert found(gateway).status is DriftStatus.ALARM
     rng = random.Random(1)
     for _ in range(80):
         await gateway.ask(" ".join(rng.choices(WORDS["other"], k=12)))
@@ -79,12 +111,12 @@ async def test_promotion_starts_afresh_with_the_inputs_since_the_alarm(start: St
     sampled = await _labels(gateway)
     assert 70 <= len(sampled) <= 80  # those since the alarm
     gateway.configure(make_config(drift=drift(epoch="2", seed="SinceAlarm"), generation=2))
-    await eventually(lambda: gateway.gateway.monitor.report().status is DriftStatus.MONITORING)
-    report = gateway.gateway.monitor.report()
+    await eventually(lambda: found(gateway).status is DriftStatus.MONITORING)
+    report = found(gateway)
     assert (report.epoch, report.pairs, report.detected_at) == ("2", 0, None)
     assert report.reference_rows == len(sampled)
     await say(gateway, "other", 20, seed=9)
-    assert gateway.gateway.monitor.report().status is DriftStatus.MONITORING
+    assert found(gateway).status is DriftStatus.MONITORING
 
 
 async def _labels(gateway: Running) -> list[str]:
@@ -98,11 +130,11 @@ async def test_a_fresh_epoch_collects_a_new_reference(start: Start, engine: Fake
     await say(gateway, "clean", 210)
     await say(gateway, "other", 170)
     gateway.configure(make_config(drift=drift(epoch="rearmed"), generation=2))
-    report = (await gateway.state()).drift
+    report = await gateway.drift()
     assert (report.status, report.epoch) == (DriftStatus.COLLECTING, "rearmed")  # at once: the operator must not see the old alarm
     await eventually(lambda: gateway.gateway.monitor._process.progress.epoch == "rearmed")  # type: ignore[union-attr]
     await say(gateway, "other", 210)
-    assert (await gateway.state()).drift.status is DriftStatus.MONITORING
+    assert (await gateway.drift()).status is DriftStatus.MONITORING
 
 
 async def test_one_replica_detects_and_the_others_report_what_it_found(start: Start, engine: FakeEngine) -> None:
@@ -116,17 +148,17 @@ async def test_one_replica_detects_and_the_others_report_what_it_found(start: St
     await say(owner, "other", 170)
     await owner.gateway.monitor.step()
     await follower.gateway.monitor.step()
-    assert (await follower.state()).drift == (await owner.state()).drift
-    assert (await follower.state()).drift.status is DriftStatus.ALARM
+    assert await follower.drift() == await owner.drift()
+    assert (await follower.drift()).status is DriftStatus.ALARM
     await owner.gateway.stop()
     await follower.gateway.monitor.step()
     assert follower.gateway.monitor._process is not None
-    assert (await follower.state()).drift.status is DriftStatus.ALARM
+    assert (await follower.drift()).status is DriftStatus.ALARM
 
 
 @on_sqlite_alone
 async def test_without_drift_settings_nothing_is_watched(gateway: Running) -> None:
-    assert (await gateway.state()).drift.status is DriftStatus.OFF
+    assert (await gateway.drift()).status is DriftStatus.OFF
     assert "tuneloop_drift_alarm{" not in await gateway.metrics()
 
 

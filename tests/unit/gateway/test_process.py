@@ -71,6 +71,10 @@ class Process:
             return GatewayState.model_validate_json(await response.read())
 
 
+def has_reference(state: GatewayState) -> bool:
+    return state.drift is not None and state.drift.status is not DriftStatus.COLLECTING
+
+
 @asynccontextmanager
 async def running(folder: Path, config: dict[str, Any], engine: FakeEngine) -> AsyncIterator[tuple[Process, aiohttp.ClientSession]]:
     process = Process(folder, config, engine)
@@ -112,7 +116,7 @@ async def test_what_was_captured_survives_a_crash(tmp_path: Path, engine: FakeEn
     drift = {"size": 30, "horizonDays": 1e-9, "mixOverSeconds": 0}
     async with running(tmp_path, make_config(drift=drift), engine) as (process, session):
         async with asyncio.timeout(20):
-            while (await process.state(session)).drift.status is DriftStatus.COLLECTING:
+            while not has_reference(await process.state(session)):
                 await process.ask(session, f"text {random.random()}")
         await asyncio.sleep(0.5)  # one batch's time
         captured = (await process.state(session)).capture.captured
@@ -170,8 +174,8 @@ async def test_a_thousand_held_out_requests_of_the_domain_raise_no_alarm(tmp_pat
     async with running(tmp_path, config, engine) as (process, session):
         sent = 0
         async with asyncio.timeout(120):
-            while (state := await process.state(session)).drift.status is DriftStatus.COLLECTING:
-                missing = max(REFERENCE - state.drift.reference_rows, 1)
+            while not has_reference(state := await process.state(session)):
+                missing = max(REFERENCE - (state.drift.reference_rows if state.drift else 0), 1)
                 await send(process, session, texts[sent : sent + missing])
                 sent += missing
                 await asyncio.sleep(0.05)
@@ -179,6 +183,7 @@ async def test_a_thousand_held_out_requests_of_the_domain_raise_no_alarm(tmp_pat
             while (state := await process.state(session)).capture.pending:  # noqa: ASYNC110 - another process
                 await asyncio.sleep(0.05)
     print(f"\n{personal_data}: {state.drift}")
+    assert state.drift is not None
     assert state.drift.status is DriftStatus.MONITORING
     assert state.drift.pairs >= HELD_OUT
     assert state.drift.log_evidence < state.drift.log_threshold

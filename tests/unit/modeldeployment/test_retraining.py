@@ -544,3 +544,31 @@ def test_the_time_of_the_next_attempt_is_when_the_operator_looks_again() -> None
     assert next_look(world.step()) <= 5.0
     world.now += timedelta(seconds=57)
     assert next_look(world.step()) <= 3.0
+
+
+# --- an alarm outlives its gateway -------------------------------------------
+
+
+def test_an_alarm_stands_while_a_gateway_has_not_read_its_database() -> None:
+    world = alarmed()
+    world.settle()
+    world.drift_is_read = False
+    world.settle()
+    assert world.condition("DriftDetected") == ("True", "DriftAlarm")
+    assert world.condition("RetrainingNeeded") == ("True", "Retraining")
+    assert world.status["drift"]["detectedAt"] == "2026-01-15T12:30:00Z"
+
+
+def test_a_version_that_takes_over_meanwhile_starts_the_next_epoch_and_is_not_followed_by_a_second_retraining() -> None:
+    world = retraining(alarmed())
+    world.jobs = [make_job(world.status["retraining"]["lastJob"], succeeded="True", reason="GatePassed", modelVersion=2)]
+    world.drift_is_read = False
+    world.versions.append(make_version(2))
+    for _ in range(6):
+        world.step()
+    assert world.weights()[2] == 100
+    assert world.config.drift is not None
+    assert world.config.drift.epoch == "1"
+    world.drift_is_read = True  # and what it has read is of the epoch before
+    world.step(seconds=7200)
+    assert world.status["retraining"]["episode"] == 1

@@ -143,6 +143,8 @@ class World:
     in_flight: dict[str, int] = field(default_factory=dict)
     drift: DriftReport | None = None
     """None: monitoring, and nothing found."""
+    drift_is_read: bool = True
+    """The gateways have read their database."""
     feedback: FeedbackReport = field(default_factory=FeedbackReport)
     prometheus: Any = None
     reads_prometheus: bool = False
@@ -311,7 +313,7 @@ class World:
             started_at="2026-01-15T12:00:00Z",
             generation=config.generation,
             revisions=tuple(self._report(r.name, r.service, r.state, pod) for r in config.revisions if not self._omits(pod, r.name)),
-            drift=drift,
+            drift=drift if self.drift_is_read else None,
             feedback=self.feedback,
         )
 

@@ -65,7 +65,8 @@ def evidence_of(snapshot: Snapshot) -> Evidence | None:
     """Prometheus' where it is asked, else the gateways'; only of the current epoch."""
     if snapshot.deployment.spec.monitoring.drift is None:
         return None
-    of_gateways = merged(state for state in snapshot.states if state.drift.epoch == str(current_epoch(snapshot)))
+    epoch = str(current_epoch(snapshot))
+    of_gateways = merged(state for state in snapshot.states if state.drift is not None and state.drift.epoch == epoch)
     if not snapshot.reads_prometheus or snapshot.evidence is None:
         return None if snapshot.reads_prometheus else of_gateways
     raised = of_gateways.detected_at if of_gateways is not None and snapshot.evidence.is_alarm else None
@@ -73,11 +74,12 @@ def evidence_of(snapshot: Snapshot) -> Evidence | None:
 
 
 def merged(states: Iterable[GatewayState]) -> Evidence | None:
-    """One detector's word for several gateways of one database: an alarm of any, else the one that has seen most."""
-    answered = list(states)
+    """One detector's word for several gateways of one database: an alarm of any, else the one that has seen most. One that has not read
+    the database yet has no word."""
+    answered = [state for state in states if state.drift is not None]
     if not answered:
         return None
-    drift = max((state.drift for state in answered), key=_weight)
+    drift = max((state.drift for state in answered if state.drift is not None), key=_weight)
     feedback = max((state.feedback for state in answered), key=lambda f: (f.labelled_train, f.labelled_gate, f.up + f.down))
     return _evidence(drift, feedback)
 
@@ -132,7 +134,7 @@ def _claim(snapshot: Snapshot, evidence: Evidence | None, epoch: Epoch) -> tuple
         message = f"Users' inputs changed (alarm{when}). It stands until another version takes over or {names.REARM_ANNOTATION} changes."
         return True, DeploymentReason.DRIFT_ALARM, message
     if evidence is None:
-        source = "Prometheus has no samples of this deployment" if snapshot.reads_prometheus else "no gateway answers"
+        source = "Prometheus has no samples of this deployment" if snapshot.reads_prometheus else "no gateway has read its database"
         return None, DeploymentReason.NO_DATA, f"Nothing is known of users' inputs: {source}."
     if evidence.is_exhausted:
         message = "The reference is used up; a new one is collected. Raise monitoring.drift.size or horizonDays."
