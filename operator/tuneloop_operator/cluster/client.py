@@ -239,5 +239,8 @@ def key_of(manifest: Object) -> Key:
 
 
 def _read(path: str) -> str:
-    """A mounted file: small, local, and new after each rotation."""
-    return Path(path).read_text().strip()
+    """A mounted file: small, local, and new after each rotation. Raises Unreachable."""
+    try:
+        return Path(path).read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise Unreachable(f"{path} cannot be read: {type(error).__name__}") from error

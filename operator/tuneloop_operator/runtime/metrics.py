@@ -34,7 +34,8 @@ failover leaves no gap: aggregate with `max by (...)`.
     tuneloop_operator_drift_effect{namespace, name}                   AUC - 0.5
     tuneloop_operator_drift_alarm{namespace, name}                    0 or 1, latched
     tuneloop_operator_retrainings{namespace, name, outcome}           retraining jobs of a deployment, by outcome:
-                                                                      Running, Approved, Pending, Rejected, Failed
+                                                                      Running, Failed, or the approval of the version that it made:
+                                                                      Approved, Pending, Rejected, Withdrawn; Deleted where it is gone
 
 No label carries a user's text: names of objects, and words of enums.
 """
@@ -51,7 +52,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from tuneloop_operator.cluster.cache import Cache
-from tuneloop_operator.render.names import DEPLOYMENT_LABEL, EPISODE_LABEL
+from tuneloop_operator.render.names import DEPLOYMENT_LABEL, EPISODE_LABEL, model_version
 
 PREFIX = "tuneloop_operator_"
 FAST = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 30.0)
@@ -123,8 +124,17 @@ class Objects(Collector):
             "retrainings",
             "Retraining jobs of a deployment by outcome.",
             ("namespace", "name", "outcome"),
-            ((_namespace(o), _label(o, DEPLOYMENT_LABEL), _outcome(o)) for o in jobs if _label(o, EPISODE_LABEL)),
+            ((_namespace(o), _label(o, DEPLOYMENT_LABEL), self._outcome(o)) for o in jobs if _label(o, EPISODE_LABEL)),
         )
+
+    def _outcome(self, job: Object) -> str:
+        """What became of a retraining: the version's approval, since the gates' verdict is not the last word (Manual, SuiteExhausted)."""
+        phase = _phase(job)
+        if phase != "Succeeded":
+            return "Failed" if phase == "Failed" else "Running"
+        model, number = str(job["spec"]["output"]["model"]), _status(job).get("modelVersion")
+        version = self.cache.get("ModelVersion", _namespace(job), model_version(model, number)) if number is not None else None
+        return _model_and_approval(version)[1] if version is not None else "Deleted"
 
     def _of_deployments(self) -> Iterator[GaugeMetricFamily]:
         versions = ((_namespace(o), *_model_and_approval(o)) for o in self.cache.list("ModelVersion"))
@@ -222,13 +232,3 @@ def _state(obj: Object) -> str:
     if _condition(obj, "Degraded") == "True":
         return "Degraded"
     return "Ready" if _condition(obj, "Ready") == "True" else "Progressing"
-
-
-def _outcome(obj: Object) -> str:
-    phase = _phase(obj)
-    if phase == "Failed":
-        return "Failed"
-    if phase != "Succeeded":
-        return "Running"
-    verdict = (_status(obj).get("evaluation") or {}).get("verdict")
-    return {"Pass": "Approved", "Fail": "Rejected"}.get(str(verdict), "Pending")

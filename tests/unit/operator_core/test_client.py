@@ -207,6 +207,13 @@ async def test_what_is_no_vector_is_no_answer(server: Server, cluster: Cluster, 
         await cluster.prometheus("up")
 
 
+async def test_a_token_that_cannot_be_read_makes_prometheus_unreachable(server: Server, tmp_path: Path) -> None:
+    settings = Settings(prometheus_url=server.url, prometheus_token_file=str(tmp_path / "absent"))
+    with pytest.raises(Unreachable, match="FileNotFoundError"):
+        await Cluster(Transport(Credentials(server.url)), settings).prometheus("up")
+    assert server.requests == []
+
+
 async def test_without_a_prometheus_nothing_is_asked() -> None:
     with pytest.raises(Unreachable, match="no Prometheus"):
         await Cluster(Transport(Credentials("http://127.0.0.1:1")), Settings()).prometheus("up")

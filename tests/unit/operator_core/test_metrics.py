@@ -79,13 +79,19 @@ def test_drift_is_told_of_deployments_that_are_watched(cache: Cache) -> None:
     assert read(cache, "modeldeployment_version") == {("n", "d"): 3}
 
 
-def test_retrainings_are_counted_by_outcome(cache: Cache) -> None:
+def test_retrainings_are_counted_by_what_became_of_their_versions(cache: Cache) -> None:
     labels = {DEPLOYMENT_LABEL: "d", EPISODE_LABEL: "1"}
-    put(cache, "FineTuneJob", "a", {"phase": "Succeeded", "evaluation": {"verdict": "Pass"}}, **labels)
-    put(cache, "FineTuneJob", "b", {"phase": "Succeeded", "evaluation": {"verdict": "Fail"}}, **labels)
-    put(cache, "FineTuneJob", "c", {"phase": "Training"}, **labels)
+    passed = {"phase": "Succeeded", "evaluation": {"verdict": "Pass"}}
+    for number, approval in enumerate(("Approved", "Pending", "Rejected", "Withdrawn"), 1):
+        put(cache, "FineTuneJob", f"made-{number}", passed | {"modelVersion": number}, {"output": {"model": "m"}}, **labels)
+        put(cache, "ModelVersion", f"m-v{number}", {}, {"model": "m", "version": number, "approval": approval})
+    put(cache, "FineTuneJob", "gone", passed | {"modelVersion": 9}, {"output": {"model": "m"}}, **labels)
+    put(cache, "FineTuneJob", "trains", {"phase": "Training"}, **labels)
+    put(cache, "FineTuneJob", "failed", {"phase": "Failed"}, **labels)
     put(cache, "FineTuneJob", "mine", {"phase": "Training"})
-    assert read(cache, "retrainings") == {("n", "d", "Approved"): 1, ("n", "d", "Rejected"): 1, ("n", "d", "Running"): 1}
+    outcomes = ("Approved", "Pending", "Rejected", "Withdrawn", "Deleted", "Running", "Failed")
+    assert read(cache, "retrainings") == {("n", "d", outcome): 1 for outcome in outcomes}
+
 
 
 def test_versions_are_counted_by_approval(cache: Cache) -> None:
