@@ -91,8 +91,27 @@ def _refuse_unusable(folder: Path, uri: str) -> None:
         content = _json(folder / name, uri)
         if "auto_map" in content:
             raise Invalid(f"Model {uri} needs code of its own (auto_map in {name}), which is not run.", Reason.MODEL_NOT_FOUND)
-    if not any(folder.glob("*.safetensors")):
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
         raise Invalid(f"Model {uri} has no .safetensors weights. Convert them: pickled weights are not loaded.", Reason.MODEL_NOT_FOUND)
+    for path in weights:
+        _refuse_broken(path, uri)
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        named = _json(index, uri).get("weight_map")
+        lost = {str(name) for name in named.values()} - {path.name for path in weights} if isinstance(named, dict) else ()
+        if lost:
+            raise Invalid(f"Model {uri}: {index.name} names {min(lost)[:100]}, which is not there.", Reason.MODEL_NOT_FOUND)
+
+
+def _refuse_broken(path: Path, uri: str) -> None:
+    """Raises Invalid for a file of weights that is cut off or is something else. Reads its header alone: no device is taken for it."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np"):
+            pass
+    except (OSError, ValueError, SafetensorError) as error:
+        raise Invalid(f"Model {uri}: {path.name} is no whole safetensors file ({error}). Copy it again.", Reason.MODEL_NOT_FOUND) from error
 
 
 def _json(path: Path, uri: str) -> dict[str, object]:

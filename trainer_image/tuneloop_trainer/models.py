@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,20 +24,23 @@ def load_tokenizer(folder: Path, uri: str) -> Tokenizer:
 
 
 def load_model(folder: Path, uri: str, dtype: Literal["bfloat16", "float32"]) -> Model:
-    """The causal language model on the device, in evaluation mode."""
+    """The causal language model on the device, in evaluation mode. Raises Invalid, also where a weight would have to be drawn."""
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=getattr(torch, dtype),
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
             attn_implementation="sdpa",
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        _refuse_drawn(info["missing_keys"])
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise Invalid(f"Model {uri} does not load as a causal language model: {error}", Reason.MODEL_NOT_FOUND) from error
@@ -48,6 +51,7 @@ def load_classifier(folder: Path, uri: str, dtype: Literal["bfloat16", "float32"
     """A model with a classification head, on the device, in evaluation mode. `labels` are those of a base that is to be trained: a
     head of another size is drawn anew. None: the folder's own, which must have been trained. Raises Invalid."""
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     try:
@@ -59,7 +63,7 @@ def load_classifier(folder: Path, uri: str, dtype: Literal["bfloat16", "float32"
             config.label2id = {label: number for number, label in enumerate(labels)}
             # The head reads the last token that is no padding: what that is must not change between training and use.
             config.pad_token_id = padding(load_tokenizer(folder, uri))
-        model = AutoModelForSequenceClassification.from_pretrained(
+        model, info = AutoModelForSequenceClassification.from_pretrained(
             folder,
             config=config,
             dtype=getattr(torch, dtype),
@@ -67,12 +71,24 @@ def load_classifier(folder: Path, uri: str, dtype: Literal["bfloat16", "float32"
             trust_remote_code=False,
             use_safetensors=True,
             ignore_mismatched_sizes=labels is not None,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        drawn = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
+        body = f"{model.base_model_prefix}."
+        _refuse_drawn(drawn if labels is None else (name for name in drawn if name.startswith(body)))
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise Invalid(f"Model {uri} does not load as a classification model: {error}", Reason.MODEL_NOT_FOUND) from error
     return model.to(device()).eval()
+
+
+def _refuse_drawn(names: Iterable[str]) -> None:
+    """Raises ValueError for weights that the configuration asks for and the files lack: transformers draws them at random, with a
+    warning. Weights that are tied to others are not among them."""
+    missing = sorted(names)
+    if missing:
+        raise ValueError(f"its files lack {len(missing)} of the weights that its config.json asks for, the first being {missing[0]}")
 
 
 def padding(tokenizer: Tokenizer) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -182,6 +183,31 @@ CASES = {
         with_base(lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin") and None),
         Reason.MODEL_NOT_FOUND,
         "has no .safetensors weights",
+    ),
+    "weights that are something else": (
+        with_base(lambda folder: (folder / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n") and None),
+        Reason.MODEL_NOT_FOUND,
+        "pvc://models/base: model.safetensors is no whole safetensors file",
+    ),
+    "weights that are cut off": (
+        with_base(lambda folder: os.truncate(folder / "model.safetensors", 60_000)),
+        Reason.MODEL_NOT_FOUND,
+        "pvc://models/base: model.safetensors is no whole safetensors file",
+    ),
+    "empty weights": (
+        with_base(lambda folder: os.truncate(folder / "model.safetensors", 0)),
+        Reason.MODEL_NOT_FOUND,
+        "pvc://models/base: model.safetensors is no whole safetensors file",
+    ),
+    "weights without one of their files": (
+        with_base(
+            lambda folder: (
+                (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model.safetensors", "b": "two.safetensors"}}')
+                and None
+            )
+        ),
+        Reason.MODEL_NOT_FOUND,
+        "model.safetensors.index.json names two.safetensors, which is not there",
     ),
     "model with code": (
         with_base(edit_json("config.json", auto_map={"AutoConfig": "x.Y"})),
