@@ -260,7 +260,7 @@ class Retraining(Model):
 
     triggers: Annotated[tuple[Trigger, ...], Field(min_length=1, max_length=8)] = Field(description="What starts a retraining.")
     min_new_examples: int = Field(
-        default=200, ge=1, le=1_000_000, description="Curated rows since the last promotion that a retraining needs."
+        default=200, ge=1, le=1_000_000, description="Curated rows since another version took over that a retraining needs."
     )
     approval: Literal["Automatic", "Manual"] = Field(
         default="Automatic", description="Manual: the job is made suspended; un-suspending it is the approval."
@@ -335,6 +335,8 @@ class RetrainingStatus(Model):
     last_job_uid: str | None = Field(
         default=None, max_length=64, description="Its UID, once it was seen: a job that is deleted is not made again."
     )
+    last_rows: int = Field(default=0, description="Curated rows when the last job of this epoch was decided.")
+    promoted_rows: int = Field(default=0, description="Curated rows of this epoch that were there when another version took over.")
     runs_this_month: int = Field(default=0, description="Jobs made in `month`.")
     month: str | None = Field(default=None, max_length=7, description="YYYY-MM, UTC.")
     blocked_by: str | None = Field(default=None, max_length=64, description="Why nothing trains.")

@@ -299,6 +299,7 @@ def test_a_failed_gate_is_told_until_the_cooldown_is_over(reason: str, said: str
     assert world.condition("RetrainingNeeded") == ("True", said)
     assert name in world.message("RetrainingNeeded")
     assert "after 2026-01-15T13:00:" in world.message("RetrainingNeeded")
+    world.feedback = FeedbackReport(labelled_train=251, labelled_gate=310)
     world.step(seconds=3600)
     assert world.status["retraining"]["episode"] == 2
     assert world.status["retraining"]["runsThisMonth"] == 2
@@ -395,6 +396,7 @@ def test_the_budget_starts_again_with_the_month() -> None:
         world.step()
         world.step()
         world.jobs = [make_job(world.status["retraining"]["lastJob"], succeeded="True", reason="GateFailed", uid=f"uid-{episode}")]
+        world.feedback = FeedbackReport(labelled_train=250 + episode, labelled_gate=310)
     world.settle()
     assert world.condition("RetrainingNeeded") == ("True", "BudgetExhausted")
     until = next_look(world.step())
@@ -541,6 +543,7 @@ def test_the_time_of_the_next_attempt_is_when_the_operator_looks_again() -> None
     world = alarmed(cooldownSeconds=60)
     retraining(world)
     world.jobs = [make_job(world.status["retraining"]["lastJob"], succeeded="True", reason="GateFailed")]
+    world.feedback = FeedbackReport(labelled_train=251, labelled_gate=310)
     assert next_look(world.step()) <= 5.0
     world.now += timedelta(seconds=57)
     assert next_look(world.step()) <= 3.0
@@ -572,3 +575,50 @@ def test_a_version_that_takes_over_meanwhile_starts_the_next_epoch_and_is_not_fo
     world.drift_is_read = True  # and what it has read is of the epoch before
     world.step(seconds=7200)
     assert world.status["retraining"]["episode"] == 1
+
+
+# --- which rows are new ------------------------------------------------------
+
+
+def test_a_failed_gate_is_not_tried_again_with_the_same_rows() -> None:
+    world = retraining(alarmed())
+    name = world.status["retraining"]["lastJob"]
+    world.jobs = [make_job(name, succeeded="True", reason="GateFailed")]
+    world.step(seconds=7200)
+    assert world.condition("RetrainingNeeded") == ("True", "CollectingData")
+    assert world.message("RetrainingNeeded").startswith(f"FineTuneJob {name} did not pass its gates with the same 250 curated rows.")
+    assert (world.status["retraining"]["episode"], world.status["retraining"]["blockedBy"]) == (1, "CollectingData")
+    world.feedback = FeedbackReport(labelled_train=251, labelled_gate=310)
+    world.step()
+    assert world.status["retraining"]["episode"] == 2
+
+
+def test_a_job_that_failed_by_accident_is_tried_again_with_the_same_rows() -> None:
+    world = retraining(alarmed())
+    world.jobs = [make_job(world.status["retraining"]["lastJob"], succeeded="False", reason="OutOfMemory", phase="Failed")]
+    world.step(seconds=7200)
+    assert world.status["retraining"]["episode"] == 2
+
+
+def test_rows_from_before_a_version_that_took_over_without_an_alarm_are_not_new() -> None:
+    world = World(spec=RETRAINED, feedback=FeedbackReport(labelled_train=240, labelled_gate=400))
+    world.settle()
+    world.versions.append(make_version(2))
+    world.settle()
+    assert world.weights()[2] == 100
+    assert world.status["retraining"]["promotedRows"] == 240
+    world.drift, world.feedback = alarm(), FeedbackReport(labelled_train=250, labelled_gate=400)
+    world.settle()
+    assert world.condition("RetrainingNeeded") == ("True", "CollectingData")
+    assert "10 of 200 curated rows" in world.message("RetrainingNeeded")
+
+
+def test_an_epoch_begins_without_rows_that_were_used() -> None:
+    world = retraining(alarmed())
+    assert world.status["retraining"]["lastRows"] == 250
+    world.jobs = [make_job(world.status["retraining"]["lastJob"], succeeded="True", reason="GatePassed", modelVersion=2)]
+    world.versions.append(make_version(2))
+    for _ in range(6):
+        world.step()
+    counted = world.status["retraining"]
+    assert (counted["epoch"], counted["lastRows"], counted["promotedRows"]) == (1, 0, 0)

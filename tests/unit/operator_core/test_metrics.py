@@ -93,7 +93,6 @@ def test_retrainings_are_counted_by_what_became_of_their_versions(cache: Cache) 
     assert read(cache, "retrainings") == {("n", "d", outcome): 1 for outcome in outcomes}
 
 
-
 def test_versions_are_counted_by_approval(cache: Cache) -> None:
     put(cache, "ModelVersion", "m-v1", {}, {"model": "m", "approval": "Approved"})
     put(cache, "ModelVersion", "m-v2", {}, {"model": "m"})

@@ -46,13 +46,13 @@ def next_epoch(snapshot: Snapshot, rollout: Rollout, *, is_alarm: bool) -> Epoch
     rearmed = observed.rearmed if observed is not None else wish
     if wish and wish != rearmed:
         return Epoch(number + 1, "Fresh", wish, is_new=True)
-    if is_alarm and _another_version_takes_over(snapshot, rollout):
+    if is_alarm and another_version_takes_over(snapshot, rollout):
         return Epoch(number + 1, "SinceAlarm", rearmed, is_new=True)
     drift = observed.config.drift if observed is not None and observed.config is not None else None
     return Epoch(number, drift.seed if drift is not None else "Fresh", rearmed)
 
 
-def _another_version_takes_over(snapshot: Snapshot, rollout: Rollout) -> bool:
+def another_version_takes_over(snapshot: Snapshot, rollout: Rollout) -> bool:
     config = snapshot.config.config if snapshot.config is not None else None
     served = next((r.version for r in config.revisions if r.state is RevisionState.STABLE), None) if config is not None else None
     return served is not None and rollout.stable is not None and rollout.stable.pinned.version != served

@@ -16,7 +16,7 @@ from tuneloop_operator.api.modelversion import ModelVersion
 from tuneloop_operator.api.types import Condition, ConditionStatus
 from tuneloop_operator.domain import conditions, times
 from tuneloop_operator.domain.decision import Manifest, refusal_of
-from tuneloop_operator.domain.modeldeployment.drift import Epoch, is_latched
+from tuneloop_operator.domain.modeldeployment.drift import Epoch, another_version_takes_over, is_latched
 from tuneloop_operator.domain.modeldeployment.rollouts import Rollout
 from tuneloop_operator.domain.modeldeployment.snapshot import Evidence, Snapshot
 from tuneloop_operator.domain.modeldeployment.targets import rejection
@@ -24,6 +24,7 @@ from tuneloop_operator.render import names
 from tuneloop_operator.render.retraining import NoTemplate, new_domain_items, render_retraining, retraining_spec
 
 R = DeploymentReason
+GATES_FAILED = (JobReason.GATE_FAILED, JobReason.GATE_INCONCLUSIVE)
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,7 @@ class _Case:
 
 def plan_retraining(snapshot: Snapshot, rollout: Rollout, evidence: Evidence | None, epoch: Epoch, now: datetime) -> Plan:
     """The last job first, then whether another one is due."""
-    before = snapshot.deployment.status.retraining
-    status = before.model_copy(update={"epoch": epoch.number, "blocked_by": None})
+    status = _counted_rows(snapshot, rollout, evidence, epoch).model_copy(update={"epoch": epoch.number, "blocked_by": None})
     retraining = snapshot.deployment.spec.retraining
     if retraining is None:
         return Plan(False, R.NOT_NEEDED, "Nothing is retrained: spec.retraining is not set.", status)
@@ -70,6 +70,16 @@ def plan_retraining(snapshot: Snapshot, rollout: Rollout, evidence: Evidence | N
     if epoch.is_new or not is_latched(snapshot, evidence):
         return _not_needed(case)
     return _due(case)
+
+
+def _counted_rows(snapshot: Snapshot, rollout: Rollout, evidence: Evidence | None, epoch: Epoch) -> RetrainingStatus:
+    """What is no longer new: an epoch begins without rows, and a version that takes over within one leaves those that are there behind."""
+    before = snapshot.deployment.status.retraining
+    if epoch.is_new or before.epoch != epoch.number:
+        return before.model_copy(update={"last_rows": 0, "promoted_rows": 0})
+    if evidence is None or not another_version_takes_over(snapshot, rollout):
+        return before
+    return before.model_copy(update={"promoted_rows": evidence.labelled_train})
 
 
 def _not_needed(case: _Case) -> Plan:
@@ -135,7 +145,7 @@ def _ended_job(case: _Case, job: FineTuneJob) -> Plan | None:
     if succeeded is None or succeeded.status is not ConditionStatus.TRUE:
         why = succeeded.message if succeeded is not None else ""
         return _after_failure(case, R.RETRAINING_FAILED, f"FineTuneJob {name} failed: {why}")
-    if succeeded.reason in (JobReason.GATE_FAILED, JobReason.GATE_INCONCLUSIVE):
+    if succeeded.reason in GATES_FAILED:
         return _after_failure(case, R.GATE_FAILED, f"FineTuneJob {name} did not pass its gates ({succeeded.reason}): {succeeded.message}")
     return _new_version(case, job)
 
@@ -197,13 +207,23 @@ def _blocked_by_data(case: _Case, evidence: Evidence, gate_items: int) -> Plan |
     if evidence.effect < minimum:
         message = f"The inputs changed, but by too little (effect below monitoring.drift.minimumEffect {minimum:g}) to train for."
         return case.says(R.EFFECT_TOO_SMALL, message)
-    if evidence.labelled_train < wanted:
-        message = f"{evidence.labelled_train} of {wanted} curated rows to train on. {_HOW_TO_LABEL}"
-        return case.says(R.COLLECTING_DATA, message)
+    new = max(evidence.labelled_train - case.status.promoted_rows, 0)
+    if new < wanted:
+        return case.says(R.COLLECTING_DATA, f"{new} of {wanted} curated rows to train on. {_HOW_TO_LABEL}")
+    if _failed_its_gates(case) and evidence.labelled_train <= case.status.last_rows:
+        message = f"FineTuneJob {case.status.last_job} did not pass its gates with the same {case.status.last_rows} curated rows."
+        return case.says(R.COLLECTING_DATA, f"{message} {_HOW_TO_LABEL}")
     if evidence.labelled_gate < gate_items:
         message = f"{evidence.labelled_gate} of {gate_items} labelled items to gate on. {_HOW_TO_LABEL}"
         return case.says(R.NEEDS_LABELS, message)
     return None
+
+
+def _failed_its_gates(case: _Case) -> bool:
+    """The last job: the same rows and seed would make the same model again."""
+    job = next((job for job in case.snapshot.jobs if job.metadata.name == case.status.last_job), None)
+    succeeded = conditions.find(job.status.conditions, JobCondition.SUCCEEDED) if job is not None else None
+    return succeeded is not None and succeeded.reason in GATES_FAILED
 
 
 _HOW_TO_LABEL = "Label captured traffic: tuneloop label export --uniform, then tuneloop label import."
@@ -230,6 +250,7 @@ def _trigger(case: _Case) -> Plan:
             "last_triggered_at": times.to_text(case.now),
             "last_job": name,
             "last_job_uid": None,
+            "last_rows": case.evidence.labelled_train if case.evidence is not None else 0,
             "runs_this_month": _runs_this_month(case) + 1,
             "month": _month(case.now),
             "blocked_by": R.RETRAINING.value,
