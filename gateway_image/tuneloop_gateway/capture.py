@@ -10,13 +10,11 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from sqlalchemy import insert
-
 from tuneloop_gateway.answers import read_answer
 from tuneloop_gateway.canonical import MAX_CHARS, canonical, redact_personal_data, storable
 from tuneloop_gateway.configuration import Configuration
 from tuneloop_gateway.contract import CaptureReport
-from tuneloop_gateway.database import Database, Unavailable, captured
+from tuneloop_gateway.database import Database, Unavailable, captured, insert_unless_there
 from tuneloop_gateway.inbound import Inbound
 from tuneloop_gateway.metrics import Metrics
 from tuneloop_gateway.proxy import Exchange
@@ -131,7 +129,8 @@ class Capture:
 
     async def _store(self, batch: list[Row]) -> None:
         async with self._database.begin() as connection:
-            await connection.execute(insert(captured), batch)
+            # An attempt that timed out may have been stored all the same.
+            await connection.execute(insert_unless_there(connection, captured), batch)
         self._captured += len(batch)
         self.new_rows += len(batch)
         self._metrics.captured(len(batch))

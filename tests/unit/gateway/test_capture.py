@@ -249,3 +249,21 @@ async def test_rows_that_cannot_be_stored_for_any_reason_are_counted(gateway: Ru
         await eventually(lambda: capture.report().dropped == 1)
     await gateway.ask("two")
     await eventually(lambda: capture.report().captured == 1)
+
+
+async def test_an_attempt_that_failed_after_it_was_stored_is_not_counted_as_lost(gateway: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    capture, failed = gateway.gateway.capture, list[object]()
+    store = capture._store
+
+    async def store_and_fail(batch: list[Any]) -> None:
+        await store(batch)
+        if not failed:
+            failed.append(batch)
+            raise Unavailable("TimeoutError")
+
+    monkeypatch.setattr(capture, "_store", store_and_fail)
+    await gateway.ask("once")
+    await gateway.captured()
+    assert failed
+    assert [row.text for row in await rows(gateway)] == ["once"]
+    assert capture.report().dropped == 0
