@@ -215,6 +215,7 @@ def test_object_that_was_changed_on_s3_is_told(bucket: tuple[str, Path], model: 
 @pytest.mark.parametrize(
     ("uri", "secret", "reason"),
     [("s3://models/x", "wrong", Reason.ACCESS_DENIED), ("s3://nothing/x", stores.SECRET, Reason.STORE_UNAVAILABLE)],
+    ids=["wrong-key", "no-bucket"],
 )
 def test_wrong_keys_and_missing_buckets_are_the_users_to_change(
     bucket: tuple[str, Path], model: tuple[Path, Manifest], tmp_path: Path, uri: str, secret: str, reason: Reason
