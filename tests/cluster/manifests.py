@@ -39,7 +39,7 @@ FINE_TUNE_JOB: Manifest = {
         "data": {
             "train": [
                 {"source": ROWS, "columns": COLUMNS, "template": TEMPLATE, "weight": "0.5"},
-                {"feedback": {"deployment": "sentiment"}},
+                {"feedback": {"deployment": "sentiment", "epoch": "0"}},
             ],
             "validation": {"fraction": "0.1"},
             "curation": {
@@ -82,7 +82,7 @@ FINE_TUNE_JOB: Manifest = {
                     "dataset": {"source": ROWS, "columns": COLUMNS, "template": TEMPLATE, "labels": ["good", "bad"]},
                     "metrics": ["Accuracy", "MacroF1"],
                 },
-                {"name": "new", "type": "Dataset", "dataset": {"feedback": {"deployment": "sentiment"}}},
+                {"name": "new", "type": "Dataset", "dataset": {"feedback": {"deployment": "sentiment", "epoch": "0"}}},
                 {"name": "split", "type": "Validation", "metrics": ["Loss"]},
             ],
             "gates": [{"suite": "held-out", "metric": "Accuracy", "rule": "Superior", "margin": "0.03", "alpha": "0.05", "minItems": 400}],

@@ -99,6 +99,8 @@ class FeedbackExport(Model):
     token_file: str
     """File holding the internal token, sent as `Authorization: Bearer`."""
     split: Literal["train", "gate"] = "train"
+    epoch: str | None = None
+    """Of the detector. None: the current one."""
 
 
 class Template(Model):

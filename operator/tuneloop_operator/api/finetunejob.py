@@ -85,6 +85,13 @@ class FeedbackRef(Model):
     """Curated feedback and labels that a ModelDeployment's gateway holds."""
 
     deployment: Name = Field(description="A ModelDeployment of the same namespace.")
+    epoch: str | None = Field(
+        default=None,
+        pattern=r"^[0-9]+$",
+        max_length=16,
+        json_schema_extra=sentence("must be the number of an epoch, as a string, for example '0'."),
+        description="Epoch of the drift detector whose rows are read. Absent: the one that runs when they are read.",
+    )
 
 
 ONE_PLACE = rules(

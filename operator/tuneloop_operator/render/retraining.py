@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from tuneloop_operator.api import API_VERSION
 from tuneloop_operator.api.finetunejob import FineTuneJobSpec
-from tuneloop_operator.api.modeldeployment import ModelDeployment
+from tuneloop_operator.api.modeldeployment import ModelDeployment, RetrainingStatus
 from tuneloop_operator.api.modelversion import ModelVersion
 from tuneloop_operator.api.objectives import learns_from_feedback
 from tuneloop_operator.render import names
@@ -28,7 +28,7 @@ class NoTemplate(Exception):
     """What to train cannot be derived; the message says what to set."""
 
 
-def render_retraining(deployment: ModelDeployment, version: ModelVersion, job: str, episode: int) -> Json:
+def render_retraining(deployment: ModelDeployment, version: ModelVersion, job: str, status: RetrainingStatus) -> Json:
     """Raises NoTemplate. The manifest has no owner: the job and its version outlive the deployment."""
     return {
         "apiVersion": API_VERSION,
@@ -39,21 +39,26 @@ def render_retraining(deployment: ModelDeployment, version: ModelVersion, job: s
             "labels": names.labels(
                 "retraining",
                 deployment.metadata.name,
-                **{names.DEPLOYMENT_LABEL: deployment.metadata.name, names.EPISODE_LABEL: str(episode)},
+                **{names.DEPLOYMENT_LABEL: deployment.metadata.name, names.EPISODE_LABEL: str(status.episode)},
             ),
             "ownerReferences": [],
         },
-        "spec": retraining_spec(deployment, version),
+        "spec": retraining_spec(deployment, version, str(status.epoch)),
     }
 
 
-def retraining_spec(deployment: ModelDeployment, version: ModelVersion) -> Json:
-    """lineage.spec, then what is derived for new data, then the user's template, then what nobody may change. Raises NoTemplate."""
+def retraining_spec(deployment: ModelDeployment, version: ModelVersion, epoch: str) -> Json:
+    """lineage.spec, then what is derived for new data (of this epoch), then the user's template, then what nobody may change.
+
+    Raises NoTemplate.
+    """
     assert deployment.spec.retraining is not None  # asked for by whoever renders a retraining
     lineage = version.spec.lineage.spec if version.spec.lineage is not None else {}
     template = deployment.spec.retraining.template.spec
     base = {"baseModel": version.spec.base.source.model_dump(mode="json", by_alias=True, exclude_none=True)} if version.spec.base else {}
-    derived = {"data": {"train": _train(deployment, lineage)}, "evaluation": _evaluation(deployment, lineage)} if lineage else {}
+    derived = (
+        {"data": {"train": _train(deployment, lineage, epoch)}, "evaluation": _evaluation(deployment, lineage, epoch)} if lineage else {}
+    )
     spec = deep_merged(deep_merged(deep_merged(base, lineage), derived), template)
     if "objective" in template:
         spec["objective"] = template["objective"]  # whole: the settings of another objective would be refused beside it
@@ -115,18 +120,23 @@ def _check(spec: Json, *, has_lineage: bool) -> None:
 # --- data --------------------------------------------------------------------
 
 
-def _train(deployment: ModelDeployment, lineage: Json) -> list[Json]:
-    """Half old, half new. Feedback of the epoch before is no longer exported, so its source is left out."""
-    sources = [source for source in _list(lineage, "data", "train") if not _is_feedback(source, deployment.metadata.name)]
+def _train(deployment: ModelDeployment, lineage: Json, epoch: str) -> list[Json]:
+    """Half old, half new. Feedback of earlier epochs is old: what the model learnt of the domain before is not forgotten for the next."""
+    sources = [source for source in _list(lineage, "data", "train") if not _is_new(source, deployment.metadata.name, epoch)]
     weights = [float(source.get("weight", "1")) for source in sources]
     total = sum(weights)
     old = [source | {"weight": _number(OLD_SHARE * weight / total)} for source, weight in zip(sources, weights, strict=True)]
-    new = _feedback(deployment, next((source.get("template") for source in sources if source.get("template")), None))
+    new = _feedback(deployment, epoch, next((source.get("template") for source in sources if source.get("template")), None))
     return [*old, new | {"weight": _number(NEW_SHARE)}]
 
 
-def _feedback(deployment: ModelDeployment, template: Json | None) -> Json:
-    source: Json = {"feedback": {"deployment": deployment.metadata.name}}
+def _is_new(source: Json, deployment: str, epoch: str) -> bool:
+    """Feedback without an epoch is read of the current one, whatever it was once trained on."""
+    return _is_feedback(source, deployment) and source["feedback"].get("epoch") in (None, epoch)
+
+
+def _feedback(deployment: ModelDeployment, epoch: str, template: Json | None) -> Json:
+    source: Json = {"feedback": {"deployment": deployment.metadata.name, "epoch": epoch}}
     return source | ({"columns": EXPORT_COLUMNS, "template": template} if template else {"columns": PLAIN_COLUMNS})
 
 
@@ -137,14 +147,14 @@ def _number(value: float) -> str:
 # --- evaluation --------------------------------------------------------------
 
 
-def _evaluation(deployment: ModelDeployment, lineage: Json) -> Json:
+def _evaluation(deployment: ModelDeployment, lineage: Json, epoch: str) -> Json:
     """Two suites: the model must not get worse on what it was gated on, and must get better on the new traffic."""
     gate, suite = _old_gate(deployment, lineage)
     if suite is None:
         return {}
     dataset = suite.get("dataset") or {}
     templates = [dataset.get("template"), *(source.get("template") for source in _list(lineage, "data", "train"))]
-    new = _feedback(deployment, next((template for template in templates if template), None))
+    new = _feedback(deployment, epoch, next((template for template in templates if template), None))
     if dataset.get("labels"):
         new["labels"] = dataset["labels"]
     levels = {field: gate[field] for field in ("alpha", "minItems") if field in gate}

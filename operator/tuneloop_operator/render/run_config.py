@@ -159,8 +159,10 @@ def _rows(
         url=f"{names.gateway_url(name, job.metadata.namespace)}:{INTERNAL_PORT}/internal/export",
         token_file=f"{FEEDBACK_PATH}/{name}/{INTERNAL_TOKEN}",
         split=split,
+        epoch=feedback.epoch,
     )
-    return contract.DataSource(uri=f"feedback://{name}/{split}", feedback=export)
+    epoch = f"?epoch={feedback.epoch}" if feedback.epoch is not None else ""
+    return contract.DataSource(uri=f"feedback://{name}/{split}{epoch}", feedback=export)
 
 
 def _template(template: api.RowTemplate | None) -> contract.Template | None:

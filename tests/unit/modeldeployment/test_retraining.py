@@ -11,6 +11,7 @@ from tuneloop_gateway.contract import DriftReport, DriftStatus, FeedbackReport
 from tuneloop_operator.api.finetunejob import FineTuneJobSpec
 from tuneloop_operator.domain.decision import Decision, Key, Refusal
 from tuneloop_operator.domain.modeldeployment import Evidence
+from tuneloop_operator.render import names
 
 ENOUGH = FeedbackReport(labelled_train=250, labelled_gate=310)
 
@@ -165,7 +166,7 @@ def test_the_job_is_the_served_versions_own_on_half_old_and_half_new_data() -> N
             "train": [
                 LINEAGE_SPEC["data"]["train"][0] | {"weight": "0.5"},
                 {
-                    "feedback": {"deployment": "tweets"},
+                    "feedback": {"deployment": "tweets", "epoch": "0"},
                     "columns": {"text": "text", "label": "label", "document": "document"},
                     "template": LINEAGE_SPEC["data"]["train"][0]["template"],
                     "weight": "0.5",
@@ -179,7 +180,7 @@ def test_the_job_is_the_served_versions_own_on_half_old_and_half_new_data() -> N
                     "name": "new",
                     "type": "Dataset",
                     "dataset": {
-                        "feedback": {"deployment": "tweets"},
+                        "feedback": {"deployment": "tweets", "epoch": "0"},
                         "columns": {"text": "text", "label": "label", "document": "document"},
                         "template": LINEAGE_SPEC["data"]["train"][0]["template"],
                         "labels": ["good", "bad"],
@@ -233,6 +234,26 @@ def test_a_retrained_model_is_retrained_from_its_original_data_and_suite() -> No
     assert again["data"] == spec["data"]
     assert again["evaluation"]["suites"] == spec["evaluation"]["suites"]  # type: ignore[index]
     assert again["evaluation"]["gates"] == spec["evaluation"]["gates"]  # type: ignore[index]
+
+
+def test_what_an_earlier_epoch_taught_stays_in_the_old_half() -> None:
+    first = job_spec(alarmed())
+    world = alarmed()
+    world.versions = [with_lineage(1, first)]  # type: ignore[list-item]
+    world.annotations = {names.REARM_ANNOTATION: "1"}  # another epoch
+    world.settle()
+    world.drift = alarm(epoch="1")
+    spec = job_spec(world)
+    old = first["data"]["train"]  # type: ignore[index]
+    train = spec["data"]["train"]  # type: ignore[index]
+    assert [source.get("feedback") for source in train] == [
+        None,
+        {"deployment": "tweets", "epoch": "0"},
+        {"deployment": "tweets", "epoch": "1"},
+    ]
+    assert [source["weight"] for source in train] == ["0.25", "0.25", "0.5"]
+    assert train[1]["template"] == old[1]["template"]
+    assert spec["evaluation"]["suites"][1]["dataset"]["feedback"] == {"deployment": "tweets", "epoch": "1"}  # type: ignore[index]
 
 
 def test_the_template_is_laid_over_what_is_derived_but_not_over_the_baseline() -> None:

@@ -323,10 +323,10 @@ def gateway() -> Iterator[Callable[[int, bytes], Gateway]]:
         server.stop()
 
 
-def make_export(root: Path, gateway: Gateway) -> DataSource:
+def make_export(root: Path, gateway: Gateway, epoch: str | None = None) -> DataSource:
     token = root / "token"
     token.write_text("secret-token\n")
-    export = FeedbackExport(deployment="tweets", url=gateway.url, token_file=str(token))
+    export = FeedbackExport(deployment="tweets", url=gateway.url, token_file=str(token), epoch=epoch)
     return DataSource(uri="feedback://tweets", feedback=export, template=TEMPLATE)
 
 
@@ -338,6 +338,18 @@ def test_feedback_is_read_from_the_gateway_with_the_token(tmp_path: Path, base: 
 
     assert result.prepare.rows_kept == 30
     assert server.seen == [("/internal/export?split=train", "Bearer secret-token")]
+
+
+def test_an_earlier_epochs_feedback_is_asked_for_and_may_be_gone(
+    tmp_path: Path, base: Path, gateway: Callable[[int, bytes], Gateway]
+) -> None:
+    server = gateway(200, b"")
+    old = make_config(tmp_path, base).train[0]
+
+    result = run_stage(make_config(tmp_path, base, [old, make_export(tmp_path, server, "0")]), Stage.PREPARE)
+
+    assert result.prepare.rows_kept > 0
+    assert server.seen[0][0] == "/internal/export?split=train&epoch=0"
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from email.message import Message
 from http.client import HTTPResponse
@@ -28,7 +29,8 @@ def open_export(export: FeedbackExport, uri: str) -> HTTPResponse:
     """The export's body as a stream. A gateway that is away for a moment is asked again."""
     token = Path(export.token_file).read_text().strip()
     separator = "&" if "?" in export.url else "?"
-    request = urllib.request.Request(f"{export.url}{separator}split={export.split}", headers={"Authorization": f"Bearer {token}"})
+    epoch = f"&epoch={urllib.parse.quote(export.epoch, safe='')}" if export.epoch is not None else ""
+    request = urllib.request.Request(f"{export.url}{separator}split={export.split}{epoch}", headers={"Authorization": f"Bearer {token}"})
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirects())
     for attempt in range(HTTP_ATTEMPTS):
         if attempt:

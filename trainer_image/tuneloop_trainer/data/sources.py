@@ -49,7 +49,8 @@ class Reading:
             if number > MAX_ROWS:
                 raise Invalid(f"Dataset {self.source.uri} has more than {MAX_ROWS} rows. Split it, or take a sample.")
             yield Row(number, values, file=file) if isinstance(values, dict) else Row(number, None, values, file)
-        if number == 0:
+        feedback = self.source.feedback
+        if number == 0 and (feedback is None or feedback.epoch is None):  # rows of an epoch that is over go with their time
             raise Invalid(f"Dataset {self.source.uri} is empty: it has no rows.", Reason.DATA_EMPTY)
 
     def _values(self) -> Iterator[tuple[str, Values]]:

@@ -116,7 +116,7 @@ def _make_job(case: _Case, name: str) -> Plan:
     if case.stable is None:
         return case.says(R.NO_TEMPLATE, "The ModelVersion that is served was deleted: nothing says how it was trained.")
     try:
-        manifest = render_retraining(case.snapshot.deployment, case.stable, name, case.status.episode)
+        manifest = render_retraining(case.snapshot.deployment, case.stable, name, case.status)
     except NoTemplate as error:
         return case.says(R.NO_TEMPLATE, str(error))
     refusal = refusal_of(case.snapshot.refusals, (manifest,))
@@ -195,7 +195,7 @@ def _due(case: _Case) -> Plan:
     if case.evidence is None:
         return case.says(R.NO_DATA, "An alarm stands, but nobody answers for evidence and labelled rows.")
     try:
-        spec = retraining_spec(case.snapshot.deployment, case.stable)
+        spec = retraining_spec(case.snapshot.deployment, case.stable, str(case.status.epoch))
     except NoTemplate as error:
         return case.says(R.NO_TEMPLATE, str(error))
     return _blocked_by_data(case, case.evidence, new_domain_items(spec, case.snapshot.name)) or _blocked_by_budget(case) or _trigger(case)
