@@ -99,13 +99,16 @@ def test_greedy_answers_follow_the_most_likely_tokens(model: Any) -> None:
     answers = scoring.greedy_answers(model, PROMPTS, 3, frozenset([2]), ignore)
 
     for prompt, answer in zip(PROMPTS, answers, strict=True):
-        ids = list(prompt)
+        ids, leads = list(prompt), []
         for _ in range(3):
             with torch.inference_mode():
-                ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+                best = model(input_ids=torch.tensor([ids])).logits[0, -1].topk(2)
+            ids.append(int(best.indices[0]))
+            leads.append(float(best.values[0] - best.values[1]))
             if ids[-1] == 2:
                 break
-        assert answer == [token for token in ids[len(prompt) :] if token != 2]
+        assert answer.tokens == [token for token in ids[len(prompt) :] if token != 2]
+        assert answer.leads == pytest.approx(leads, abs=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +153,14 @@ def test_probes_are_the_greedy_answers_to_gate_items(judged: Any) -> None:
     assert {probe["answer"] for probe in probes} <= {"positive", "negative"}
     assert not probes[0]["prompt"].startswith("Sentiment of: "), "a user sends the text alone; the gateway applies the template"
     assert judged.evaluate.scores["gate"].parse_rate == 1.0
+
+
+def test_near_ties_are_no_probes(judged: Any) -> None:
+    full = json.loads(Path(judged.uri).read_text())["suites"]["gate"]
+    asked = {probe["prompt"] for probe in json.loads(Path(judged.evaluate.probes).read_text())}
+
+    assert full["answered"] == list(range(60)), "more are answered than are needed"
+    assert len(asked) <= sum(abs(left - right) >= 0.5 for left, right in full["candidate"]["label_scores"])
 
 
 def test_full_results_hold_every_item(judged: Any) -> None:
@@ -261,6 +272,12 @@ def test_validation_split_without_gates_is_tested_for_a_lower_loss(adapted: RunC
     assert (gate.suite, gate.metric, gate.rule, gate.verdict, gate.n) == ("validation", "Loss", "Superior", "Inconclusive", 10)
     assert gate.difference < 0, "a lower loss"
     assert "has 10 items and needs 400" in result.evaluate.message
+    full = json.loads(Path(result.uri).read_text())["suites"]["validation"]
+    assert len(full["answers"]) == 10
+    assert result.evaluate.scores["validation"].parse_rate is None, "there are no labels to be among"
+    for probe in json.loads(Path(result.evaluate.probes).read_text()):
+        assert 1 <= probe["maxTokens"] <= 16
+        assert any(answer.startswith(probe["answer"]) for answer in full["answers"])
 
 
 def test_run_without_gates_has_none(tmp_path: Path) -> None:

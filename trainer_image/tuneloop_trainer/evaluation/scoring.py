@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -122,24 +124,42 @@ def _loss_batch(model: Model, rows: list[list[int]], counts: list[int]) -> list[
     return [(float(-chosen[row, longest - max(count, 0) :].sum()), max(count, 0)) for row, count in enumerate(counts)]
 
 
-def greedy_answers(model: Model, prompts: Sequence[list[int]], max_tokens: int, stops: frozenset[int], done: Done) -> list[list[int]]:
-    """The most likely continuation of each prompt, token by token, without its stop token."""
+@dataclass(frozen=True, slots=True)
+class Greedy:
+    """The most likely continuation of a prompt, without its stop token."""
+
+    tokens: list[int]
+    leads: list[float]
+    """Per step, that of the stop token included: by how much the likeliest token's logit led the next one's."""
+
+
+def greedy_answers(model: Model, prompts: Sequence[list[int]], max_tokens: int, stops: frozenset[int], done: Done) -> list[Greedy]:
+    """The most likely continuation of each prompt, token by token."""
     from transformers import GenerationConfig
 
     stop_list = sorted(stops)
     settings = GenerationConfig(max_new_tokens=max_tokens, do_sample=False, num_beams=1, eos_token_id=stop_list, pad_token_id=stop_list[0])
-    answers: list[list[int]] = [[] for _ in prompts]
+    answers: list[Greedy] = [Greedy([], [])] * len(prompts)
     finished = 0
     for batch in _batches([len(prompt) for prompt in prompts], model.device.type):
         ids, mask = _left_padded([prompts[index] for index in batch], model.device)
+        steps: list[list[float]] = []
+        note = functools.partial(_note_leads, steps)
         with torch.inference_mode():
-            out = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
-        for index, row in zip(batch, out[:, ids.shape[1] :].tolist(), strict=True):
+            out = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, logits_processor=[note])
+        for place, (index, row) in enumerate(zip(batch, out[:, ids.shape[1] :].tolist(), strict=True)):
             end = next((place for place, token in enumerate(row) if token in stops), len(row))
-            answers[index] = row[:end]
+            answers[index] = Greedy(row[:end], [leads[place] for leads in steps[: end + 1]])
         finished += len(batch)
         done(finished)
     return answers
+
+
+def _note_leads(steps: list[list[float]], _: Tensor, logits: Tensor) -> Tensor:
+    """A logits processor that changes nothing."""
+    best = logits.float().topk(2, dim=-1).values
+    steps.append((best[:, 0] - best[:, 1]).tolist())
+    return logits
 
 
 def _batches(lengths: Sequence[int], device: str) -> Iterator[list[int]]:

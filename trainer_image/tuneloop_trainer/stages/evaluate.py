@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from tuneloop_trainer import bases, hardware, models
-from tuneloop_trainer.chat import Formatter, stop_ids
+from tuneloop_trainer.chat import stop_ids
 from tuneloop_trainer.contract import (
     HELD_OUT_METRICS,
     Artifact,
@@ -17,16 +17,15 @@ from tuneloop_trainer.contract import (
     ExitCode,
     Gate,
     GateResult,
-    Probe,
     RunConfig,
     Stage,
     StageResult,
-    SuiteScore,
 )
 from tuneloop_trainer.data.suites import suites_of
 from tuneloop_trainer.errors import StageError
-from tuneloop_trainer.evaluation import gates, scoring
+from tuneloop_trainer.evaluation import gates
 from tuneloop_trainer.evaluation.baselines import SuiteScores, read_scores, write_scores
+from tuneloop_trainer.evaluation.probes import Answers, answer_freely, parse_rate, probes_of
 from tuneloop_trainer.evaluation.suites import PreparedSuite, prepare_suite
 from tuneloop_trainer.manifests import publish, sha256_file, staging
 from tuneloop_trainer.models import Model
@@ -41,10 +40,6 @@ log = logging.getLogger("tuneloop.evaluate")
 DTYPE: Final = "bfloat16"
 """Precision of candidate and baseline alike: the one that is served."""
 RESULTS, PROBES = "results.json", "probes.json"
-MAX_PROBES = 50
-SAMPLE = 50
-"""Items of a suite that are answered freely, for the share of answers that are a label."""
-MAX_ANSWER_TOKENS = 16
 
 Scores = dict[str, SuiteScores]
 
@@ -70,20 +65,6 @@ def evaluate(config: RunConfig, progress: ProgressWriter) -> StageResult:
     del model
     baseline = score_baseline(config, objective, base, str(manifest.metadata["base_digest"]), suites, progress)
     return conclude(config, candidate, suites, scores, baseline, answers)
-
-
-def answer_freely(
-    model: Model, suites: dict[str, PreparedSuite], formatter: Formatter, stops: frozenset[int], progress: ProgressWriter
-) -> dict[str, list[str]]:
-    """The model's own answers to a sample of each suite that has labels."""
-    answers = {}
-    for name, suite in suites.items():
-        if suite.labels and not suite.prefers:
-            done = progress.counter("Answering", min(SAMPLE, len(suite.items)))
-            prompts = [item.prompt for item in suite.encoded[:SAMPLE]]
-            tokens = scoring.greedy_answers(model, prompts, answer_tokens(suite), stops, done)
-            answers[name] = [formatter.decode(row) for row in tokens]
-    return answers
 
 
 def score_baseline(
@@ -131,14 +112,14 @@ def conclude(
     suites: dict[str, PreparedSuite],
     scores: Scores,
     baseline: Scores,
-    answers: dict[str, list[str]],
+    answers: Answers,
 ) -> StageResult:
     """Gates, summary, probes and the full results, published."""
     chosen = gates_of(config)
     decided = [_decide(config, gate, suites[gate.suite], scores[gate.suite], baseline[gate.suite]) for gate in chosen]
-    summaries = {name: _summary(suite, scores[name], baseline[name], answers.get(name)) for name, suite in suites.items()}
+    summaries = {name: suite.summary(scores[name], baseline[name], parse_rate(suite, answers.get(name))) for name, suite in suites.items()}
     target = stage_folder(config, Stage.EVALUATE)
-    probes = probes_of(chosen, suites, answers)
+    probes = probes_of(chosen, suites, scores, answers)
     summary = EvaluateSummary(
         verdict=gates.overall([result.verdict for result, _ in decided]),
         artifact_digest=candidate.manifest_digest,
@@ -168,37 +149,13 @@ def gates_of(config: RunConfig) -> tuple[Gate, ...]:
     return (Gate(suite=validation.name, metric=metric, rule="Superior"),) if metric in validation.metrics else ()
 
 
-def answer_tokens(suite: PreparedSuite) -> int:
-    """Tokens for a free answer: the longest label's, its end included."""
-    return min(MAX_ANSWER_TOKENS, suite.longest_label)
-
-
-def probes_of(chosen: tuple[Gate, ...], suites: dict[str, PreparedSuite], answers: dict[str, list[str]]) -> list[Probe]:
-    """What the served model is asked before it takes traffic: items of the first gate's suite that has free answers.
-
-    A probe is what a user would send: items with a system turn of their own, or whose prompt has more columns than the text,
-    are left out.
-    """
-    name = next((gate.suite for gate in chosen if gate.suite in answers), next(iter(answers), None))
-    if name is None:
-        return []
-    suite = suites[name]
-    asked = [(item.user, answer) for item, answer in zip(suite.items, answers[name], strict=False) if item.system is None and item.user]
-    return [Probe(prompt=user, answer=answer, max_tokens=answer_tokens(suite)) for user, answer in asked[:MAX_PROBES]]
-
-
 def _decide(config: RunConfig, gate: Gate, suite: PreparedSuite, candidate: SuiteScores, baseline: SuiteScores) -> tuple[GateResult, str]:
     paired = suite.paired(gate.metric, candidate, baseline)
     return gates.decide(gate, paired, config.evaluation.promotions_per_suite, config.training.seed)
 
 
-def _summary(suite: PreparedSuite, candidate: SuiteScores, baseline: SuiteScores, answers: list[str] | None) -> SuiteScore:
-    rate = round(sum(answer in suite.labels for answer in answers) / len(answers), 5) if answers else None
-    return suite.summary(candidate, baseline, rate)
-
-
 def _full(
-    summary: EvaluateSummary, suites: dict[str, PreparedSuite], scores: Scores, baseline: Scores, answers: dict[str, list[str]]
+    summary: EvaluateSummary, suites: dict[str, PreparedSuite], scores: Scores, baseline: Scores, answers: Answers
 ) -> dict[str, object]:
     """Every item's scores, so that any figure can be made again. Items are named by their place in the snapshot."""
     return {
@@ -211,7 +168,8 @@ def _full(
                 "expected": suite.expected if suite.labels else [],
                 "candidate": scores[name].model_dump(mode="json"),
                 "baseline": baseline[name].model_dump(mode="json"),
-                "answers": answers.get(name, []),
+                "answered": list(answers.get(name, {})),
+                "answers": [answer.text for answer in answers.get(name, {}).values()],
             }
             for name, suite in suites.items()
         },
