@@ -148,7 +148,7 @@ def answer(config: RunConfig, base: Path, prompt: str) -> str:
     if not objective.answers:
         scores = scoring.head_outputs(model, prompts, lambda _: None)[0]
         return str(model.config.id2label[scores.index(max(scores))])
-    return formatter.decode(scoring.greedy_answers(model, prompts, 12, frozenset([2]), lambda _: None)[0])
+    return formatter.decode(scoring.greedy_answers(model, prompts, 12, frozenset([2]), lambda _: None)[0].tokens)
 
 
 def in_unit_tests(*fast: str) -> list[Any]:
