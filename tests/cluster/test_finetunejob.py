@@ -306,6 +306,16 @@ def test_a_taken_name_is_left_alone(api: Api, trainee: Trainee) -> None:
     assert found["spec"]["template"]["spec"]["containers"][0]["image"] == "x"
 
 
+def test_what_the_api_server_refuses_is_told_in_its_words_until_the_spec_is_corrected(trainee: Trainee) -> None:
+    trainee.make(compute={"pod": {"annotations": {"not a key": "x"}}})
+    said = trainee.wait_for("True", "Refused", "Stalled")["message"]
+    assert said.startswith(f"The API server refuses Job {trainee.job(Stage.PREPARE)}: ")
+    assert "not a key" in said
+    trainee.edit(compute={"pod": {"annotations": {"not a key": None}}})
+    trainee.wait_for("Unknown", "Preparing")
+    assert "Stalled" not in {condition["type"] for condition in trainee.status()["conditions"]}
+
+
 # --- attempts ----------------------------------------------------------------
 
 
