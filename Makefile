@@ -92,7 +92,7 @@ chart: tools ## lint the chart and package it into build/
 	helm package charts/tuneloop -d build
 
 .PHONY: bench
-bench: bench-operator bench-gateway bench-estimate ## all benchmarks
+bench: bench-operator bench-gateway bench-estimate bench-drift ## all benchmarks
 
 .PHONY: bench-operator
 bench-operator: venv control-plane-up ## objects a second, memory, writes when idle and after a restart
@@ -102,6 +102,10 @@ bench-operator: venv control-plane-up ## objects a second, memory, writes when i
 .PHONY: bench-estimate
 bench-estimate: venv ## how far the memory estimate is from what training takes
 	@$(PY) -m bench.estimate
+
+.PHONY: bench-drift
+bench-drift: venv ## how often drift is reported where there is none
+	@$(PY) -m bench.drift
 
 .PHONY: bench-gateway
 bench-gateway: venv ## what the gateway adds to a request

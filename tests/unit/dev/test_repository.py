@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[3]
 TARGETS = """demo test test-unit test-cluster test-e2e test-long lint generate verify cluster-up cluster-down images chart
-    bench bench-operator bench-gateway"""
+    bench bench-operator bench-gateway bench-estimate bench-drift"""
 
 
 def test_make_help_lists_every_target() -> None:
