@@ -38,7 +38,7 @@ test-unit: venv postgresql ## no cluster, no network; a PostgreSQL of its own on
 	@OMP_NUM_THREADS=1 $(PYTEST) -n 2 -m "not long" tests/unit
 
 .PHONY: test-training
-test-training: venv ## real training that is killed, hangs or does not fit; about a minute
+test-training: venv ## real training: every objective, killed, hanging, without a store; about two minutes
 	@OMP_NUM_THREADS=1 $(PYTEST) -m "not long" tests/training
 
 .PHONY: test-cluster

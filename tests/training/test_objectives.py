@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from tests.training.test_training import InterruptAfter, checkpoints, losses, weights
 from tests.unit.trainer.builders import copy_work, make_config, replace, run_stage, write_jsonl
-from tests.unit.trainer.test_training import InterruptAfter, checkpoints, losses, weights
 
 from tuneloop_trainer.contract import (
     DEFAULTS,
@@ -44,7 +44,7 @@ from tuneloop_trainer.objectives.classification import SequenceClassification
 
 THINGS = ("day", "tea", "song", "film", "street", "letter", "garden", "answer", "morning", "story")
 OBJECTIVES: tuple[ObjectiveType, ...] = tuple(MODULES)  # type: ignore[arg-type]
-PLUGIN = Path(__file__).parents[3] / "examples" / "objectives" / "custom"
+PLUGIN = Path(__file__).parents[2] / "examples" / "objectives" / "custom"
 
 
 def row(objective: str, number: int) -> dict[str, object]:

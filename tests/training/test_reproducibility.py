@@ -51,7 +51,7 @@ def test_shards_do_not_depend_on_the_process(tmp_path: Path, base: Path) -> None
     said = []
     for seed in ("1", "2"):
         command = [sys.executable, "-c", script, str(tmp_path / seed), str(base)]
-        environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(__file__).parents[3])}
+        environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(__file__).parents[2])}
         said.append(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
     assert said[0] == said[1] != ""
 
