@@ -37,7 +37,7 @@ class Formatter:
 
     @property
     def probe(self) -> str:
-        """The rendered probe prompt, whose hash is compared with what is served."""
+        """The rendered probe prompt. Its hash is recorded for people; what is served is compared by the answers to probes."""
         return self.prompt_text(PROBE_TEXT)
 
     def prompt_text(self, prompt: str, system: str | None = None) -> str:

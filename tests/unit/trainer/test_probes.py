@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from tuneloop_trainer.chat import Encoded
-from tuneloop_trainer.contract import Gate, Suite
+from tuneloop_trainer.contract import DataSource, Gate, Suite, Template
 from tuneloop_trainer.data.suites import Item
 from tuneloop_trainer.evaluation import probes, scoring
 from tuneloop_trainer.evaluation.baselines import SuiteScores
@@ -26,19 +27,22 @@ class Words:
         return " ".join(WORDS[number] for number in ids)
 
 
+def sources(*prompts: str | None) -> Any:
+    """An objective whose training rows were made with these templates."""
+    made = [
+        DataSource(uri=f"pvc://d/{n}", path="/d", template=Template(prompt=prompt) if prompt else None) for n, prompt in enumerate(prompts)
+    ]
+    return SimpleNamespace(config=SimpleNamespace(train=made))
+
+
 def suite(count: int, labels: tuple[str, ...] = (), limit: int = 100, **item: Any) -> PreparedSuite:
-    items = [Item(number, "d", f"q {number}", "good", None, f"{number}", None) for number in range(count)]
-    items = [Item(**{**vars_of(one), **item}) for one in items]
+    items = [Item(number, "d", f"q {number}", "good", None, f"{number}") for number in range(count)]
+    items = [replace(one, **item) for one in items]
     metrics: Any = ("Accuracy",) if labels else ("Loss",)
     tokens = [[[1, 2], [3, 2]] for _ in items] if labels else []
     kind = Suite(name="s", type="Validation", metrics=metrics)
-    return PreparedSuite(kind, "digest", items, [Encoded([1, 2, 3], [4]) for _ in items], labels, tokens, "hash", limit, None)  # type: ignore[arg-type]
-
-
-def vars_of(item: Item) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    return asdict(item)
+    encoded = [Encoded([1, 2, 3], [4]) for _ in items]
+    return PreparedSuite(kind, "digest", items, encoded, labels, tokens, "hash", limit, sources(None, "q {{ text }}", "other"))
 
 
 def asked(one: PreparedSuite, answers: dict[int, Answer], scores: tuple[tuple[float, ...], ...] = ()) -> list[tuple[str, str, int]]:
@@ -68,10 +72,17 @@ def test_free_answer_is_asked_up_to_the_first_token_that_barely_won() -> None:
     assert asked(one, answers) == [("0", "a long", 2)], "nothing certain, and half a character, are no answers to compare"
 
 
-@pytest.mark.parametrize("item", [{"system": "be brief"}, {"user": None}, {"user": ""}, {"user": "x" * 8001}])
+@pytest.mark.parametrize("item", [{"system": "be brief"}, {"user": None}, {"user": ""}, {"user": "x" * 8001}, {"prompt": "Q: 1"}])
 def test_item_that_no_user_could_send_is_no_probe(item: dict[str, Any]) -> None:
     assert asked(suite(2, **item), dict.fromkeys(range(2), SURE)) == []
     assert asked(suite(2, ("good", "bad"), **item), dict.fromkeys(range(2), SURE), ((0.0, -9.0),) * 2) == []
+
+
+def test_text_without_a_template_is_asked_as_it_is() -> None:
+    plain = replace(suite(1, prompt="0"), objective=sources(None))
+
+    assert asked(plain, {0: SURE}) == [("0", "good", 2)]
+    assert asked(replace(plain, objective=sources("{{ text }} {{ more }}")), {0: SURE}) == [], "the gateway has no more than the text"
 
 
 def test_suite_without_a_sure_answer_leaves_the_probes_to_the_next() -> None:

@@ -7,7 +7,8 @@ therefore what the evaluated model was sure of: of the first items of a suite, i
   less than that;
 - without labels: the beginning of the free answer, up to the first token that won by less than MARGIN.
 
-Left out are items with a system turn of their own, whose prompt has more columns than the text, or whose text is very long.
+Left out are items that no user could send: with a system turn of their own, with more columns than the text in their prompt, of
+another template than the one that is served; and very long ones.
 """
 
 from __future__ import annotations
@@ -16,8 +17,11 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Final
 
+from jinja2 import TemplateError
+
 from tuneloop_trainer.chat import Formatter
-from tuneloop_trainer.contract import Gate, Probe
+from tuneloop_trainer.contract import Gate, Probe, RunConfig
+from tuneloop_trainer.data.templates import RowTemplate
 from tuneloop_trainer.evaluation import scoring
 from tuneloop_trainer.evaluation.baselines import SuiteScores
 from tuneloop_trainer.evaluation.suites import PreparedSuite
@@ -78,11 +82,23 @@ def answer_freely(
 
 
 def _is_askable(suite: PreparedSuite, place: int) -> bool:
-    """Whether a user could ask it: text alone, of a usual length."""
+    """Whether a user's message of a usual length becomes the item's prompt, once the gateway has applied the version's template."""
     item, tokens = suite.items[place], len(suite.encoded[place].prompt)
     if item.system is not None or not item.user or len(item.user) > MAX_CHARACTERS:
         return False
-    return 0 < tokens <= suite.limit - MAX_ANSWER_TOKENS
+    return 0 < tokens <= suite.limit - MAX_ANSWER_TOKENS and _served_prompt(suite.objective.config, item.user) == item.prompt
+
+
+def _served_prompt(config: RunConfig, user: str) -> str | None:
+    """A version has the prompt template of the first source with one. Rows of other sources and suites may have been made otherwise."""
+    templates = (source.template.prompt for source in config.train if source.template is not None)
+    served = next((template for template in templates if template is not None), None)
+    if served is None:
+        return user
+    try:
+        return RowTemplate(served).render({"text": user})
+    except (TemplateError, ArithmeticError, TypeError, ValueError):
+        return None
 
 
 def _answer(formatter: Formatter, greedy: scoring.Greedy) -> Answer:
