@@ -17,6 +17,7 @@ from tuneloop_operator.api.finetunejob import FineTuneJobSpec, Resolved
 from tuneloop_operator.render import names, training
 from tuneloop_operator.render.run_config import run_config
 from tuneloop_trainer.contract import Classification, Custom, Dpo, Kto, RunConfig, Stage
+from tuneloop_trainer.stages.evaluate import gates_of
 
 ROOT = Path(__file__).parents[3]
 GOLDEN = Path(__file__).parents[2] / "golden" / "finetunejob"
@@ -265,3 +266,12 @@ def test_rendering_is_total_and_the_same_each_time(spec: dict[str, Any]) -> None
         more = {"stage": stage, "number": 1, "input_hash": "x", "text": text}
         first, second = (json.dumps(training.stage_job(job, resolved, config, SETTINGS, **more)) for _ in range(2))
         assert first == second
+
+
+def test_a_suite_over_the_validation_split_is_not_tested_for_what_it_does_not_measure() -> None:
+    data = {"train": [{"source": {"uri": "pvc://d/x"}}], "validation": {"fraction": "0.2"}}
+    suites = [{"name": "held-out", "type": "Validation"}]
+    config = run_config(make_job(make_spec(data=data, evaluation={"suites": suites})), Resolved())
+
+    assert [(suite.name, suite.metrics) for suite in config.evaluation.suites] == [("held-out", ("Accuracy",))]
+    assert config.evaluation.gates == gates_of(config) == (), "the suite has no Loss, which SFT would be tested for"

@@ -21,7 +21,7 @@ from tests.unit.trainer.builders import (
 
 from tuneloop_trainer import models
 from tuneloop_trainer.chat import Encoded, Formatter
-from tuneloop_trainer.contract import Baseline, Checkpoint, Evaluation, ExitCode, Method, RunConfig, Stage
+from tuneloop_trainer.contract import Baseline, Checkpoint, Evaluation, ExitCode, Method, RunConfig, Stage, Suite
 from tuneloop_trainer.evaluation import scoring
 from tuneloop_trainer.evaluation.suites import prepare_suite
 from tuneloop_trainer.manifests import verify
@@ -278,6 +278,20 @@ def test_validation_split_without_gates_is_tested_for_a_lower_loss(adapted: RunC
     for probe in json.loads(Path(result.evaluate.probes).read_text()):
         assert 1 <= probe["maxTokens"] <= 16
         assert any(answer.startswith(probe["answer"]) for answer in full["answers"])
+
+
+def test_suite_without_the_default_gates_metric_is_scored_and_not_gated(tmp_path: Path, base: Path) -> None:
+    suite = Suite(name="held-out", type="Validation", metrics=("Accuracy",))
+    config = make_config(tmp_path, base, validation_fraction=0.25, evaluation=Evaluation(suites=(suite,)))
+    config = replace(config, training=config.training.model_copy(update={"max_steps": 1}))
+
+    for stage in (Stage.PREPARE, Stage.TRAIN, Stage.PACKAGE, Stage.EVALUATE):
+        result = run_stage(config, stage)
+        assert result.exit_code == ExitCode.DONE, result.message
+
+    assert (result.evaluate.verdict, result.evaluate.gates) == ("NoGates", ())
+    assert result.evaluate.scores["held-out"].n == 10
+    assert result.evaluate.scores["held-out"].accuracy is not None
 
 
 def test_run_without_gates_has_none(tmp_path: Path) -> None:
