@@ -108,9 +108,7 @@ def _deployment(cache: Cache, job: api.FineTuneJob) -> ModelDeployment | None:
 
 def _versions(cache: Cache, job: api.FineTuneJob, deployment: ModelDeployment | None) -> tuple[ModelVersion, ...]:
     """Versions of the job's own model, and those that its baseline may be."""
-    found = [
-        raw for raw in cache.list(modelversion.KIND, job.metadata.namespace) if _may_matter(raw, job, deployment)
-    ]
+    found = [raw for raw in cache.list(modelversion.KIND, job.metadata.namespace) if _may_matter(raw, job, deployment)]
     return tuple(map(ModelVersion.model_validate, found))
 
 
@@ -213,4 +211,3 @@ REGISTRATION = Registration(
     children=CHILDREN,
     watches={api.KIND: _new_job, modelversion.KIND: _jobs_of_version, modeldeployment.KIND: _jobs_of_deployment},
 )
-

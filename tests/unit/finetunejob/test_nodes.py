@@ -84,9 +84,7 @@ def test_only_the_training_itself_may_reach_its_pods_on_all_ports() -> None:
     policy = training.progress_policy(make_job(make_spec(compute={"nodes": 2, "acceleratorsPerNode": 0})), SETTINGS)
     operator, peers = policy["spec"]["ingress"]
     assert "ports" in operator
-    assert peers == {
-        "from": [{"podSelector": {"matchLabels": {"tuneloop.dev/finetunejob": "tweets", "tuneloop.dev/stage": "train"}}}]
-    }
+    assert peers == {"from": [{"podSelector": {"matchLabels": {"tuneloop.dev/finetunejob": "tweets", "tuneloop.dev/stage": "train"}}}]}
     assert len(training.progress_policy(make_job(), SETTINGS)["spec"]["ingress"]) == 1
 
 

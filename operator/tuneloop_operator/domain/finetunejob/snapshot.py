@@ -70,9 +70,9 @@ class FineTuneJobSnapshot:
     """Of the running pod."""
     conflicts: tuple[Key, ...] = ()
     """Children's names that somebody else has taken."""
-    children: tuple[Target, ...] = ()
     refusals: tuple[Refusal, ...] = ()
     """Children that the API server did not take."""
+    children: tuple[Target, ...] = ()
     """Everything that the job controls."""
 
     @staticmethod
