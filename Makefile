@@ -42,9 +42,9 @@ test-training: venv ## real training: every objective, killed, hanging, without 
 	@OMP_NUM_THREADS=1 $(PYTEST) -m "not long" tests/training
 
 .PHONY: test-cluster
-test-cluster: venv control-plane-up ## on a real API server without a node; about 5 minutes
+test-cluster: venv control-plane-up ## on a real API server without a node; about 4 minutes
 	@export PATH="$$($(KUBE) bin):$$PATH"
-	$(PYTEST) -m "not long" tests/cluster
+	OMP_NUM_THREADS=1 $(PYTEST) -n 3 --dist loadgroup -m "not long" tests/cluster
 
 .PHONY: test-e2e
 test-e2e: venv cluster-up images ## the loop on real pods; about 25 minutes

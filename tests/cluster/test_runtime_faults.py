@@ -101,8 +101,8 @@ def test_what_went_while_no_watch_saw_it_is_swept_out(api: Api, namespace: str, 
     assert old is not None
     api.delete("Job", namespace, "w-work-1")
     wait_for(lambda: api.get("Job", namespace, "w-work-1") is None)
-    proxy.faults.drop_events = False
     proxy.send_to_watches(GONE)
+    proxy.faults.drop_events = False
     wait_for(lambda: api.get("Job", namespace, "w-work-1"), RECOVERY_SECONDS, "the Job to be made again")
     assert toy.metric("tuneloop_operator_swept_objects_total", kind="Job") == 1
 
@@ -113,8 +113,8 @@ def test_what_came_while_no_watch_saw_it_is_found(api: Api, namespace: str, toy:
     api.create(widget("v", namespace))
     time.sleep(1)
     assert api.get("Job", namespace, "v-work-1") is None
-    proxy.faults.drop_events = False
     proxy.send_to_watches(GONE)
+    proxy.faults.drop_events = False
     wait_for(lambda: api.get("Job", namespace, "v-work-1"), RECOVERY_SECONDS)
     wait_for(lambda: (api.get("ConfigMap", namespace, "w-settings") or {}).get("data") == {"n": "1"}, RECOVERY_SECONDS)
 
