@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from tuneloop_operator.cluster.client import Cluster
+from tuneloop_operator.cluster.client import PAGE, Cluster
 from tuneloop_operator.cluster.credentials import Credentials, CredentialsError, load_credentials
 from tuneloop_operator.cluster.errors import Conflict, Forbidden, NotLeader, Refused, Throttled, Unauthorized, Unreachable
 from tuneloop_operator.cluster.transport import Transport
@@ -157,7 +157,7 @@ async def test_lists_are_read_page_by_page(server: Server, cluster: Cluster) -> 
     server.answers = [first, second]
     found = await cluster.list("Event", "n", labels={"a": "1"}, fields={"involvedObject.uid": "u"})
     assert [item["metadata"]["name"] for item in found] == ["a", "b"]
-    assert dict(server.requests[0].query) == {"limit": "250", "labelSelector": "a=1", "fieldSelector": "involvedObject.uid=u"}
+    assert dict(server.requests[0].query) == {"limit": str(PAGE), "labelSelector": "a=1", "fieldSelector": "involvedObject.uid=u"}
 
 
 # --- pods and Prometheus ---
