@@ -22,7 +22,7 @@ __all__ = ["Cluster", "Unreachable"]
 
 Series = list[tuple[dict[str, str], float]]
 """Labels and value of each."""
-PAGE = 100
+PAGE = 250
 METADATA_ONLY = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
 PROMETHEUS_LIMIT = 1 << 20
 
