@@ -35,7 +35,7 @@ test: venv postgresql s3 control-plane-up cluster-up images ## test-unit, test-t
 
 .PHONY: test-unit
 test-unit: venv postgresql ## no cluster, no network; a PostgreSQL of its own on a socket; about a minute
-	@OMP_NUM_THREADS=1 $(PYTEST) -n 3 -m "not long" tests/unit
+	@OMP_NUM_THREADS=1 $(PYTEST) -n 2 -m "not long" tests/unit
 
 .PHONY: test-training
 test-training: venv ## real training: every objective, killed, hanging, without a store; about two minutes
