@@ -11,9 +11,11 @@ class StageError(Exception):
     exit_code = ExitCode.BUG
     reason: Reason = Reason.INTERNAL_ERROR
 
-    def __init__(self, message: str) -> None:
+    def __init__(self, message: str, reason: Reason | None = None) -> None:
         super().__init__(message)
         self.message = message
+        if reason is not None:
+            self.reason = reason
 
 
 class Invalid(StageError):
@@ -21,10 +23,6 @@ class Invalid(StageError):
 
     exit_code = ExitCode.INVALID
     reason = Reason.DATA_INVALID
-
-    def __init__(self, message: str, reason: Reason = Reason.DATA_INVALID) -> None:
-        super().__init__(message)
-        self.reason = reason
 
 
 class OutOfMemory(StageError):
@@ -50,10 +48,6 @@ class Unavailable(StageError):
 
     exit_code = ExitCode.UNAVAILABLE
     reason = Reason.SOURCE_UNAVAILABLE
-
-    def __init__(self, message: str, reason: Reason = Reason.SOURCE_UNAVAILABLE) -> None:
-        super().__init__(message)
-        self.reason = reason
 
 
 class PeerLost(StageError):

@@ -10,7 +10,6 @@ from tuneloop_operator.api.definitions import NAME_RULE, Column, Definition, imm
 from tuneloop_operator.api.objectives import Objective, spec_rules
 from tuneloop_operator.api.types import (
     DNS_LABEL,
-    NUMBER_PATTERN,
     Condition,
     Half,
     Metadata,
@@ -23,6 +22,7 @@ from tuneloop_operator.api.types import (
     Share,
     Source,
     StoreRef,
+    decimal,
     keyed_by,
     rules,
     sentence,
@@ -120,14 +120,7 @@ class Validation(Model):
     fraction: Half = Field(default="0.1", description="Share of the documents, 0 to 0.5.")
 
 
-Ratio = Annotated[
-    str,
-    Field(
-        pattern=NUMBER_PATTERN,
-        max_length=16,
-        json_schema_extra=sentence("must be a number of at least 1, as a string, for example '3'.", "double(self) >= 1.0"),
-    ),
-]
+Ratio = Annotated[str, decimal("must be a number of at least 1, as a string, for example '3'.", "double(self) >= 1.0")]
 Language = Annotated[
     str, Field(pattern=r"^[a-z]{2,3}$", max_length=3, json_schema_extra=sentence("must be a language's ISO 639 code, for example 'en'."))
 ]
@@ -177,14 +170,7 @@ class Data(Model):
     curation: Curation = Field(default=Curation(), description="What is removed.")
 
 
-AboveOne = Annotated[
-    str,
-    Field(
-        pattern=NUMBER_PATTERN,
-        max_length=16,
-        json_schema_extra=sentence("must be a number above 1, as a string, for example '5'.", "double(self) > 1.0"),
-    ),
-]
+AboveOne = Annotated[str, decimal("must be a number above 1, as a string, for example '5'.", "double(self) > 1.0")]
 
 
 class EarlyStopping(Model):
@@ -211,7 +197,7 @@ class Training(Model):
     loss_spike_ratio: AboveOne | None = Field(
         default=None,
         description="End the run, with its last checkpoint kept, at a step whose loss is above so many times the median of the 20 steps "
-        "before; '5' is cautious. Absent: only where the loss is no number. Not for GRPO and RLOO, whose loss is near 0.",
+        "before; '5' is cautious. Absent: only where the loss is no number.",
     )
     extra_arguments: Annotated[dict[str, Annotated[str, Field(max_length=256)]], Field(max_length=32)] = Field(
         default={}, description="Passed to the trainer's arguments; unknown names are refused before training."
@@ -288,14 +274,7 @@ class Suite(Model):
 
 
 Level = Annotated[
-    str,
-    Field(
-        pattern=NUMBER_PATTERN,
-        max_length=16,
-        json_schema_extra=sentence(
-            "must be a number above 0 and up to 0.5, as a string, for example '0.05'.", "double(self) > 0.0 && double(self) <= 0.5"
-        ),
-    ),
+    str, decimal("must be a number above 0 and up to 0.5, as a string, for example '0.05'.", "double(self) > 0.0 && double(self) <= 0.5")
 ]
 
 

@@ -9,7 +9,6 @@ from pydantic import ConfigDict, Field
 from tuneloop_operator.api.definitions import NAME_RULE, Column, Definition, Scale, condition
 from tuneloop_operator.api.engineoptions import option_rules
 from tuneloop_operator.api.types import (
-    NUMBER_PATTERN,
     Condition,
     Half,
     Metadata,
@@ -22,9 +21,9 @@ from tuneloop_operator.api.types import (
     SecretName,
     SecretRef,
     Share,
+    decimal,
     keyed_by,
     rules,
-    sentence,
 )
 
 KIND = "ModelDeployment"
@@ -145,14 +144,7 @@ class Capture(Model):
 
 
 PositiveShare = Annotated[
-    str,
-    Field(
-        pattern=NUMBER_PATTERN,
-        max_length=16,
-        json_schema_extra=sentence(
-            "must be a number above 0 and up to 1, as a string, for example '0.02'.", "double(self) > 0.0 && double(self) <= 1.0"
-        ),
-    ),
+    str, decimal("must be a number above 0 and up to 1, as a string, for example '0.02'.", "double(self) > 0.0 && double(self) <= 1.0")
 ]
 
 

@@ -37,37 +37,18 @@ def keyed_by(*keys: str) -> dict[str, Any]:
 
 
 NUMBER_PATTERN = r"^[0-9]+(\.[0-9]+)?([eE]-?[0-9]+)?$"
-Number = Annotated[
-    str,
-    Field(
-        pattern=NUMBER_PATTERN, max_length=16, json_schema_extra=sentence("must be a number of at least 0, as a string, for example '0.5'.")
-    ),
-]
+
+
+def decimal(says: str, rule: str | None = None) -> Any:
+    """A decimal as a string, since Kubernetes tools mangle floats: the sentence that a user sees, and the bound in CEL."""
+    return Field(pattern=NUMBER_PATTERN, max_length=16, json_schema_extra=sentence(says, rule) if rule else sentence(says))
+
+
+Number = Annotated[str, decimal("must be a number of at least 0, as a string, for example '0.5'.")]
 """A non-negative decimal as a string, since Kubernetes tools mangle floats."""
-Positive = Annotated[
-    str,
-    Field(
-        pattern=NUMBER_PATTERN,
-        max_length=16,
-        json_schema_extra=sentence("must be a number above 0, as a string, for example '0.5' or '2e-4'.", "double(self) > 0.0"),
-    ),
-]
-Share = Annotated[
-    str,
-    Field(
-        pattern=NUMBER_PATTERN,
-        max_length=16,
-        json_schema_extra=sentence("must be a number from 0 to 1, as a string, for example '0.5'.", "double(self) <= 1.0"),
-    ),
-]
-Half = Annotated[
-    str,
-    Field(
-        pattern=NUMBER_PATTERN,
-        max_length=16,
-        json_schema_extra=sentence("must be a number from 0 to 0.5, as a string, for example '0.1'.", "double(self) <= 0.5"),
-    ),
-]
+Positive = Annotated[str, decimal("must be a number above 0, as a string, for example '0.5' or '2e-4'.", "double(self) > 0.0")]
+Share = Annotated[str, decimal("must be a number from 0 to 1, as a string, for example '0.5'.", "double(self) <= 1.0")]
+Half = Annotated[str, decimal("must be a number from 0 to 0.5, as a string, for example '0.1'.", "double(self) <= 0.5")]
 DNS_LABEL = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
 Name = Annotated[
     str,
