@@ -492,8 +492,8 @@ class PackageSummary(Model):
 
 
 class GateResult(Model):
-    """One gate's numbers. `difference` is candidate - baseline in the metric's own units: better is above 0 for Accuracy, below 0
-    for Loss. [`lower`, `upper`] is its interval at the gate's own level (each side alpha / promotions)."""
+    """One gate's numbers. `difference` is candidate - baseline in the metric's own units: better is below 0 for Loss, above 0
+    for the others. [`lower`, `upper`] is its interval at the gate's own level (each side alpha / promotions)."""
 
     suite: str = Field(max_length=63)
     metric: str = Field(max_length=16)

@@ -65,6 +65,17 @@ def test_loss_gate(rule: str, gain: float, spread: float, verdict: str) -> None:
     assert result.lower <= result.difference <= result.upper
 
 
+@pytest.mark.parametrize(("paired", "verdict"), [(make_paired(60, 20, 300, 20), "Pass"), (make_paired(20, 60, 300, 20), "Fail")])
+def test_preference_gate_wants_more_of_the_chosen_answers(paired: Paired, verdict: str) -> None:
+    gate = Gate(suite="pairs", metric="Preference", rule="Superior")
+
+    result, _ = decide(gate, paired, promotions=5, seed=1)
+
+    assert result.verdict == verdict
+    assert result.difference == pytest.approx(result.candidate - result.baseline)
+    assert result.discordant == 80
+
+
 def test_level_is_shared_by_the_promotions_of_a_suite() -> None:
     paired = make_paired(40, 22, 320, 18)
 

@@ -23,7 +23,7 @@ Verdict = Literal["Pass", "Fail", "Inconclusive"]
 
 @dataclass(frozen=True)
 class Paired:
-    """Scores of both models on the same items. `weights`: an item's tokens for Loss, 1 for Accuracy."""
+    """Scores of both models on the same items. `weights`: an item's tokens for Loss, else 1."""
 
     candidate: Floats
     baseline: Floats
@@ -53,10 +53,10 @@ class Finding:
 def decide(gate: Gate, paired: Paired, promotions: int, seed: int) -> tuple[GateResult, str]:
     """The gate's result, and what would make an Inconclusive one conclusive ("" otherwise)."""
     alpha = gate.alpha / promotions
-    find = _compare_accuracy if gate.metric == "Accuracy" else _compare_loss
+    find = _compare_loss if gate.metric == "Loss" else _compare_accuracy
     finding = find(paired, gate.rule, alpha, seed)
     verdict, advice = _verdict(gate, paired.n, finding, alpha)
-    sign = 1.0 if gate.metric == "Accuracy" else -1.0
+    sign = -1.0 if gate.metric == "Loss" else 1.0
     ends = sorted(sign * end for end in finding.interval)
     result = GateResult(
         suite=gate.suite,
