@@ -55,7 +55,6 @@ def test_an_environment_without_pip_asks_the_uv_of_the_project(monkeypatch: pyte
     assert command[1:] == ["tool", "run", "pip"]
 
 
-
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
