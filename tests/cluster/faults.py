@@ -26,6 +26,13 @@ class Write:
     number: int
     method: str
     path: str
+    name: str = ""
+    """Of the object that a POST makes."""
+
+    @property
+    def target(self) -> str:
+        """What is written: the path within the namespace, and behind it the name of what a POST makes."""
+        return "/".join(part for part in (self.path.partition("/namespaces/")[2].partition("/")[2], self.name) if part)
 
 
 @dataclass
@@ -40,6 +47,8 @@ class Faults:
     """Called before a write is forwarded; may block."""
     after_write: Callable[[Write], bool] = lambda write: True
     """Called after a write was carried out with success, before its answer is sent; False = the answer is lost."""
+    hang_watches: bool = False
+    """Those that run bring nothing and do not end, and new ones get no answer."""
     drop_events: bool = False
     """Keep connections of watches open, and swallow what they bring."""
     writes: list[Write] = field(default_factory=list)
@@ -136,10 +145,12 @@ class FaultProxy:
             status, headers = own
             body = {"kind": "Status", "status": "Failure", "code": status, "reason": "Injected", "message": "a fault of the test"}
             return web.json_response(body, status=status, headers=headers)
-        write = self._as_write(request)
+        body = await request.read()
+        if faults.hang_watches and "watch" in request.query:
+            await asyncio.Event().wait()  # for ever: the end of the proxy cancels it
+        write = self._as_write(request, body)
         if write is not None:
             await asyncio.to_thread(faults.before_write, write)
-        body = await request.read()
         headers = {name: value for name, value in request.headers.items() if name.lower() not in HOP_BY_HOP}
         headers |= await self._credentials.headers()
         url = self._credentials.server + request.path_qs
@@ -158,10 +169,11 @@ class FaultProxy:
         headers = {name: value for name, value in answer.headers.items() if name.lower() not in HOP_BY_HOP}
         return web.Response(status=answer.status, body=content, headers=headers)
 
-    def _as_write(self, request: web.Request) -> Write | None:
+    def _as_write(self, request: web.Request, body: bytes) -> Write | None:
         if request.method == "GET" or request.path.split("/")[-1] in ("events", "leases") or "/leases/" in request.path:
             return None
-        write = Write(len(self.faults.writes) + 1, request.method, request.path)
+        name = json.loads(body)["metadata"].get("name", "") if request.method == "POST" else ""
+        write = Write(len(self.faults.writes) + 1, request.method, request.path, name)
         self.faults.writes.append(write)
         return write
 
@@ -174,8 +186,10 @@ class FaultProxy:
         self._watches[response] = request
         try:
             async for line in answer.content:
-                if not self.faults.drop_events:
+                if not self.faults.drop_events and not self.faults.hang_watches:
                     await response.write(line)
+            if self.faults.hang_watches:
+                await asyncio.Event().wait()
         except (aiohttp.ClientError, ConnectionError):
             pass
         finally:
