@@ -41,6 +41,9 @@ class Settings(BaseModel):
     metrics_port: int = 8080
     progress_interval_seconds: float = 10.0
     state_interval_seconds: float = 5.0
+    silence_seconds: float = Field(
+        default=180.0, gt=0, description="/healthz fails when a watch gave no sign of life for so long while the API server answered."
+    )
     lease_seconds: int = 9
     renew_seconds: int = 6
     retry_seconds: int = 2

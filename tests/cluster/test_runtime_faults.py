@@ -95,6 +95,46 @@ def test_a_watch_that_breaks_is_started_again_in_the_process(api: Api, namespace
     assert toy.process.poll() is None
 
 
+SILENCE_SECONDS = 9.0
+"""Instead of three minutes; watches end and begin anew after two thirds of it."""
+
+
+@pytest.fixture
+def impatient(start_operator: Start, proxy: FaultProxy) -> OperatorProcess:
+    """An operator whose watches have been quiet for longer than it allows, with nothing wrong."""
+    process = start_operator(kubeconfig=proxy.kubeconfig, module="tests.cluster.toy", TUNELOOP_SILENCE_SECONDS=str(SILENCE_SECONDS))
+    healthy_for(process, SILENCE_SECONDS + 3)
+    return process
+
+
+def healthy_for(process: OperatorProcess, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    wait_for(lambda: _is_healthy(process) and time.monotonic() > end, seconds + 10)
+
+
+def _is_healthy(process: OperatorProcess) -> bool:
+    status, text = process.probe("/healthz")
+    if status != 200:
+        pytest.fail(f"/healthz answered {status}: {text}")
+    return True
+
+
+def test_a_watch_that_hangs_while_the_api_server_answers_makes_the_operator_sick(impatient: OperatorProcess, proxy: FaultProxy) -> None:
+    proxy.faults.hang_watches = True
+    asked = time.monotonic()
+    wait_for(lambda: impatient.probe("/healthz")[0] == 503, 3 * SILENCE_SECONDS, "a sick operator")
+    assert time.monotonic() - asked > SILENCE_SECONDS / 4
+    assert "no sign of life from the watch of " in impatient.probe("/healthz")[1]
+    assert "Widget" in impatient.probe("/healthz")[1]
+
+
+def test_an_api_server_that_is_away_makes_no_operator_sick(impatient: OperatorProcess, proxy: FaultProxy) -> None:
+    proxy.refuse(True)
+    healthy_for(impatient, 2.5 * SILENCE_SECONDS)
+    proxy.refuse(False)
+    healthy_for(impatient, 1.5 * SILENCE_SECONDS)
+
+
 def test_what_went_while_no_watch_saw_it_is_swept_out(api: Api, namespace: str, toy: OperatorProcess, proxy: FaultProxy) -> None:
     proxy.faults.drop_events = True
     old = api.get("Job", namespace, "w-work-1")

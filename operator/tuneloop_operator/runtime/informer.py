@@ -34,8 +34,8 @@ from tuneloop_operator.settings import Settings  # noqa: E402
 
 log = logging.getLogger(__name__)
 
-SERVER_TIMEOUT = 120
-"""Seconds after which the API server ends a watch: each begins anew within them, and that is its sign of life."""
+WATCH_SHARE = 2 / 3
+"""Part of the silence that is allowed after which the API server ends a watch: each begins anew within it, its sign of life."""
 STOP_SECONDS = 2.0
 """kopf is slow to end while it begins. It has nothing to lose, and its thread is no reason for the process to stay."""
 SWITCH_SECONDS = 0.0005
@@ -148,7 +148,7 @@ class Informer:
         namespaces = self.settings.watch_namespaces
         await kopf.operator(
             registry=self._registry(),
-            settings=_kopf_settings(self.kinds),
+            settings=_kopf_settings(self.kinds, self.settings.silence_seconds),
             standalone=True,
             clusterwide=not namespaces,
             namespaces=list(namespaces),
@@ -209,7 +209,7 @@ def _call(loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> None
         log.debug("an event came too late")
 
 
-def _kopf_settings(kinds: tuple[str, ...]) -> kopf.OperatorSettings:
+def _kopf_settings(kinds: tuple[str, ...], silence: float) -> kopf.OperatorSettings:
     settings = kopf.OperatorSettings()
     settings.posting.enabled = False
     settings.scanning.disabled = True
@@ -217,7 +217,7 @@ def _kopf_settings(kinds: tuple[str, ...]) -> kopf.OperatorSettings:
     settings.networking.connect_timeout = 5
     settings.networking.error_backoffs = Backoffs()
     settings.watching.chunk_size = 500
-    settings.watching.server_timeout = SERVER_TIMEOUT
+    settings.watching.server_timeout = max(1, round(silence * WATCH_SHARE))
     settings.watching.inactivity_timeout = 70
     settings.queueing.worker_limit = None
     settings.queueing.idle_timeout = 0.1  # so long an event stays in memory after it was handled

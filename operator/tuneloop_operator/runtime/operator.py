@@ -56,7 +56,8 @@ class Operator:
             credentials, settings, self.routes.kinds, self._received, self._listed, lambda: self.metrics.watch_restarts.inc()
         )
         self.is_primed = False
-        self.probes = Probes(Health(self.lease_transport, lambda: self.informer.signs_of_life), lambda: self.is_primed, self._registries())
+        health = Health(self.lease_transport, lambda: self.informer.signs_of_life, settings.silence_seconds)
+        self.probes = Probes(health, lambda: self.is_primed, self._registries())
         self._workers: list[asyncio.Task[None]] = []
 
     async def run(self, stop: asyncio.Event) -> None:

@@ -12,21 +12,25 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from tuneloop_operator.cluster.errors import ApiError, Unreachable
 from tuneloop_operator.cluster.transport import Transport
 
-SILENCE_SECONDS = 180.0
 LIMITS = aiohttp.ClientTimeout(total=3)
 
 
 class Health:
-    """Healthy, unless a watch has been silent for 3 minutes in which the API server answered.
+    """Healthy, unless a watch has been silent for `silence` seconds (3 minutes) in which the API server answered.
 
     A dead watch is a process that looks alive and does nothing; a restart helps. A dead API server is no reason to restart: whenever it is
-    found not to answer, the 3 minutes begin anew.
+    found not to answer, they begin anew.
     """
 
     def __init__(
-        self, transport: Transport, signs_of_life: Callable[[], Mapping[str, float]], clock: Callable[[], float] = time.monotonic
+        self,
+        transport: Transport,
+        signs_of_life: Callable[[], Mapping[str, float]],
+        silence: float,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.transport = transport
+        self.silence = silence
         self.signs_of_life = signs_of_life
         self.clock = clock
         self.down_at = float("-inf")
@@ -37,7 +41,7 @@ class Health:
             await self.transport.request("get", "GET", "/version", limits=LIMITS)
         except (ApiError, Unreachable):
             self.down_at = self.clock()
-        since = self.clock() - SILENCE_SECONDS
+        since = self.clock() - self.silence
         if self.down_at > since:
             return []
         return sorted(kind for kind, seen in self.signs_of_life().items() if seen < since)

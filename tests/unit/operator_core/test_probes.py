@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from tuneloop_operator.cluster.errors import Forbidden, Unreachable
-from tuneloop_operator.runtime.probes import SILENCE_SECONDS, Health
+from tuneloop_operator.runtime.probes import Health
+from tuneloop_operator.settings import Settings
+
+SILENCE_SECONDS = 180.0
 
 
 class Server:
@@ -22,7 +25,7 @@ class Case:
         self.now = 1000.0
         self.server = Server()
         self.seen = seen
-        self.health = Health(self.server, lambda: self.seen, lambda: self.now)  # type: ignore[arg-type]
+        self.health = Health(self.server, lambda: self.seen, Settings().silence_seconds, lambda: self.now)  # type: ignore[arg-type]
 
 
 async def test_a_watch_that_gave_a_sign_within_three_minutes_is_alive() -> None:
