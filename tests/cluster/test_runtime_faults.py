@@ -119,6 +119,7 @@ def _is_healthy(process: OperatorProcess) -> bool:
     return True
 
 
+@pytest.mark.long
 def test_a_watch_that_hangs_while_the_api_server_answers_makes_the_operator_sick(impatient: OperatorProcess, proxy: FaultProxy) -> None:
     proxy.faults.hang_watches = True
     asked = time.monotonic()
@@ -128,6 +129,7 @@ def test_a_watch_that_hangs_while_the_api_server_answers_makes_the_operator_sick
     assert "Widget" in impatient.probe("/healthz")[1]
 
 
+@pytest.mark.long
 def test_an_api_server_that_is_away_makes_no_operator_sick(impatient: OperatorProcess, proxy: FaultProxy) -> None:
     proxy.refuse(True)
     healthy_for(impatient, 2.5 * SILENCE_SECONDS)
