@@ -51,6 +51,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("store", ["sqlite", "postgresql"], indirect=True)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what needs the server, so that `-m` can leave it out. Before pytest itself looks at `-m`."""
+    for item in items:
+        if isinstance(item, pytest.Function) and "store" in item.fixturenames and _store(item) == "postgresql":
+            item.add_marker("postgresql")
+
+
+def _store(item: pytest.Function) -> Any:
+    return item.callspec.params.get("store") if hasattr(item, "callspec") else None
+
+
 @pytest.fixture(scope="session")
 def postgresql() -> Iterator[Server]:
     """A real server, started when first asked for."""
