@@ -148,6 +148,8 @@ class Lora(Model):
     alpha: int = 32
     dropout: float = 0.0
     target_modules: Literal["AllLinear", "Attention"] = "AllLinear"
+    dora: bool = False
+    """Whether the length of each column of the weights is learned apart from its direction."""
 
 
 class Method(Model):

@@ -40,6 +40,11 @@ class LoRA(Model):
     alpha: int = Field(default=32, ge=1, le=1024, description="Scaling: alpha / rank.")
     dropout: Half = Field(default="0", description="Dropout on the adapters' inputs.")
     target_modules: Literal["AllLinear", "Attention"] = Field(default="AllLinear", description="Which layers get adapters.")
+    dora: bool = Field(
+        default=False,
+        description="DoRA: the length of each column of a weight is learned apart from its direction. Closer to method Full at small "
+        "ranks, slower, and no adapter that an engine serves: the output is Merged.",
+    )
 
 
 class Method(Model):

@@ -75,7 +75,7 @@ def base_snapshot_uri(job: api.FineTuneJob, resolved: api.Resolved) -> str | Non
 def output_format(spec: api.FineTuneJobSpec) -> Literal["Adapter", "Merged"]:
     if spec.output.format is not None:
         return spec.output.format
-    return default_format(spec.objective.type, spec.method.type)
+    return default_format(spec.objective.type, leaves_adapter(spec.method))
 
 
 def base(source: Source) -> contract.Base:
@@ -115,7 +115,9 @@ def _method(method: api.Method) -> contract.Method:
     if method.type == "Full":
         return contract.Method(type="Full")
     lora = method.lora or api.LoRA()
-    settings = contract.Lora(rank=lora.rank, alpha=lora.alpha, dropout=float(lora.dropout), target_modules=lora.target_modules)
+    settings = contract.Lora(
+        rank=lora.rank, alpha=lora.alpha, dropout=float(lora.dropout), target_modules=lora.target_modules, dora=lora.dora
+    )
     return contract.Method(type="LoRA", lora=settings)
 
 

@@ -125,7 +125,14 @@ class Objective:
         from peft import LoraConfig
 
         targets = "all-linear" if lora.target_modules == "AllLinear" else ["q_proj", "k_proj", "v_proj", "o_proj"]
-        return LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type=self.task)
+        return LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=targets,
+            use_dora=lora.dora,
+            task_type=self.task,
+        )
 
     def with_adapter(self, model: models.Model) -> models.Model:
         """The model with the adapter to train, in fp32, where the method has one."""
