@@ -80,11 +80,14 @@ GRID = (
     Point("wordy", "LoRA", 1024, 1),
     Point("wordy", "Full", 64, 8),
     Point("wide", "Full", 256, 4),
+    Point("deep", "DoRA", 1024, 1),
+    Point("wide", "DoRA", 128, 4),
 )
 
 
 def run_config(root: Path, point: Point) -> RunConfig:
-    method = Method(type="LoRA", lora=Lora(rank=RANK, alpha=RANK)) if point.method == "LoRA" else Method(type="Full")
+    lora = Lora(rank=RANK, alpha=RANK, dora=point.method == "DoRA")
+    method = Method(type="Full") if point.method == "Full" else Method(type="LoRA", lora=lora)
     return RunConfig(
         namespace="bench",
         name="estimate",
@@ -217,7 +220,8 @@ def workload_of(point: Point, made: dict[str, object]) -> estimates.Workload:
     micro = max(size for size in range(1, point.batch + 1) if point.batch % size == 0 and size <= limit)
     return estimates.Workload(
         shape=estimates.ModelShape.model_validate(made["shape"]),
-        method="LoRA" if point.method == "LoRA" else "Full",
+        method="Full" if point.method == "Full" else "LoRA",
+        dora=point.method == "DoRA",
         rank=RANK,
         only_attention=False,
         precision="FP32" if point.precision == "FP32" else "BF16",

@@ -35,7 +35,7 @@ FINE_TUNE_JOB: Manifest = {
         "baseModel": SOURCE,
         "objective": {"type": "SFT", "sft": {"loss": "CompletionOnly"}},
         "promptFormat": "Chat",
-        "method": {"type": "LoRA", "lora": {"rank": 8, "alpha": 16, "dropout": "0.1", "targetModules": "AllLinear"}},
+        "method": {"type": "LoRA", "lora": {"rank": 8, "alpha": 16, "dropout": "0.1", "targetModules": "AllLinear", "dora": False}},
         "data": {
             "train": [
                 {"source": ROWS, "columns": COLUMNS, "template": TEMPLATE, "weight": "0.5"},

@@ -185,6 +185,9 @@ REFUSED: dict[str, list[Manifest]] = {
     "method Full has no adapter: output.format must be Merged.": [
         changed(FINE_TUNE_JOB, "spec.method", {"type": "Full"}),
     ],
+    "no engine serves an adapter of DoRA on its base: output.format must be Merged.": [
+        changed(FINE_TUNE_JOB, "spec.method.lora.dora", True),
+    ],
     "a gate's metric must be among the metrics of its suite.": [changed(FINE_TUNE_JOB, "spec.evaluation.gates.0.metric", "Loss")],
     "Preference compares an item's own two answers, Accuracy and MacroF1 its labels: make two suites.": [
         changed(PREFERENCES, "spec.evaluation.suites.0.metrics", ["Preference", "Accuracy"]),

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field
 
 from tuneloop_operator.api.definitions import NAME_RULE, Column, Definition, immutable
+from tuneloop_operator.api.methods import Method, method_rules
 from tuneloop_operator.api.objectives import Objective, spec_rules
 from tuneloop_operator.api.types import (
     DNS_LABEL,
@@ -31,29 +32,6 @@ from tuneloop_operator.api.types import (
 KIND = "FineTuneJob"
 PLURAL = "finetunejobs"
 SHORT_NAME = "ftj"
-
-
-class LoRA(Model):
-    """Low-rank adapters."""
-
-    rank: int = Field(default=32, ge=1, le=512, description="Rank of the adapters.")
-    alpha: int = Field(default=32, ge=1, le=1024, description="Scaling: alpha / rank.")
-    dropout: Half = Field(default="0", description="Dropout on the adapters' inputs.")
-    target_modules: Literal["AllLinear", "Attention"] = Field(default="AllLinear", description="Which layers get adapters.")
-    dora: bool = Field(
-        default=False,
-        description="DoRA: the length of each column of a weight is learned apart from its direction. Closer to method Full at small "
-        "ranks, slower, and no adapter that an engine serves: the output is Merged.",
-    )
-
-
-class Method(Model):
-    """Which weights are trained."""
-
-    model_config = ConfigDict(json_schema_extra=rules(("!has(self.lora) || self.type == 'LoRA'", "lora may be set only with type: LoRA.")))
-
-    type: Literal["LoRA", "Full"] = Field(default="LoRA", description="LoRA: adapters on a frozen base. Full: all weights.")
-    lora: LoRA | None = Field(default=None, description="Settings of LoRA.")
 
 
 Template = Annotated[str, Field(min_length=1, max_length=16384)]
@@ -391,10 +369,6 @@ class FineTuneJobSpec(Model):
     model_config = ConfigDict(
         json_schema_extra=rules(
             (
-                "self.method.type == 'LoRA' || !has(self.output.format) || self.output.format == 'Merged'",
-                "method Full has no adapter: output.format must be Merged.",
-            ),
-            (
                 "self.training.globalBatchSize % (self.compute.nodes * (self.compute.acceleratorsPerNode > 0"
                 " ? self.compute.acceleratorsPerNode : 1)) == 0",
                 "training.globalBatchSize must be a multiple of compute.nodes x compute.acceleratorsPerNode: each takes an equal share.",
@@ -405,6 +379,7 @@ class FineTuneJobSpec(Model):
                 " || !self.evaluation.suites.exists(s, s.type == 'Validation')",
                 "a suite of type Validation needs data.validation.",
             ),
+            *method_rules(),
             *spec_rules(),
         )
     )

@@ -191,9 +191,9 @@ def _metric_rules() -> Iterator[tuple[str, str]]:
 # --- what is read from the table elsewhere -----------------------------------
 
 
-def default_format(objective: ObjectiveType, method: Literal["LoRA", "Full"]) -> Format:
+def default_format(objective: ObjectiveType, leaves_adapter: bool) -> Format:
     """What `output.format` means where it is absent."""
-    return "Adapter" if method == "LoRA" and TRAITS[objective].adapter else "Merged"
+    return "Adapter" if leaves_adapter and TRAITS[objective].adapter else "Merged"
 
 
 def prompt_format(objective: ObjectiveType, asked: Literal["Chat", "Text"]) -> Literal["Chat", "Text"]:
@@ -222,6 +222,7 @@ def combinations() -> str:
             both = method == "LoRA" and traits.adapter
             formats = "Adapter (absent means this): the operator serves it on its base; or Merged" if both else "Merged only"
             lines.append(f"| {name} with {method} | {roles} | {formats} | {served} |")
+    lines.append("| any, with LoRA and `lora.dora: true` | as above | Merged only | as above |")
     return "\n".join(lines)
 
 

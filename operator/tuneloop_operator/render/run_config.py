@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from tuneloop_gateway.contract import INTERNAL_PORT
 from tuneloop_operator.api import finetunejob as api
+from tuneloop_operator.api.methods import LoRA, Method
 from tuneloop_operator.api.objectives import DPO, KTO, SFT, Objective, SequenceClassification, default_format, prompt_format
 from tuneloop_operator.api.types import Source
 from tuneloop_operator.render import names
@@ -75,7 +76,7 @@ def base_snapshot_uri(job: api.FineTuneJob, resolved: api.Resolved) -> str | Non
 def output_format(spec: api.FineTuneJobSpec) -> Literal["Adapter", "Merged"]:
     if spec.output.format is not None:
         return spec.output.format
-    return default_format(spec.objective.type, leaves_adapter(spec.method))
+    return default_format(spec.objective.type, spec.method.leaves_adapter)
 
 
 def base(source: Source) -> contract.Base:
@@ -111,10 +112,10 @@ def _objective(asked: Objective) -> dict[str, Any]:
     return parts
 
 
-def _method(method: api.Method) -> contract.Method:
+def _method(method: Method) -> contract.Method:
     if method.type == "Full":
         return contract.Method(type="Full")
-    lora = method.lora or api.LoRA()
+    lora = method.lora or LoRA()
     settings = contract.Lora(
         rank=lora.rank, alpha=lora.alpha, dropout=float(lora.dropout), target_modules=lora.target_modules, dora=lora.dora
     )

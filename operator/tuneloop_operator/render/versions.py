@@ -7,6 +7,7 @@ from typing import Any, Literal
 from tuneloop_operator.api import API_VERSION
 from tuneloop_operator.api import finetunejob as api
 from tuneloop_operator.api import modelversion as versions
+from tuneloop_operator.api.methods import LoRA
 from tuneloop_operator.api.objectives import prompt_format
 from tuneloop_operator.api.types import Source
 from tuneloop_operator.render import names
@@ -71,7 +72,7 @@ def _pinned_source(source: Source, resolved: api.Resolved) -> Source:
 
 
 def _rank(spec: api.FineTuneJobSpec, format_: str) -> int | None:
-    return (spec.method.lora or api.LoRA()).rank if format_ == "Adapter" else None
+    return (spec.method.lora or LoRA()).rank if format_ == "Adapter" else None
 
 
 def _template(spec: api.FineTuneJobSpec) -> str | None:

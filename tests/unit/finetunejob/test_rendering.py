@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from tests.unit.finetunejob.builders import SETTINGS, World, evaluated, make_job
 from tuneloop_operator.api.finetunejob import FineTuneJobSpec, Resolved
 from tuneloop_operator.render import names, training
 from tuneloop_operator.render.run_config import run_config
-from tuneloop_trainer.contract import Classification, Custom, Dpo, Kto, RunConfig, Stage
+from tuneloop_trainer.contract import Classification, Custom, Dpo, Kto, Lora, RunConfig, Stage
 from tuneloop_trainer.stages.evaluate import gates_of
 
 ROOT = Path(__file__).parents[3]
@@ -228,6 +229,22 @@ def test_every_example_of_an_objective_is_rendered(path: Path) -> None:
     config = run_config(make_job(manifest["spec"]), Resolved())
     assert config.objective.lower().endswith(path.stem)
     assert config.evaluation.gates, "the model is judged by rows that are held out"
+
+
+METHODS: dict[str, Callable[[RunConfig], object]] = {"dora": lambda config: config.method.lora is not None and config.method.lora.dora}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples" / "methods").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_example_of_a_method_is_rendered(path: Path) -> None:
+    config = run_config(make_job(yaml.safe_load(path.read_text())["spec"]), Resolved())
+    assert METHODS[path.stem](config), "what it is an example of reaches the trainer"
+    assert config.evaluation.gates, "the model is judged by rows that are held out"
+
+
+def test_dora_is_merged_where_nothing_is_said() -> None:
+    method = {"type": "LoRA", "lora": {"rank": 4, "dora": True}}
+    config = run_config(make_job(make_spec(method=method)), Resolved())
+    assert (config.method.lora, config.output_format) == (Lora(rank=4, alpha=32, dora=True), "Merged")
 
 
 def test_settings_of_an_objective_reach_the_trainer() -> None:

@@ -71,6 +71,7 @@ def after_prepare(world: World, shape: ModelShape | None = SMOL, longest: int = 
 def test_lora_trains_rank_times_inputs_and_outputs_of_each_layer() -> None:
     assert estimates.trained_parameters(CPU_LORA) == 4_884_480, "peft's own count for SmolLM2-135M at rank 16, all linear layers"
     assert estimates.trained_parameters(replace(CPU_LORA, shape=LLAMA, rank=32)) == 83_886_080
+    assert estimates.trained_parameters(replace(CPU_LORA, dora=True)) == 4_884_480 + 155_520, "a length for each column"
     assert estimates.trained_parameters(replace(CPU_LORA, method="Full")) == SMOL.parameters
 
 
@@ -92,6 +93,7 @@ def test_a_full_step_holds_weights_gradients_and_two_moments_in_fp32() -> None:
         ({"supervised_share": 0.0}, False),
         ({"predicts_tokens": False}, False),
         ({"has_reference": True, "method": "Full"}, True),
+        ({"dora": True}, True),
     ],
 )
 def test_each_setting_moves_the_peak_the_way_it_should(change: dict[str, Any], grows: bool) -> None:

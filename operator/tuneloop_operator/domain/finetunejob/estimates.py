@@ -55,6 +55,7 @@ class Workload:
     optimizer: str = "adamw_torch"
     has_reference: bool = False
     """Whether a frozen copy of all weights stands beside those that are trained."""
+    dora: bool = False
     predicts_tokens: bool = True
     """Whether the head is as wide as the vocabulary."""
 
@@ -78,15 +79,15 @@ def trained_parameters(work: Workload) -> int:
     sides = 2 * (hidden + query) + 2 * (hidden + key)
     if not work.only_attention:
         sides += 3 * (hidden + wide)
-    return shape.layers * work.rank * sides
+    return shape.layers * (work.rank * sides + (_adapted_outputs(work) if work.dora else 0))
 
 
 def peak_memory(work: Workload) -> int:
     """Bytes at the highest point of a step: on a CPU the resident set of the process, on CUDA what the allocator holds."""
     kept = _kept_by_layers(work)
     if work.device == "cpu":
-        return int(IMPORTS + STARTED + max(_static(work) + kept * (1 + HOLES[work.method]) + _head(work), _end_of_backward(work)))
-    return int(max(_static(work) + kept + _head(work), _end_of_backward(work)))
+        return int(IMPORTS + STARTED + max(_static(work) + kept * (1 + HOLES[work.method]) + _top(work), _end_of_backward(work)))
+    return int(max(_static(work) + kept + _top(work), _end_of_backward(work)))
 
 
 def needed_of_limit(work: Workload) -> int:
@@ -166,7 +167,30 @@ def _kept_by_layer(work: Workload) -> int:
     else:
         copies = 3 if work.only_attention else 5
         own = 8 * hidden + 2 * copies * hidden + 2 * query  # two in fp32; a copy for each adapter, that of the output projection too
-    return common + own + (each * adapted * work.rank if work.method == "LoRA" else 0)
+    lengths = 2 * each * _adapted_outputs(work) if work.dora else 0  # what the base and what the adapter say, to learn the lengths by
+    return common + own + lengths + (each * adapted * work.rank if work.method == "LoRA" else 0)
+
+
+def _adapted_outputs(work: Workload) -> int:
+    """Outputs of all layers that an adapter is on, in one layer of the transformer."""
+    shape = work.shape
+    attention = (shape.heads + 2 * shape.key_value_heads) * shape.head_size + shape.hidden_size
+    return attention if work.only_attention else attention + 2 * shape.intermediate_size + shape.hidden_size
+
+
+def _dora_tile(work: Workload) -> int:
+    """The length of each column is measured on the whole weight: the adapter's product as a matrix (made from a unit matrix as wide as
+    the inputs), its cast, and its sum with the weight exist at once."""
+    if not work.dora:
+        return 0
+    hidden = work.shape.hidden_size
+    inputs = hidden if work.only_attention else max(hidden, work.shape.intermediate_size)
+    return 4 * inputs * inputs + (4 + 2 * (2 if work.precision == "BF16" else 4)) * inputs * hidden
+
+
+def _top(work: Workload) -> int:
+    """The larger of what is there for a moment: the head's tile, or the matrices of one layer of DoRA."""
+    return max(_head(work), _dora_tile(work))
 
 
 def _head(work: Workload) -> int:

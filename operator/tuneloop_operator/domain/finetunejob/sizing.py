@@ -94,6 +94,7 @@ def _workload(job: FineTuneJob, config: RunConfig, facts: Facts) -> Workload:
         checkpointing=extra.get("gradient_checkpointing", "true" if on == "cuda" else "false") == "true",
         optimizer=extra.get("optim", "adamw_torch"),
         has_reference=method.type == "Full" and config.objective in WITH_REFERENCE,
+        dora=method.lora is not None and method.lora.dora,
         predicts_tokens=config.objective not in WITHOUT_TOKENS,
     )
 

@@ -1,0 +1,48 @@
+"""Which weights a FineTuneJob trains, and what that means for its output."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+from pydantic import ConfigDict, Field
+
+from tuneloop_operator.api.types import Half, Model, rules
+
+
+class LoRA(Model):
+    """Low-rank adapters."""
+
+    rank: int = Field(default=32, ge=1, le=512, description="Rank of the adapters.")
+    alpha: int = Field(default=32, ge=1, le=1024, description="Scaling: alpha / rank.")
+    dropout: Half = Field(default="0", description="Dropout on the adapters' inputs.")
+    target_modules: Literal["AllLinear", "Attention"] = Field(default="AllLinear", description="Which layers get adapters.")
+    dora: bool = Field(
+        default=False,
+        description="DoRA: the length of each column of a weight is learned apart from its direction. Closer to method Full at small "
+        "ranks, slower, and no engine serves its adapter: output.format is Merged.",
+    )
+
+
+class Method(Model):
+    """Which weights are trained."""
+
+    model_config = ConfigDict(json_schema_extra=rules(("!has(self.lora) || self.type == 'LoRA'", "lora may be set only with type: LoRA.")))
+
+    type: Literal["LoRA", "Full"] = Field(default="LoRA", description="LoRA: adapters on a frozen base. Full: all weights.")
+    lora: LoRA | None = Field(default=None, description="Settings of LoRA.")
+
+    @property
+    def leaves_adapter(self) -> bool:
+        """Whether the weights that are trained can be served on their base."""
+        return self.type == "LoRA" and not (self.lora is not None and self.lora.dora)
+
+
+def method_rules() -> Iterator[tuple[str, str]]:
+    """The rules between the method and the rest of a FineTuneJob's spec."""
+    merged = "!has(self.output.format) || self.output.format == 'Merged'"
+    yield f"self.method.type == 'LoRA' || {merged}", "method Full has no adapter: output.format must be Merged."
+    yield (
+        f"!has(self.method.lora) || !self.method.lora.dora || {merged}",
+        "no engine serves an adapter of DoRA on its base: output.format must be Merged.",
+    )
