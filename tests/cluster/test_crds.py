@@ -136,9 +136,21 @@ REFUSED: dict[str, list[Manifest]] = {
     ],
     "uri must start with pvc:// (pvc://claim/path) or hf:// (hf://organisation/name).": [
         changed(FINE_TUNE_JOB, "spec.baseModel.uri", "https://example.com/model"),
-        changed(FINE_TUNE_JOB, "spec.data.train.0.source.uri", "s3://bucket/key"),
-        changed(FINE_TUNE_JOB, "spec.evaluation.suites.0.dataset.source.uri", "/etc/passwd"),
+        changed(FINE_TUNE_JOB, "spec.baseModel.uri", "s3://bucket/key"),
         changed(MODEL_VERSION, "spec.base.source.uri", "file:///base"),
+    ],
+    "uri must start with pvc:// (pvc://claim/path) or s3:// (s3://bucket/prefix).": [
+        changed(FINE_TUNE_JOB, "spec.data.train.0.source.uri", "hf://organisation/dataset"),
+        changed(FINE_TUNE_JOB, "spec.evaluation.suites.0.dataset.source.uri", "/etc/passwd"),
+    ],
+    "uri must name a bucket: s3://bucket/prefix, or s3://bucket/key.": [
+        changed(FINE_TUNE_JOB, "spec.data.train.0.source.uri", "s3:///rows.jsonl"),
+        changed(FINE_TUNE_JOB, "spec.evaluation.suites.0.dataset.source.uri", "s3://Bucket/rows"),
+    ],
+    "s3:// needs secretRef, with the keys to the bucket; rows on a claim have none.": [
+        changed(FINE_TUNE_JOB, "spec.data.train.0.source.secretRef", ...),
+        changed(FINE_TUNE_JOB, "spec.evaluation.suites.0.dataset.source", {"uri": "s3://bucket/rows"}),
+        changed(FINE_TUNE_JOB, "spec.data.train.0.source.uri", "pvc://datasets/rows.jsonl"),
     ],
     "uri must not contain '..'.": [
         changed(FINE_TUNE_JOB, "spec.data.train.0.source.uri", "pvc://claim/../other"),
@@ -156,10 +168,6 @@ REFUSED: dict[str, list[Manifest]] = {
         changed(FINE_TUNE_JOB, "spec.compute.pod.tolerations", [{"key": "gpu", "operator": "Exists", "value": "yes"}]),
         changed(MODEL_DEPLOYMENT, "spec.engine.pod.tolerations", [{"operator": "Exists", "value": "yes"}]),
         changed(MODEL_DEPLOYMENT, "spec.gateway.pod.tolerations", [{"operator": "Exists", "value": "yes"}]),
-    ],
-    "source.uri must start with pvc://: rows are read from a claim.": [
-        changed(FINE_TUNE_JOB, "spec.data.train.0.source.uri", "hf://organisation/dataset"),
-        changed(FINE_TUNE_JOB, "spec.evaluation.suites.0.dataset.source.uri", "hf://organisation/dataset"),
     ],
     "lora may be set only with type: LoRA.": [
         changed(changed(FINE_TUNE_JOB, "spec.method.type", "Full"), "spec.output.format", "Merged"),

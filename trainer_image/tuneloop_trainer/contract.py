@@ -113,13 +113,23 @@ class Template(Model):
     text: str | None = Field(default=None, max_length=16384)
 
 
+class Bucket(Model):
+    """Objects of S3: one, or those that lie directly below a prefix."""
+
+    path: str
+    """bucket/key, or bucket/prefix."""
+    credentials: str | None = None
+    """Folder with the keys of a Secret, one file each."""
+
+
 class DataSource(Model):
-    """One source of rows: a file (or folder) at `path`, or a feedback export."""
+    """One source of rows: a file (or folder) at `path`, objects of a bucket, or a feedback export."""
 
     uri: str
     """As the user wrote it, for messages and lineage."""
     path: str | None = None
     feedback: FeedbackExport | None = None
+    bucket: Bucket | None = None
     columns: dict[str, str] = {}
     """Role -> column in the file. Roles: prompt, completion, chosen, rejected, desirable, text, label, document, system.
     A role that is absent is read from the column of the same name."""
@@ -129,8 +139,8 @@ class DataSource(Model):
 
     @model_validator(mode="after")
     def _one_place(self) -> DataSource:
-        if (self.path is None) == (self.feedback is None):
-            raise ValueError("exactly one of path and feedback must be set")
+        if sum(place is not None for place in (self.path, self.feedback, self.bucket)) != 1:
+            raise ValueError("exactly one of path, feedback and bucket must be set")
         return self
 
 

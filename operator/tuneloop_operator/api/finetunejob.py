@@ -9,6 +9,7 @@ from pydantic import ConfigDict, Field
 from tuneloop_operator.api.definitions import NAME_RULE, Column, Definition, immutable
 from tuneloop_operator.api.methods import Method, method_rules
 from tuneloop_operator.api.objectives import Objective, spec_rules
+from tuneloop_operator.api.rowsources import RowSource
 from tuneloop_operator.api.types import (
     DNS_LABEL,
     Condition,
@@ -79,7 +80,6 @@ class FeedbackRef(Model):
 
 ONE_PLACE = rules(
     ("has(self.source) != has(self.feedback)", "exactly one of source and feedback must be set."),
-    ("!has(self.source) || self.source.uri.startsWith('pvc://')", "source.uri must start with pvc://: rows are read from a claim."),
 )
 
 
@@ -88,7 +88,7 @@ class DataSource(Model):
 
     model_config = ConfigDict(json_schema_extra=ONE_PLACE)
 
-    source: Source | None = Field(default=None, description="A file or a folder of files - jsonl, csv (also .gz, .zst), parquet, arrow.")
+    source: RowSource | None = Field(default=None, description="Files of a claim or a bucket.")
     feedback: FeedbackRef | None = Field(default=None, description="The training half of a deployment's curated feedback.")
     columns: Columns = Field(default=Columns(), description="Which column plays which role.")
     template: RowTemplate | None = Field(
@@ -222,7 +222,7 @@ class SuiteDataset(Model):
 
     model_config = ConfigDict(json_schema_extra=ONE_PLACE)
 
-    source: Source | None = Field(default=None, description="A file or a folder of files, as in data.train.")
+    source: RowSource | None = Field(default=None, description="Files of a claim or a bucket, as in data.train.")
     feedback: FeedbackRef | None = Field(default=None, description="The gate half of a deployment's reviewer-labelled traffic.")
     columns: Columns = Field(default=Columns(), description="Which column plays which role.")
     template: RowTemplate | None = Field(default=None, description="As in data.train.")

@@ -8,12 +8,15 @@ from tuneloop_gateway.contract import INTERNAL_PORT
 from tuneloop_operator.api import finetunejob as api
 from tuneloop_operator.api.methods import LoRA, Method
 from tuneloop_operator.api.objectives import DPO, KTO, SFT, Objective, SequenceClassification, default_format, prompt_format
+from tuneloop_operator.api.rowsources import BUCKET, RowSource
 from tuneloop_operator.api.types import Source
 from tuneloop_operator.render import names
 from tuneloop_trainer import contract
 
 PUSH_PATH = "/etc/tuneloop/push"
 """Below it, one folder for each place of output.push with its Secret's keys."""
+SOURCES_PATH = "/etc/tuneloop/sources"
+"""Below it, one folder for each Secret of the rows' sources, of its name."""
 FEEDBACK_PATH = "/etc/tuneloop/feedback"
 """Below it, one folder per ModelDeployment with its internal token."""
 INTERNAL_TOKEN = "internal-token"
@@ -149,11 +152,11 @@ def _checkpoint(asked: api.Checkpoint) -> contract.Checkpoint:
 
 
 def _rows(
-    job: api.FineTuneJob, source: Source | None, feedback: api.FeedbackRef | None, split: Literal["train", "gate"]
+    job: api.FineTuneJob, source: RowSource | None, feedback: api.FeedbackRef | None, split: Literal["train", "gate"]
 ) -> contract.DataSource:
     """Where rows come from, without how they are read."""
     if source is not None:
-        return contract.DataSource(uri=source.uri, path=names.pvc_path(source.uri))
+        return _files(source)
     if feedback is None:
         raise ValueError("exactly one of source and feedback must be set")
     name = feedback.deployment
@@ -166,6 +169,24 @@ def _rows(
     )
     epoch = f"?epoch={feedback.epoch}" if feedback.epoch is not None else ""
     return contract.DataSource(uri=f"feedback://{name}/{split}{epoch}", feedback=export)
+
+
+def _files(source: RowSource) -> contract.DataSource:
+    if source.uri.startswith(BUCKET):
+        bucket = contract.Bucket(path=source.uri.removeprefix(BUCKET), credentials=credentials_folder(source))
+        return contract.DataSource(uri=source.uri, bucket=bucket)
+    return contract.DataSource(uri=source.uri, path=names.pvc_path(source.uri))
+
+
+def row_sources(spec: api.FineTuneJobSpec) -> list[RowSource]:
+    """Everything that rows are read from but feedback."""
+    asked = [item.source for item in spec.data.train]
+    asked += [suite.dataset.source for suite in spec.evaluation.suites if suite.dataset is not None]
+    return [source for source in asked if source is not None]
+
+
+def credentials_folder(source: RowSource) -> str | None:
+    return f"{SOURCES_PATH}/{source.secret_ref.name}" if source.secret_ref is not None else None
 
 
 def _template(template: api.RowTemplate | None) -> contract.Template | None:

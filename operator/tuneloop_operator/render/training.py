@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 from tuneloop_operator.api.finetunejob import FineTuneJob, Resolved
 from tuneloop_operator.render import names, pods, together
 from tuneloop_operator.render.pods import Json
-from tuneloop_operator.render.run_config import FEEDBACK_PATH, INTERNAL_TOKEN, PUSH_PATH
+from tuneloop_operator.render.run_config import FEEDBACK_PATH, INTERNAL_TOKEN, PUSH_PATH, SOURCES_PATH, row_sources
 from tuneloop_operator.settings import Settings
 from tuneloop_trainer.contract import CONFIG_PATH, PROGRESS_PORT, Baseline, RunConfig, Stage
 
@@ -222,6 +222,10 @@ def _volumes(job: FineTuneJob, config: RunConfig, stage: Stage, configuration: s
             name = f"feedback-{names.short_hash(deployment)}"
             volumes.append(pods.secret_volume(name, names.gateway_secret(deployment), [INTERNAL_TOKEN]))
             mounts.append(pods.read_only_mount(name, f"{FEEDBACK_PATH}/{deployment}"))
+        for secret in source_secrets(job):
+            name = f"source-{names.short_hash(secret)}"
+            volumes.append(pods.secret_volume(name, secret))
+            mounts.append(pods.read_only_mount(name, f"{SOURCES_PATH}/{secret}"))
     if stage is Stage.EVALUATE:
         for index, target in enumerate(job.spec.output.push):
             if target.secret_ref is not None:
@@ -256,6 +260,11 @@ def all_claims(job: FineTuneJob, config: RunConfig) -> tuple[str, ...]:
 def feedback_deployments(config: RunConfig) -> list[str]:
     sources = [*config.train, *(suite.source for suite in config.evaluation.suites if suite.source is not None)]
     return sorted({source.feedback.deployment for source in sources if source.feedback is not None})
+
+
+def source_secrets(job: FineTuneJob) -> list[str]:
+    """Secrets of what rows are read from."""
+    return sorted({source.secret_ref.name for source in row_sources(job.spec) if source.secret_ref is not None})
 
 
 def _baseline_uris(config: RunConfig) -> list[str]:

@@ -140,11 +140,11 @@ def test_training_pins_what_prepare_found_and_the_spec_from_then_on() -> None:
     assert status.data.warnings == ("The run has 12 steps only.",)
 
 
-def test_rows_of_the_hub_are_refused_with_the_field_that_names_them() -> None:
+def test_rows_of_elsewhere_are_refused_whatever_the_schema_let_through() -> None:
     world = World(job=make_job(make_spec(data={"train": [{"source": {"uri": "hf://org/data"}}]})))
     world.settle()
     assert world.condition("Stalled") == ("True", "DataInvalid")
-    assert world.message().startswith("data.train[0].source.uri is hf://org/data")
+    assert world.message() == "Rows are read from pvc://claim/path and s3://bucket/prefix, not from hf://org/data."
     assert world.runs == {}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
 import shutil
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import parse_qs
 
 from tuneloop_trainer.contract import Manifest
 from tuneloop_trainer.manifests import publish
@@ -135,5 +137,95 @@ def answering(status: int | None) -> Iterator[tuple[str, list[str]]]:
         yield f"127.0.0.1:{server.server_address[1]}", asked
     finally:
         done.set()
+        server.shutdown()
+        server.server_close()
+
+
+class FakeBucket:
+    """An S3 of one bucket `data`, whose every answer a test can change."""
+
+    def __init__(self) -> None:
+        self.objects: dict[str, bytes] = {}
+        self.truncated_at: int | None = None
+        """Bytes of a body after which the connection is closed."""
+        self.grows: bytes = b""
+        """Appended to an object once a piece of it was read."""
+        self.failures: list[int] = []
+        """Statuses of the next answers."""
+        self.asked: list[str] = []
+        self.address = ""
+
+    def answer(self, handler: BaseHTTPRequestHandler) -> None:
+        path, _, query = handler.path.partition("?")
+        self.asked.append(f"{handler.command} {path}")
+        key = path.removeprefix("/data").strip("/")
+        if self.failures:
+            self._send(handler, self.failures.pop(0))
+        elif "list-type=2" in query:
+            self._list(handler, parse_qs(query).get("prefix", [""])[0])
+        elif key not in self.objects:
+            self._send(handler, 404)
+        else:
+            self._object(handler, key)
+
+    def _object(self, handler: BaseHTTPRequestHandler, key: str) -> None:
+        content = self.objects[key]
+        headers = {"ETag": f'"{hashlib.md5(content).hexdigest()}"', "Last-Modified": "Sun, 01 Mar 2026 12:00:00 GMT"}
+        asked = handler.headers.get("Range")
+        if asked is None:
+            self._send(handler, 200, content, headers)
+            return
+        first, _, last = asked.removeprefix("bytes=").partition("-")
+        piece = content[int(first) : int(last) + 1]
+        self._send(handler, 206, piece, headers | {"Content-Range": f"bytes {first}-{int(first) + len(piece) - 1}/{len(content)}"})
+        if self.grows:
+            self.objects[key] += self.grows
+
+    def _list(self, handler: BaseHTTPRequestHandler, prefix: str) -> None:
+        found = {key: len(content) for key, content in self.objects.items() if key.startswith(prefix) and "/" not in key[len(prefix) :]}
+        entries = "".join(f"<Contents><Key>{key}</Key><Size>{size}</Size></Contents>" for key, size in found.items())
+        body = f'<?xml version="1.0"?><ListBucketResult><KeyCount>{len(found)}</KeyCount>{entries}</ListBucketResult>'
+        self._send(handler, 200, body.encode())
+
+    def _send(self, handler: BaseHTTPRequestHandler, status: int, body: bytes = b"", headers: dict[str, str] | None = None) -> None:
+        handler.send_response(status)
+        for name, value in (headers or {}).items():
+            handler.send_header(name, value)
+        handler.send_header("Content-Length", str(len(body)))
+        handler.end_headers()
+        if handler.command == "HEAD":
+            return
+        if self.truncated_at is not None and len(body) > self.truncated_at:
+            handler.wfile.write(body[: self.truncated_at])
+            handler.wfile.flush()
+            handler.close_connection = True
+            handler.connection.shutdown(socket.SHUT_RDWR)
+            return
+        handler.wfile.write(body)
+
+
+@contextmanager
+def fake_bucket() -> Iterator[FakeBucket]:
+    bucket = FakeBucket()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            bucket.answer(self)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *arguments: object) -> None:
+            """Quiet."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    bucket.address = f"http://127.0.0.1:{server.server_address[1]}"
+    try:
+        yield bucket
+    finally:
         server.shutdown()
         server.server_close()

@@ -180,6 +180,15 @@ def test_watchdog_waits_twenty_median_steps() -> None:
     assert watchdog.is_stalled(at(9), 900 + 2001)
 
 
+def test_rows_and_bytes_that_come_are_a_sign_of_life() -> None:
+    watchdog, read = Watchdog(None, 0.0), at(0, "Fetching")
+    assert not watchdog.is_stalled(read, 0.0)
+    assert not watchdog.is_stalled(read.model_copy(update={"percent": 0.1}), 3500.0)
+    assert not watchdog.is_stalled(read.model_copy(update={"percent": 0.1}), 7000.0)
+    assert not watchdog.is_stalled(read.model_copy(update={"percent": 0.1, "samples": 1000}), 7200.0)
+    assert watchdog.is_stalled(read.model_copy(update={"percent": 0.1, "samples": 1000}), 7200.0 + 3601)
+
+
 def test_watchdog_is_patient_with_fast_steps_and_with_other_phases() -> None:
     watchdog = Watchdog(5.0, 0.0)
 

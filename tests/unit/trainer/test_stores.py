@@ -20,6 +20,7 @@ from tuneloop_trainer.contract import EvaluateSummary, ExitCode, Manifest, Push,
 from tuneloop_trainer.errors import Invalid, Mismatch, Unavailable
 from tuneloop_trainer.stages.push import push
 from tuneloop_trainer.stores import oci, s3
+from tuneloop_trainer.stores.buckets import filesystem
 from tuneloop_trainer.stores.credentials import registry_login
 from tuneloop_trainer.stores.registry import MANIFEST_TYPE, Registry
 
@@ -205,7 +206,9 @@ def test_object_that_was_changed_on_s3_is_told(bucket: tuple[str, Path], model: 
     endpoint, _ = bucket
     target = Push(uri="s3://models/changed", credentials=s3_secret(tmp_path / "secret", endpoint))
     s3.push_model(target, *model)
-    with s3._filesystem(target, 5, 1).open_output_stream(f"models/changed/{model[1].digest()[7:]}/config.json") as sink:
+    with filesystem(target.credentials, "output.push", 5, 1).open_output_stream(
+        f"models/changed/{model[1].digest()[7:]}/config.json"
+    ) as sink:
         sink.write(b"[]")
     with pytest.raises(Mismatch, match=r"another config\.json"):
         s3.push_model(target, *model)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from jinja2 import TemplateError
 
 from tuneloop_trainer.contract import DataSource, Reason
+from tuneloop_trainer.data.fetching import Workplace
 from tuneloop_trainer.data.sources import Reading, Row
 from tuneloop_trainer.data.templates import MAX_OUTPUT, RowTemplate
 from tuneloop_trainer.errors import Invalid
@@ -86,8 +87,8 @@ class Drops:
 class RowReader:
     """Reads a source into records. `where` is the field of the spec that the user would change, such as data.train[0]."""
 
-    def __init__(self, source: DataSource, where: str, shape: Shape = PROMPTED) -> None:
-        self.reading = Reading(source)
+    def __init__(self, source: DataSource, where: str, shape: Shape = PROMPTED, work: Workplace | None = None) -> None:
+        self.reading = Reading(source, work or Workplace())
         self.drops = Drops()
         self.rows = 0
         self._source = source

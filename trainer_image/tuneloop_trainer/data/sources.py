@@ -1,4 +1,4 @@
-"""Reads the rows of a source: a file, a folder of files, or a gateway's export. Everything read is bounded and hashed."""
+"""Reads the rows of a source: files of a claim or a bucket, or a gateway's export. Everything read is bounded and hashed."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 
 from tuneloop_trainer.contract import DataSource, Reason
 from tuneloop_trainer.data.exports import open_export
-from tuneloop_trainer.data.formats import SUFFIXES, Intake, Values, format_of, read_file, read_json_lines
+from tuneloop_trainer.data.fetching import KNOWN, MAX_FILES, Remote, Workplace, fetched, refuse_unknown_format
+from tuneloop_trainer.data.formats import Intake, Values, format_of, read_file, read_json_lines
 from tuneloop_trainer.errors import Invalid, StageError
 
 MAX_ROWS = 20_000_000
-MAX_FILES = 10_000
 VOLUMES = Path("/volumes")
 """Claims are mounted below it, each in a folder of its name."""
 
@@ -33,6 +33,7 @@ class Reading:
     """A source while it is read: iterate over `rows()` once, then `digest` is the sha256 of all bytes read."""
 
     source: DataSource
+    work: Workplace = field(default_factory=Workplace)
     _intake: Intake = field(init=False)
 
     def __post_init__(self) -> None:
@@ -61,21 +62,35 @@ class Reading:
                 if response.length:
                     raise StageError(f"The export {self.source.uri} broke off {response.length} bytes before its end.")
             return
+        remote = remote_of(self.source)
+        if remote is not None:
+            for name, path in fetched(remote, self.source.uri, self.work):
+                for values in read_file(path, self._intake):
+                    yield name, values
+            return
         files = files_of(Path(self.source.path or ""), self.source.uri)
         for path in files:
             for values in read_file(path, self._intake):
                 yield path.name if len(files) > 1 else "", values
 
 
+def remote_of(source: DataSource) -> Remote | None:
+    """Where the source's files are fetched from; None for one that lies on a claim."""
+    if source.bucket is not None:
+        from tuneloop_trainer.data.objects import Objects
+
+        return Objects(source.bucket, source.uri)
+    return None
+
+
 def files_of(path: Path, uri: str) -> list[Path]:
     """The file itself, or a folder's files of a known format in the order of their names. Raises Invalid for what leads elsewhere."""
-    known = ", ".join(SUFFIXES) + " (the text formats also with .gz or .zst)"
     if ".." in path.parts:
         raise Invalid(f"Dataset {uri} has '..' in its path. Name the file or folder itself.")
     if path.is_dir():
         entries = sorted(entry for entry in path.iterdir() if format_of(entry.name) is not None and not entry.is_dir())
         if not entries:
-            raise Invalid(f"Dataset {uri} is a folder without a file that ends in {known}.", Reason.DATA_EMPTY)
+            raise Invalid(f"Dataset {uri} is a folder without a file that ends in {KNOWN}.", Reason.DATA_EMPTY)
         if len(entries) > MAX_FILES:
             raise Invalid(f"Dataset {uri} is a folder of {len(entries)} files; at most {MAX_FILES} are read. Join them.")
     else:
@@ -88,8 +103,7 @@ def files_of(path: Path, uri: str) -> list[Path]:
             raise Invalid(f"Dataset {uri} does not exist." if entry == path else f"Dataset {uri}: {entry.name} is a link to nowhere.")
         if not entry.is_file():
             raise Invalid(f"Dataset {uri}: {entry.name} is no regular file.")
-        if format_of(entry.name) is None:
-            raise Invalid(f"Dataset {uri} is of no known format. Use a file that ends in {known}.")
+        refuse_unknown_format(entry.name, uri)
     return entries
 
 

@@ -17,6 +17,7 @@ from tuneloop_trainer import bases, models
 from tuneloop_trainer.chat import Formatter
 from tuneloop_trainer.contract import ExitCode, PrepareSummary, Reason, RunConfig, Stage, StageResult, Suite
 from tuneloop_trainer.data import curation, page, schedule
+from tuneloop_trainer.data.fetching import Workplace
 from tuneloop_trainer.data.filters import Filters
 from tuneloop_trainer.data.packing import pack_stream
 from tuneloop_trainer.data.preflight import MAX_SHOWN, Preflight, read_vocabulary
@@ -84,7 +85,9 @@ def prepare(config: RunConfig, progress: ProgressWriter) -> StageResult:
     with staging(stage_folder(config, Stage.PREPARE)) as folder, scratch(folder) as spool:
         curating = curation.Curating(config.curation, spool, config.training.seed, MAX_ITEMS)
         with closing(curating):
-            gathered = gather(config, objective, curating)
+            gathered = gather(
+                config, objective, curating, Workplace(spool / "fetched", lambda share: progress.phase("Fetching", percent=share))
+            )
             objective.look_at(gathered.train, [*gathered.validation, *chain.from_iterable(gathered.suites.values())])
             suites = snapshot_suites(config, gathered, folder / SUITES)
             summary = tokenize(config, objective, formatter, gathered, observed, folder, progress)
@@ -112,14 +115,14 @@ def scratch(folder: Path) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def gather(config: RunConfig, objective: Objective, curating: curation.Curating) -> Gathered:
+def gather(config: RunConfig, objective: Objective, curating: curation.Curating, work: Workplace) -> Gathered:
     """Read every Dataset suite and every source; what is kept of the sources goes to disk."""
-    suites = read_suites(config, objective)
+    suites = read_suites(config, objective, work)
     curating.guard(chain.from_iterable(suites.values()))
     digests: dict[str, str] = {}
     rows_in = 0
     for index, source in enumerate(config.train):
-        reader = RowReader(source, f"data.train[{index}]", objective.shape)
+        reader = RowReader(source, f"data.train[{index}]", objective.shape, work)
         curating.add(reader.records())
         digests[source.uri] = reader.reading.digest
         rows_in += reader.rows
@@ -131,12 +134,12 @@ def gather(config: RunConfig, objective: Objective, curating: curation.Curating)
     return Gathered(train, objective.judged(validation), suites, digests, rows_in, curating.drops, curating.filters)
 
 
-def read_suites(config: RunConfig, objective: Objective) -> dict[str, list[Record]]:
+def read_suites(config: RunConfig, objective: Objective, work: Workplace) -> dict[str, list[Record]]:
     """The records of every Dataset suite."""
     suites = {}
     for index, suite in enumerate(config.evaluation.suites):
         if suite.source is not None:
-            reader = RowReader(suite.source, f"evaluation.suites[{index}].dataset", objective.suite_shape(suite))
+            reader = RowReader(suite.source, f"evaluation.suites[{index}].dataset", objective.suite_shape(suite), work)
             suites[suite.name] = list(islice(reader.records(), MAX_SUITE_ROWS + 1))
             if len(suites[suite.name]) > MAX_SUITE_ROWS:
                 raise Invalid(f"Suite {suite.name} has more than {MAX_SUITE_ROWS} rows; at most {MAX_ITEMS} are scored. Take a sample.")

@@ -24,8 +24,8 @@ class Login:
     password: str = field(repr=False)
 
 
-def read_key(folder: str | None, *names: str) -> str | None:
-    """The content of the first of these files that is there. Raises Invalid for one that cannot be read."""
+def read_key(folder: str | None, *names: str, owner: str = "output.push") -> str | None:
+    """The content of the first of these files that is there. Raises Invalid for one that cannot be read; `owner` names the Secret."""
     if folder is None:
         return None
     for name in names:
@@ -35,7 +35,7 @@ def read_key(folder: str | None, *names: str) -> str | None:
                 with path.open("rb") as file:
                     return file.read(MAX_BYTES).decode().strip()
         except (OSError, UnicodeDecodeError) as error:
-            raise Invalid(f"The key {name} of the Secret of output.push cannot be read.", Reason.ACCESS_DENIED) from error
+            raise Invalid(f"The key {name} of the Secret of {owner} cannot be read.", Reason.ACCESS_DENIED) from error
     return None
 
 

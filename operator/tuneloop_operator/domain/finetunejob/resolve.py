@@ -10,9 +10,11 @@ from tuneloop_operator.api import modelversion
 from tuneloop_operator.api.conditions import JobReason
 from tuneloop_operator.api.finetunejob import FineTuneJobSpec, PinnedBaseline, Resolved
 from tuneloop_operator.api.modelversion import ModelVersion
+from tuneloop_operator.api.rowsources import BUCKET, CLAIM
 from tuneloop_operator.domain.decision import Invalid, WaitingFor
 from tuneloop_operator.domain.finetunejob.snapshot import FineTuneJobSnapshot
 from tuneloop_operator.render import names
+from tuneloop_operator.render.run_config import row_sources
 from tuneloop_operator.settings import Settings
 
 BASELINE_SECONDS = 30.0
@@ -33,16 +35,10 @@ def resolve(snapshot: FineTuneJobSnapshot, settings: Settings) -> Resolved:
 
 
 def refuse_unreadable(spec: FineTuneJobSpec) -> None:
-    """Rows are read from claims and from feedback; the hub is for models."""
-    sources = [(f"data.train[{index}].source.uri", source.source) for index, source in enumerate(spec.data.train)]
-    sources += [
-        (f"evaluation.suites[{index}].dataset.source.uri", suite.dataset.source)
-        for index, suite in enumerate(spec.evaluation.suites)
-        if suite.dataset is not None
-    ]
-    for field, source in sources:
-        if source is not None and not source.uri.startswith("pvc://"):
-            raise Invalid(JobReason.DATA_INVALID, f"{field} is {source.uri}; rows are read from pvc://claim/path only.")
+    """What the schema refuses by now, of a job that was made under an earlier one. Raises Invalid."""
+    for source in row_sources(spec):
+        if not source.uri.startswith((CLAIM, BUCKET)):
+            raise Invalid(JobReason.DATA_INVALID, f"Rows are read from pvc://claim/path and s3://bucket/prefix, not from {source.uri}.")
 
 
 def config_digest(spec: FineTuneJobSpec) -> str:

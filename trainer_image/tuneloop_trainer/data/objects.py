@@ -1,0 +1,81 @@
+"""Rows in S3: an object, or those that lie directly below a prefix, in the order of their names.
+
+An object counts as fetched where as many bytes came as it has, and it had the same ETag before and after: one that is written to
+meanwhile is not read as a mixture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tuneloop_trainer.contract import Bucket, Reason
+from tuneloop_trainer.data.fetching import Pace, RemoteFile, refuse_unknown_format
+from tuneloop_trainer.data.formats import format_of
+from tuneloop_trainer.errors import Invalid, StageError, Unavailable
+from tuneloop_trainer.stores import buckets
+from tuneloop_trainer.stores.buckets import Trouble, trouble
+
+
+class Objects:
+    """The objects of one source."""
+
+    def __init__(
+        self, bucket: Bucket, uri: str, request_seconds: float = buckets.REQUEST_SECONDS, attempts: int = buckets.ATTEMPTS
+    ) -> None:
+        self._uri = uri
+        self._path = bucket.path.strip("/")
+        self._store = buckets.filesystem(bucket.credentials, uri, request_seconds, attempts)
+
+    def files(self) -> list[RemoteFile]:
+        from pyarrow.fs import FileSelector, FileType
+
+        with _told(self._uri):
+            found = self._store.get_file_info(self._path)
+            if found.type == FileType.File:
+                refuse_unknown_format(self._path, self._uri)
+                return [RemoteFile(self._path, found.size)]
+            listed = self._store.get_file_info(FileSelector(self._path))
+        files = [RemoteFile(item.path, item.size) for item in listed if item.type == FileType.File and format_of(item.path) is not None]
+        return sorted(files, key=lambda file: file.name)
+
+    def fetch(self, file: RemoteFile, target: Path, pace: Pace) -> Path:
+        with _told(self._uri):
+            with self._store.open_input_stream(file.name) as source, target.open("wb") as sink:
+                before = _version(source)
+                size = pace.copy(source.read, sink, buckets.CHUNK)
+            with self._store.open_input_stream(file.name) as source:
+                after = _version(source)
+        if after != before:
+            raise Unavailable(f"Dataset {self._uri}: {file.name[-80:]} changed while it was read.", Reason.SOURCE_UNAVAILABLE)
+        if str(size) != before[0]:
+            message = f"Dataset {self._uri}: {file.name[-80:]} broke off after {size} of {before[0]} bytes."
+            raise Unavailable(message, Reason.SOURCE_UNAVAILABLE)
+        return target
+
+
+def _version(source: Any) -> tuple[str, str]:
+    """(size, ETag)"""
+    metadata = source.metadata()
+    return metadata.get("Content-Length", b"").decode(), metadata.get("ETag", b"").decode()
+
+
+@contextmanager
+def _told(uri: str) -> Iterator[None]:
+    """pyarrow's errors as ours. What the server said is not quoted: it may hold what was sent."""
+    try:
+        yield
+    except StageError:
+        raise
+    except OSError as error:
+        if error.errno is not None and not isinstance(error, FileNotFoundError):
+            raise  # the disk's, not the bucket's
+        found = trouble(error)
+        if found is Trouble.DENIED:
+            message = f"Dataset {uri} may not be read with the keys of its Secret. Look at its secretRef."
+            raise Invalid(message, Reason.ACCESS_DENIED) from error
+        if found is Trouble.MISSING:
+            raise Invalid(f"Dataset {uri} does not exist: there is no such bucket, object or prefix.") from error
+        raise Unavailable(f"Dataset {uri} cannot be read: S3 does not answer as it should.", Reason.SOURCE_UNAVAILABLE) from error
