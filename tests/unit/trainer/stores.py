@@ -148,6 +148,8 @@ class FakeBucket:
         self.objects: dict[str, bytes] = {}
         self.truncated_at: int | None = None
         """Bytes of a body after which the connection is closed."""
+        self.ends_at: int | None = None
+        """Bytes of an object after which its pieces are empty, each whole by its own account."""
         self.grows: bytes = b""
         """Appended to an object once a piece of it was read."""
         self.failures: list[int] = []
@@ -176,7 +178,7 @@ class FakeBucket:
             self._send(handler, 200, content, headers)
             return
         first, _, last = asked.removeprefix("bytes=").partition("-")
-        piece = content[int(first) : int(last) + 1]
+        piece = content[: self.ends_at][int(first) : int(last) + 1]
         self._send(handler, 206, piece, headers | {"Content-Range": f"bytes {first}-{int(first) + len(piece) - 1}/{len(content)}"})
         if self.grows:
             self.objects[key] += self.grows

@@ -158,9 +158,10 @@ def test_s3_that_refuses_or_hangs_ends_prepare_with_a_reason_soon(
     assert_nothing_is_left(tmp_path)
 
 
-def test_an_object_that_breaks_off_is_not_read(bucket: stores.FakeBucket, tmp_path: Path, base: Path) -> None:
+@pytest.mark.parametrize("how", ["truncated_at", "ends_at"])
+def test_an_object_that_breaks_off_is_not_read(bucket: stores.FakeBucket, tmp_path: Path, base: Path, how: str) -> None:
     bucket.objects["rows.jsonl"] = LINES
-    bucket.truncated_at = 500
+    setattr(bucket, how, 500)
     result = prepared(tmp_path, base, bucket.address)
     assert (result.exit_code, result.reason) == (ExitCode.UNAVAILABLE, Reason.SOURCE_UNAVAILABLE), result.message
     assert_nothing_is_left(tmp_path)
