@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from tuneloop_operator.cluster.cache import Cache, Sharing
 from tuneloop_operator.domain.decision import Key
+from tuneloop_operator.render.names import DEPLOYMENT_LABEL
 
 
 def make(name: str, version: int, uid: str = "", namespace: str = "n", owner: str | None = None, **labels: str) -> dict[str, Any]:
@@ -57,26 +58,26 @@ def test_a_name_can_be_born_again(cache: Cache) -> None:
 
 
 def test_objects_are_found_by_owner_and_by_label(cache: Cache) -> None:
-    cache.put("Job", make("b", 1, owner="u1", **{"tuneloop.dev/stage": "train", "colour": "red"}))
-    cache.put("Job", make("a", 2, owner="u1", **{"tuneloop.dev/stage": "train", "colour": "blue"}))
-    cache.put("Job", make("c", 3, owner="u2", **{"tuneloop.dev/stage": "prepare"}))
-    cache.put("Job", make("d", 4, namespace="m", owner="u1", **{"tuneloop.dev/stage": "train"}))
+    cache.put("Job", make("b", 1, owner="u1", **{DEPLOYMENT_LABEL: "train", "colour": "red"}))
+    cache.put("Job", make("a", 2, owner="u1", **{DEPLOYMENT_LABEL: "train", "colour": "blue"}))
+    cache.put("Job", make("c", 3, owner="u2", **{DEPLOYMENT_LABEL: "prepare"}))
+    cache.put("Job", make("d", 4, namespace="m", owner="u1", **{DEPLOYMENT_LABEL: "train"}))
     assert names(cache.owned("Job", "n", "u1")) == ["a", "b"]
-    assert names(cache.list("Job", "n", {"tuneloop.dev/stage": "train"})) == ["a", "b"]
-    assert names(cache.list("Job", "n", {"tuneloop.dev/stage": "train", "colour": "red"})) == ["b"]
-    assert names(cache.list("Job", None, {"tuneloop.dev/stage": "train"})) == ["d", "a", "b"], "ordered by namespace and name"
+    assert names(cache.list("Job", "n", {DEPLOYMENT_LABEL: "train"})) == ["a", "b"]
+    assert names(cache.list("Job", "n", {DEPLOYMENT_LABEL: "train", "colour": "red"})) == ["b"]
+    assert names(cache.list("Job", None, {DEPLOYMENT_LABEL: "train"})) == ["d", "a", "b"], "ordered by namespace and name"
     assert names(cache.list("Job", "n", {"colour": "blue"})) == ["a"]
-    assert cache.list("Job", "n", {"tuneloop.dev/stage": "package"}) == []
+    assert cache.list("Job", "n", {DEPLOYMENT_LABEL: "package"}) == []
     assert names(cache.list("Job")) == ["d", "a", "b", "c"]
 
 
 def test_indices_follow_changes(cache: Cache) -> None:
-    cache.put("Job", make("a", 1, owner="u1", **{"tuneloop.dev/stage": "train"}))
-    cache.put("Job", make("a", 2, owner="u2", **{"tuneloop.dev/stage": "package"}))
-    assert cache.owned("Job", "n", "u1") == cache.list("Job", "n", {"tuneloop.dev/stage": "train"}) == []
+    cache.put("Job", make("a", 1, owner="u1", **{DEPLOYMENT_LABEL: "train"}))
+    cache.put("Job", make("a", 2, owner="u2", **{DEPLOYMENT_LABEL: "package"}))
+    assert cache.owned("Job", "n", "u1") == cache.list("Job", "n", {DEPLOYMENT_LABEL: "train"}) == []
     assert names(cache.owned("Job", "n", "u2")) == ["a"]
     cache.remove("Job", make("a", 3))
-    assert cache.owned("Job", "n", "u2") == cache.list("Job", "n", {"tuneloop.dev/stage": "package"}) == []
+    assert cache.owned("Job", "n", "u2") == cache.list("Job", "n", {DEPLOYMENT_LABEL: "package"}) == []
 
 
 def test_a_sweep_takes_what_the_list_lacks_and_spares_what_came_after_it(cache: Cache) -> None:
