@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from os import SEEK_END
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from tuneloop_trainer.data.formats import format_of
 from tuneloop_trainer.errors import Invalid, StageError, Unavailable
 from tuneloop_trainer.stores import buckets
 from tuneloop_trainer.stores.buckets import Trouble, trouble
+
+TEXTS = (".jsonl", ".ndjson", ".csv")
 
 
 class Objects:
@@ -50,10 +53,19 @@ class Objects:
                 after = _version(source)
         if after != before:
             raise Unavailable(f"Dataset {self._uri}: {file.name[-80:]} changed while it was read.", Reason.SOURCE_UNAVAILABLE)
-        if str(size) != before[0]:
-            message = f"Dataset {self._uri}: {file.name[-80:]} broke off after {size} of {before[0]} bytes."
+        if str(size) != before[0] or _is_filled_up(target):
+            message = f"Dataset {self._uri}: {file.name[-80:]} broke off before its {before[0]} bytes were there."
             raise Unavailable(message, Reason.SOURCE_UNAVAILABLE)
         return target
+
+
+def _is_filled_up(path: Path) -> bool:
+    """Whether a text ends in the zeros that Arrow leaves where a server sent less than it was asked for, and said so."""
+    if path.suffix.lower() not in TEXTS or path.stat().st_size == 0:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, SEEK_END)
+        return file.read(1) == b"\0"
 
 
 def _version(source: Any) -> tuple[str, str]:
