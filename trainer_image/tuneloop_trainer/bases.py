@@ -11,6 +11,7 @@ from tuneloop_trainer import hub
 from tuneloop_trainer.contract import Artifact, Base, Manifest, Paths, Reason, RunConfig
 from tuneloop_trainer.errors import Invalid, Mismatch
 from tuneloop_trainer.manifests import MANIFEST, files_digest, list_files, publish, read_manifest, staging, verify
+from tuneloop_trainer.shapes import layers_missing
 
 log = logging.getLogger("tuneloop.bases")
 PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
@@ -101,6 +102,9 @@ def _refuse_unusable(folder: Path, uri: str) -> None:
         lost = {str(name) for name in named.values()} - {path.name for path in weights} if isinstance(named, dict) else ()
         if lost:
             raise Invalid(f"Model {uri}: {index.name} names {min(lost)[:100]}, which is not there.", Reason.MODEL_NOT_FOUND)
+    if (missing := layers_missing(folder)) is not None:
+        message = f"Model {uri}: config.json speaks of {missing[0]} layers, and the weights have {missing[1]}. Copy the model again, whole."
+        raise Invalid(message, Reason.MODEL_NOT_FOUND)
 
 
 def _refuse_broken(path: Path, uri: str) -> None:

@@ -209,6 +209,11 @@ CASES = {
         Reason.MODEL_NOT_FOUND,
         "model.safetensors.index.json names two.safetensors, which is not there",
     ),
+    "config with more layers than the weights have": (
+        with_base(edit_json("config.json", num_hidden_layers=3, layer_types=None)),
+        Reason.MODEL_NOT_FOUND,
+        "Model pvc://models/base: config.json speaks of 3 layers, and the weights have 2. Copy the model again, whole.",
+    ),
     "model with code": (
         with_base(edit_json("config.json", auto_map={"AutoConfig": "x.Y"})),
         Reason.MODEL_NOT_FOUND,
