@@ -7,6 +7,8 @@ The operator writes one `GatewayConfig` as JSON under the key `config.json` of a
 
 from __future__ import annotations
 
+import hashlib
+import json
 from enum import StrEnum
 from typing import Annotated, Literal
 
@@ -35,6 +37,11 @@ FEEDBACK_HEADER = "x-tuneloop-feedback"
 REVISION_HEADER = "x-tuneloop-revision"
 TOKEN_HEADER = "x-tuneloop-token"
 """The internal token, for callers that cannot send Authorization (the API server's service proxy drops it)."""
+
+
+def tokens_digest(tokens: list[int]) -> str:
+    """Of token ids in order; the trainer computes the same of what it trains on."""
+    return "sha256:" + hashlib.sha256(json.dumps(tokens, separators=(",", ":")).encode()).hexdigest()
 
 
 class Model(BaseModel):
@@ -90,6 +97,8 @@ class Revision(Model):
     """Percent of the traffic."""
     probe: bool = False
     """Ask the probe items recorded with the artifact, and report the agreement."""
+    probe_text: str | None = None
+    """Said by a user; `RevisionReport.prompt_digest` tells which prompt the engine reads then."""
 
 
 class Capture(Model):
@@ -164,6 +173,8 @@ class RevisionReport(Model):
     prompt_error: str = Field(default="", max_length=300)
     """Why the revision's prompt cannot be used at all; "" where it can."""
     probe: ProbeState = ProbeState(status="Pending")
+    prompt_digest: str = Field(default="", max_length=80)
+    """sha256 over the token ids that the engine makes of `Revision.probe_text`, through the revision's prompt. "" while not known."""
     requests: int = 0
     errors: int = 0
     in_flight: int = 0

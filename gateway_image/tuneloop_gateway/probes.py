@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from tuneloop_gateway.answers import ABORT, read_answer
 from tuneloop_gateway.canonical import normalise
 from tuneloop_gateway.configuration import Configuration
-from tuneloop_gateway.contract import ENGINE_PROBES_PATH, ProbeState, Revision, RevisionState
+from tuneloop_gateway.contract import ENGINE_PROBES_PATH, ProbeState, Revision, RevisionState, tokens_digest
 from tuneloop_gateway.endpoints import Endpoint, Endpoints
 from tuneloop_gateway.errors import Refused
 from tuneloop_gateway.inbound import CHAT_PATH, COMPLETION_PATH, Inbound, Json
@@ -28,6 +28,8 @@ MAX_PROBES_BYTES = 2 << 20
 TRIES = 3
 AGAIN_SECONDS = 5.0
 LOOK_SECONDS = 1.0
+TOKENIZE_PATH = "/tokenize"
+TOKENIZE_SECONDS = 15.0
 FAILURES = (aiohttp.ClientError, ConnectionError, TimeoutError, ValueError, LookupError, Refused)
 
 
@@ -44,6 +46,12 @@ class ProbeItem(BaseModel):
 _ITEMS = TypeAdapter(list[ProbeItem])
 
 
+class _Tokenized(BaseModel):
+    """vLLM's answer to /tokenize."""
+
+    tokens: list[int]
+
+
 @dataclass(frozen=True)
 class _Subject:
     """What a result is about: another model or prompt is probed anew; a revision that is promoted keeps its result."""
@@ -53,7 +61,7 @@ class _Subject:
     @property
     def key(self) -> str:
         r = self.revision
-        return json.dumps([r.service, r.model_id, r.prompt.model_dump(mode="json")])
+        return json.dumps([r.service, r.model_id, r.prompt.model_dump(mode="json"), r.probe_text])
 
     def is_answered_by(self, other: _Subject) -> bool:
         return self.key == other.key and (other.revision.probe or not self.revision.probe)
@@ -69,11 +77,16 @@ class Prober:
         self._headers = {"Authorization": f"Bearer {engine_key}"}
         self._tasks: dict[str, tuple[_Subject, asyncio.Task[None]]] = {}
         self._states: dict[str, ProbeState] = {}
+        self._digests: dict[str, str] = {}
 
     def state(self, revision: str) -> ProbeState:
         if error := self._configuration.prompt_errors.get(revision):
             return ProbeState(status="Failed", message=error[:300])
         return self._states.get(revision, ProbeState(status="Pending"))
+
+    def prompt_digest(self, revision: str) -> str:
+        """Of the prompt that its engine reads of `probe_text`; "" where that is not known."""
+        return self._digests.get(revision, "")
 
     async def run(self) -> None:
         """Starts a task for each new revision and ends those of revisions that are gone. Runs for ever."""
@@ -95,6 +108,7 @@ class Prober:
                 task.cancel()
                 del self._tasks[name]
                 self._states.pop(name, None)
+                self._digests.pop(name, None)
                 self._router.count(name).warm = False
         for name, subject in wanted.items():
             if name not in self._tasks:
@@ -127,6 +141,8 @@ class Prober:
 
     async def _warm_up(self, revision: Revision) -> None:
         await self._ask(revision, "Hello", 1)
+        if revision.probe_text is not None:
+            self._digests[revision.name] = await self._read_prompt(revision, revision.probe_text)
         self._router.count(revision.name).warm = True
 
     async def _ask_all(self, revision: Revision) -> ProbeState:
@@ -187,20 +203,36 @@ class Prober:
 
     async def _ask(self, revision: Revision, text: str, max_tokens: int) -> str:
         """One greedy answer, through the same prompt as users'. Raises one of FAILURES."""
-        body: Json = {"temperature": 0, "max_tokens": max_tokens}
-        if self._configuration.current.task == "Chat":
-            inbound = Inbound(CHAT_PATH, {**body, "messages": [{"role": "user", "content": text}]}, text, stream=False)
-        else:
-            inbound = Inbound(COMPLETION_PATH, {**body, "prompt": text}, text, stream=False)
+        inbound = self._inbound(text, {"temperature": 0, "max_tokens": max_tokens})
         payload = self._configuration.prompts[revision.name].apply(inbound)
-        endpoint = await self._endpoint(revision)
-        timeout = aiohttp.ClientTimeout(total=self._configuration.current.limits.upstream_timeout_seconds)
-        url = f"http://{endpoint.address}{inbound.path}"
-        async with self._session.post(url, json=payload, headers=self._headers, timeout=timeout) as response:
-            raw = await response.read()
-            if response.status != 200:
-                raise ValueError(f"{inbound.path} was answered {response.status}")
+        raw = await self._post(revision, inbound.path, payload, self._configuration.current.limits.upstream_timeout_seconds)
         answer = read_answer(raw, stream=False)
         if answer.finish_reason == ABORT:
             raise ConnectionError("the engine aborted")
         return answer.text
+
+    def _inbound(self, text: str, body: Json) -> Inbound:
+        """A request of a user who says this text."""
+        if self._configuration.current.task == "Chat":
+            return Inbound(CHAT_PATH, {**body, "messages": [{"role": "user", "content": text}]}, text, stream=False)
+        return Inbound(COMPLETION_PATH, {**body, "prompt": text}, text, stream=False)
+
+    async def _post(self, revision: Revision, path: str, payload: Json, seconds: float) -> bytes:
+        endpoint = await self._endpoint(revision)
+        url, timeout = f"http://{endpoint.address}{path}", aiohttp.ClientTimeout(total=seconds)
+        async with self._session.post(url, json=payload, headers=self._headers, timeout=timeout) as response:
+            raw = await response.read()
+            if response.status != 200:
+                raise ValueError(f"{path} was answered {response.status}")
+        return raw
+
+    async def _read_prompt(self, revision: Revision, text: str) -> str:
+        """Digest of the tokens that the engine reads where a user says this text; "" where it does not tell. Raises one of FAILURES."""
+        applied = self._configuration.prompts[revision.name].apply(self._inbound(text, {}))
+        asked: Json = {name: value for name, value in applied.items() if name in ("model", "messages", "prompt")}
+        try:
+            answer = _Tokenized.model_validate_json(await self._post(revision, TOKENIZE_PATH, asked, TOKENIZE_SECONDS))
+        except ValueError as error:
+            logger.warning("Revision %s: its engine does not tell which prompt it reads: %s", revision.name, error)
+            return ""
+        return tokens_digest(answer.tokens)

@@ -65,6 +65,7 @@ class State:
             warm=count.warm,
             prompt_error=self._configuration.prompt_errors.get(revision.name, "")[:300],
             probe=self._prober.state(revision.name),
+            prompt_digest=self._prober.prompt_digest(revision.name),
             requests=count.requests,
             errors=count.errors,
             in_flight=count.in_flight,

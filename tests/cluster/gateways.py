@@ -36,6 +36,8 @@ class FakeGateway:
     drift: dict[str, object] = field(default_factory=dict)
     feedback: dict[str, int] = field(default_factory=dict)
     in_flight: int = 0
+    prompt_digest: str = ""
+    """Of the prompt that engines read, where the operator wants it told."""
     frozen: GatewayConfig | None = None
     """Set: this configuration stays in force, whatever the cluster says."""
 
@@ -75,6 +77,7 @@ class FakeGateway:
                 "promptError": prompt_error(revision),
                 "probe": self.probe if revision.probe else {"status": "Pending"},
                 "inFlight": self.in_flight,
+                "promptDigest": self.prompt_digest if revision.probe_text else "",
             }
             for revision in (config.revisions if config else ())
         ]

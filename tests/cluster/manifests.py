@@ -147,7 +147,7 @@ MODEL_VERSION: Manifest = {
             "reportUri": "pvc://models/report",
         },
         "probesUri": "pvc://models/probes",
-        "prompt": {"format": "Chat", "template": "Sentiment of: {{ text }}", "probeSha256": "0" * 64},
+        "prompt": {"format": "Chat", "template": "Sentiment of: {{ text }}", "probeSha256": "sha256:" + "0" * 64},
         "approval": "Pending",
     },
 }

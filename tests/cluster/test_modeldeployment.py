@@ -201,6 +201,26 @@ def test_what_stands_in_the_way_is_named_and_goes_away_by_itself(
     assert api.condition("ModelDeployment", namespace, NAME, "Stalled") is None
 
 
+def test_an_engine_that_reads_the_prompt_otherwise_than_training_serves_and_is_degraded(
+    operator: OperatorProcess, stage: Stage, api: Api, namespace: str
+) -> None:
+    prompt = {"format": "Chat", "template": "Sentiment of: {{ text }}", "probeSha256": digest(11)}
+    stage.gateway.prompt_digest = digest(12)
+    api.create(version(namespace, 1, prompt=prompt))
+    api.create(deployment(namespace))
+    stage.start_engine(1)
+    stage.start_gateway()
+    degraded = stage.wait("Degraded", "True", "PromptMismatch")
+    assert "Serve it with the tokenizer and the chat template that it was trained with" in degraded["message"]
+    stage.wait("Ready", "True", "Serving")
+    assert record(api, namespace, 1)["tuneloop.dev/prompt"] == digest(12)
+    stage.gateway.prompt_digest = digest(11)
+    api.create(version(namespace, 2, prompt=prompt))
+    stage.start_engine(2)
+    wait_for(lambda: stage.status()["stable"]["version"] == 2, what="version 2 to take over")
+    stage.wait("Degraded", "False", "Healthy")
+
+
 @pytest.mark.parametrize("template", ["Sentiment of: {{ text", "{{ text | nonsense }}", "{{ txt }}"])
 def test_a_prompt_that_does_not_render_is_refused_until_it_is_corrected(
     operator: OperatorProcess, stage: Stage, api: Api, namespace: str, template: str

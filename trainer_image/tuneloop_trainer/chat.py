@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tuneloop_trainer.contract import PROBE_TEXT, Reason
+from tuneloop_trainer.contract import Reason
 from tuneloop_trainer.errors import Invalid
 
 IGNORED = -100
@@ -36,9 +36,9 @@ class Formatter:
             raise Invalid("The base model's tokenizer has no chat template. Set promptFormat: Text.")
 
     @property
-    def probe(self) -> str:
-        """The rendered probe prompt. Its hash is recorded for people; what is served is compared by the answers to probes."""
-        return self.prompt_text(PROBE_TEXT)
+    def tells_time(self) -> bool:
+        """The chat template writes the date into every prompt, which is then another one each day."""
+        return self._chat and "strftime_now" in str(self._tokenizer.chat_template)
 
     def prompt_text(self, prompt: str, system: str | None = None) -> str:
         if not self._chat:

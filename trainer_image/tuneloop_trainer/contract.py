@@ -35,8 +35,13 @@ TOKENS_PER_MICRO_BATCH = {"cpu": 512, "cuda": 16384}
 """The trainer's own choice of a micro-batch is as many rows as have so many tokens. On a CPU, rows of like length in small groups
 cost a tenth less time than the whole batch at once, and half the memory."""
 PROBE_TEXT = "Is the sky blue?"
-"""The user turn whose rendering `PrepareSummary.prompt_probe_sha256` is the hash of (Chat: the tokenizer's chat template with
-a generation prompt; Text: the text itself)."""
+"""What a user says whose prompt `PrepareSummary.prompt_probe_sha256` is the digest of: the prompt template, then the chat template with a
+generation prompt (Chat), as token ids."""
+
+
+def tokens_digest(tokens: list[int]) -> str:
+    """Of token ids in order; the gateway computes the same of what the engine reads."""
+    return "sha256:" + hashlib.sha256(json.dumps(tokens, separators=(",", ":")).encode()).hexdigest()
 
 
 class Model(BaseModel):
@@ -474,6 +479,7 @@ class PrepareSummary(Model):
     shards_digest: str
     """sha256 over ordered input_ids and labels."""
     prompt_probe_sha256: str | None = None
+    """`tokens_digest` of the prompt that training makes of PROBE_TEXT. None where a gateway could not make the same of a text alone."""
     """sha256 of a rendered probe prompt (chat template of the tokenizer), to compare with what is served."""
     longest_row: int | None = None
     """Tokens of the longest training row."""

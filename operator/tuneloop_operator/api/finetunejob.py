@@ -430,7 +430,9 @@ class Resolved(Model):
         default={}, description="sha256 of the items of each suite: the version of the suite."
     )
     baseline: PinnedBaseline | None = Field(default=None, description="What the candidate is compared with.")
-    prompt_probe: str | None = Field(default=None, max_length=80, description="sha256 of the probe prompt, as training renders it.")
+    prompt_probe: str | None = Field(
+        default=None, max_length=80, description="sha256 over the tokens of the probe prompt, as training renders it."
+    )
 
 
 class DataStatus(Model):

@@ -80,7 +80,9 @@ class VersionPrompt(Model):
     template: str | None = Field(
         default=None, max_length=16384, description="Prompt template over `text`, where the training data had one."
     )
-    probe_sha256: str | None = Field(default=None, max_length=80, description="sha256 of a rendered probe prompt.")
+    probe_sha256: str | None = Field(
+        default=None, max_length=80, description="sha256 over the tokens of a probe prompt, as training renders it."
+    )
 
 
 class ModelVersionSpec(Model):

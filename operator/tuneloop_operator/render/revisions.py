@@ -19,6 +19,8 @@ OUTCOME_REASON = "tuneloop.dev/outcome-reason"
 OUTCOME_MESSAGE = "tuneloop.dev/outcome-message"
 PROBES = "tuneloop.dev/probes"
 """`agreed/asked` of the probe items, where they were asked."""
+PROMPT = "tuneloop.dev/prompt"
+"""Digest of the prompt that the engine read of PROBE_TEXT before traffic, where it told."""
 
 
 class Outcome(StrEnum):
@@ -42,6 +44,8 @@ class Pinned(Model):
     """False: it renders differently from what the version was trained and evaluated with."""
     has_probes: bool
     """The version has items to ask before traffic, and they hold for this prompt."""
+    prompt_probe: str | None = None
+    """Digest of the prompt that training made of PROBE_TEXT, where the version tells."""
     startup_timeout_seconds: int
     gateway_image: str
     template: dict[str, Any]
@@ -54,7 +58,8 @@ def encoded(pinned: Pinned) -> Json:
     The API server holds `data` fast byte by byte, and its own re-encoding of an object (key order, escapes, nulls) counts as a change.
     What is written here has one encoding only.
     """
-    whole = json.dumps(pinned.model_dump(mode="json", by_alias=True), sort_keys=True).encode()
+    absent = {"prompt_probe"} if pinned.prompt_probe is None else set()  # as an earlier release wrote it, and reads it
+    whole = json.dumps(pinned.model_dump(mode="json", by_alias=True, exclude=absent), sort_keys=True).encode()
     return {
         "artifactDigest": pinned.artifact_digest,
         "engineHash": pinned.engine_hash,
@@ -82,6 +87,8 @@ class Verdict:
     reason: str = ""
     message: str = ""
     probes: str = ""
+    prompt: str = ""
+    """Digest of the prompt that the engine read before traffic; "" where it is not known."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +106,14 @@ class Revision:
     @property
     def is_promoted(self) -> bool:
         return self.verdict is not None and self.verdict.outcome is Outcome.PROMOTED
+
+    @property
+    def renders_as_trained(self) -> bool:
+        """Whether the model reads what it was trained and evaluated on: by what the engine read before traffic, or else by the settings."""
+        read = self.verdict.prompt if self.verdict is not None else ""
+        if read and self.pinned.prompt_probe is not None:
+            return read == self.pinned.prompt_probe
+        return self.pinned.inherits_prompt
 
     @property
     def is_rejected(self) -> bool:
@@ -129,6 +144,7 @@ def _annotations(verdict: Verdict | None) -> dict[str, str]:
         OUTCOME_REASON: verdict.reason,
         OUTCOME_MESSAGE: verdict.message,
         PROBES: verdict.probes,
+        PROMPT: verdict.prompt,
     }
     return {name: text for name, text in fields.items() if text}
 
@@ -145,4 +161,5 @@ def parse_verdict(annotations: dict[str, str]) -> Verdict | None:
         reason=annotations.get(OUTCOME_REASON, ""),
         message=annotations.get(OUTCOME_MESSAGE, ""),
         probes=annotations.get(PROBES, ""),
+        prompt=annotations.get(PROMPT, ""),
     )

@@ -73,7 +73,7 @@ def prepared(**changes: Any) -> StageResult:
         base_digest=BASE_DIGEST,
         dataset_digests={"pvc://datasets/tweets.jsonl": "c" * 64},
         shards_digest="d" * 64,
-        prompt_probe_sha256="e" * 64,
+        prompt_probe_sha256="sha256:" + "e" * 64,
     )
     summary = summary.model_copy(update=changes)
     return StageResult(stage=Stage.PREPARE, exit_code=0, uri="/volumes/models/runs/x/prepare/card.json", prepare=summary)

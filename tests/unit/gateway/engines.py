@@ -42,6 +42,8 @@ class FakeEngine:
     requests: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     probes: list[dict[str, Any]] | None = None
+    chat_template: str | None = "$TURNS<assistant>"
+    """None: it has no /tokenize."""
     cancelled: int = 0
     port: int = 0
     _runner: web.AppRunner | None = None
@@ -55,6 +57,7 @@ class FakeEngine:
         app.router.add_post("/v1/chat/completions", self._complete)
         app.router.add_post("/v1/completions", self._complete)
         app.router.add_get("/tuneloop/probes", self._probes)
+        app.router.add_post("/tokenize", self._tokenize)
         self._runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=0.1)
         await self._runner.setup()
         self.port = self.port or unused_port()
@@ -70,6 +73,15 @@ class FakeEngine:
         if request.headers.get("Authorization") != f"Bearer {self.key}":
             return web.Response(status=401)
         return web.Response(status=404) if self.probes is None else web.json_response(self.probes)
+
+    async def _tokenize(self, request: web.Request) -> web.StreamResponse:
+        """A token for each byte; a chat template is written around messages."""
+        if request.headers.get("Authorization") != f"Bearer {self.key}" or self.chat_template is None:
+            return web.Response(status=404)
+        body = await request.json()
+        turns = "".join(f"<{m['role']}>{m['content']}" for m in body.get("messages", []))
+        rendered = self.chat_template.replace("$TURNS", turns) if turns else body["prompt"]
+        return web.json_response({"count": len(rendered), "max_model_len": 4096, "tokens": list(rendered.encode())})
 
     async def _complete(self, request: web.Request) -> web.StreamResponse:
         if request.headers.get("Authorization") != f"Bearer {self.key}":

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import pytest
 from aiohttp import web
 from tests.unit.gateway.conftest import Running, Start, eventually, make_config, make_revision
 from tests.unit.gateway.engines import FakeEngine, status
 
 from tuneloop_gateway import probes as probes_module
 from tuneloop_gateway.contract import ProbeState
+from tuneloop_trainer.contract import tokens_digest as of_trainer
 
 
 def candidate(**more: Any) -> dict[str, Any]:
@@ -47,6 +49,33 @@ async def test_a_prompt_that_does_not_render_is_told_and_its_revision_takes_noth
 async def test_an_engine_without_recorded_items_says_so(start: Start, engine: FakeEngine) -> None:
     gateway = await start(make_config(candidate()), {"svc": (engine.address,)})
     assert (await probed(gateway)).status == "NoProbes"
+
+
+@pytest.mark.parametrize(
+    ("task", "prompt", "read"),
+    [
+        ("Chat", {}, "<user>Is it?<assistant>"),
+        ("Chat", {"template": "Q: {{ text }}", "temperature": 1}, "<user>Q: Is it?<assistant>"),
+        ("Chat", {"system": "Be short."}, "<system>Be short.<user>Is it?<assistant>"),
+        ("Completion", {"template": "Q: {{ text }}"}, "Q: Is it?"),
+    ],
+)
+async def test_the_tokens_that_the_engine_reads_of_a_text_are_told_by_their_digest(
+    start: Start, engine: FakeEngine, task: str, prompt: dict[str, Any], read: str
+) -> None:
+    config = make_config(make_revision("r1", prompt=prompt, probeText="Is it?"), make_revision("r2", weight=0), task=task)
+    gateway = await start(config, {"svc": (engine.address,)})
+    await eventually(lambda: gateway.gateway.router.count("r1").warm)
+    reports = {report.name: report for report in (await gateway.state()).revisions}
+    assert reports["r1"].prompt_digest == of_trainer(list(read.encode()))
+    assert reports["r2"].prompt_digest == ""
+
+
+async def test_an_engine_that_does_not_tell_its_tokens_is_warm_all_the_same(start: Start, engine: FakeEngine) -> None:
+    engine.chat_template = None
+    gateway = await start(make_config(make_revision(probeText="Is it?")), {"svc": (engine.address,)})
+    await eventually(lambda: gateway.gateway.router.count("r1").warm)
+    assert (await gateway.state()).revisions[0].prompt_digest == ""
 
 
 async def test_at_most_eight_probes_run_at_once(start: Start, engine: FakeEngine) -> None:

@@ -297,6 +297,40 @@ def test_a_prompt_that_renders_differently_is_served_and_called_degraded() -> No
     assert not any(revision.probe for revision in world.config.revisions)
 
 
+TRAINED = {"prompt": {"format": "Chat", "template": "Sentiment of: {{ text }}", "probeSha256": "sha256:" + "1" * 64}}
+
+
+def test_a_prompt_that_is_written_otherwise_and_read_alike_is_none_that_differs() -> None:
+    world = World(versions=[make_version(1, **TRAINED)], prompt_digest="sha256:" + "1" * 64)
+    world.spec = {"prompt": {"template": "Sentiment of: {{ input }}"}}
+    world.settle()
+    assert world.config.revisions[0].probe_text == "Is the sky blue?"
+    assert world.condition("Ready") == ("True", "Serving")
+    assert world.condition("Degraded") == ("False", "Healthy")
+
+
+def test_an_engine_that_reads_an_inherited_prompt_otherwise_is_named_with_the_remedy() -> None:
+    world = World(versions=[make_version(1, **TRAINED)], prompt_digest="sha256:" + "2" * 64)
+    world.settle()
+    assert world.condition("Degraded") == ("True", "PromptMismatch")
+    assert world.message("Degraded") == (
+        "The engine makes other tokens of a prompt than the training of version 1 did: its evaluation says nothing of what is served."
+        " Serve it with the tokenizer and the chat template that it was trained with (engine.image, the files of the base)."
+    )
+    world.gateway_answers = False
+    world.settle()
+    assert world.condition("Degraded") == ("True", "PromptMismatch"), "what was read before traffic stays on record"
+
+
+@pytest.mark.parametrize("recorded", ["a" * 64, None])
+def test_where_nothing_is_recorded_that_an_engine_could_tell_the_settings_are_compared(recorded: str | None) -> None:
+    prompt = TRAINED["prompt"] | {"probeSha256": recorded}
+    world = World(versions=[make_version(1, prompt=prompt)], prompt_digest="sha256:" + "2" * 64)
+    world.settle()
+    assert world.config.revisions[0].probe_text is None
+    assert world.condition("Degraded") == ("False", "Healthy")
+
+
 def test_back_to_a_revision_that_is_still_warm() -> None:
     world = served()
     world.spec = {"engine": {"maxModelLength": 256}}

@@ -190,6 +190,9 @@ STATES: dict[str, Callable[[], World]] = {
     "The version was withdrawn and no other may serve": lambda: withdrawn(served()),
     "The version was withdrawn and another one took over": lambda: withdrawn(served(versions=[make_version(1), make_version(2)])),
     "The pinned version was withdrawn": lambda: withdrawn(served(spec={"model": {"name": "sentiment", "version": 1}})),
+    "The engine reads the prompt otherwise than training did": lambda: served(
+        versions=[make_version(1, prompt={"probeSha256": "sha256:" + "1" * 64})], prompt_digest="sha256:" + "2" * 64
+    ),
     "The prompt is not the one it was trained with": lambda: edited(served(), prompt={"system": "Hi."}),
     "All engine pods are lost": lost_engine,
     "One of two engine pods finds no node": degraded_replica,

@@ -138,6 +138,8 @@ class World:
     probe: ProbeState = field(default_factory=lambda: ProbeState(status="Done", asked=50, agreed=50))
     second_probe: ProbeState | None = None
     """What the second gateway says, where it is another."""
+    prompt_digest: str = ""
+    """Of the prompt that engines read, where the gateway is to tell it."""
     omitted: str = ""
     """A revision that the second gateway does not speak of."""
     in_flight: dict[str, int] = field(default_factory=dict)
@@ -328,8 +330,11 @@ class World:
         endpoints = self.ready.get(hashed, replicas)
         error = self._prompt_error(name)
         warm = self.warm and endpoints > 0 and not error
+        asked = {r.name for r in self.applied.revisions if r.probe_text} if self.applied else set()
+        told = self.prompt_digest if warm and name in asked else ""
+        in_flight = self.in_flight.get(name, 0)
         return RevisionReport(
-            name=name, endpoints=endpoints, warm=warm, prompt_error=error, probe=probe, in_flight=self.in_flight.get(name, 0)
+            name=name, endpoints=endpoints, warm=warm, prompt_error=error, probe=probe, prompt_digest=told, in_flight=in_flight
         )
 
     def _prompt_error(self, name: str) -> str:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.unit.trainer.builders import make_config, make_rows, make_source, replace, run_stage, write_jsonl
+from transformers import AutoTokenizer
 
 from tuneloop_trainer.chat import IGNORED, Formatter, stop_ids
-from tuneloop_trainer.contract import Stage
+from tuneloop_trainer.contract import Stage, Template, tokens_digest
 from tuneloop_trainer.data.shards import read_rows
 
 
 @pytest.fixture(scope="module")
 def tokenizer(base: Path) -> Any:
-    from transformers import AutoTokenizer
-
     return AutoTokenizer.from_pretrained(base)
 
 
@@ -74,3 +74,41 @@ def test_loss_is_on_the_answer_and_its_end(loss: str, supervised: str | None, to
     shown = tokenizer.decode([label for label in row.labels if label != IGNORED])
     assert shown == (supervised or tokenizer.decode(row.input_ids))
     assert all(label in (IGNORED, token) for label, token in zip(row.labels, row.input_ids, strict=True))
+
+
+def prepared_probe(base: Path, folder: Path, template: str | None, **fields: Any) -> str | None:
+    """What prepare records of the prompt that training makes of PROBE_TEXT."""
+    path = write_jsonl(folder / "data" / "train.jsonl", [{**row, "prompt": "p", "completion": "c"} for row in make_rows(4)])
+    rows = None if template is None else Template(prompt=template, completion="{{ label }}")
+    result = run_stage(make_config(folder, base, [make_source(path, template=rows)], **fields), Stage.PREPARE)
+    assert result.prepare is not None
+    recorded: str | None = result.prepare.prompt_probe_sha256
+    return recorded
+
+
+@pytest.mark.parametrize(
+    ("style", "template", "read"),
+    [
+        ("Chat", None, "<|im_start|>user\nIs the sky blue?<|im_end|>\n<|im_start|>assistant\n"),
+        ("Chat", "Q: {{ text }}", "<|im_start|>user\nQ: Is the sky blue?<|im_end|>\n<|im_start|>assistant\n"),
+        ("Text", "Q: {{ text }}", "Q: Is the sky blue?"),
+        ("Chat", "{{ text }} {{ id }}", None),
+    ],
+)
+def test_the_prompt_that_training_makes_of_a_fixed_text_is_recorded(
+    style: str, template: str | None, read: str | None, tokenizer: Any, base: Path, tmp_path: Path
+) -> None:
+    recorded = prepared_probe(base, tmp_path, template, prompt_format=style)
+
+    assert recorded == (None if read is None else tokens_digest(tokenizer(read, add_special_tokens=False)["input_ids"]))
+
+
+def test_a_chat_template_that_writes_the_date_makes_no_prompt_to_compare_with(base: Path, tmp_path: Path) -> None:
+    dated = tmp_path / "dated"
+    shutil.copytree(base, dated)
+    template = AutoTokenizer.from_pretrained(base).chat_template
+    tokenizer = AutoTokenizer.from_pretrained(dated)
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + template
+    tokenizer.save_pretrained(dated)
+
+    assert prepared_probe(dated, tmp_path, None) is None

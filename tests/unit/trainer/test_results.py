@@ -74,7 +74,7 @@ def make_preparation() -> StageResult:
             dataset_digests=digests,
             suite_digests={f"{number}" + "s" * 62: "a" * 64 for number in range(8)},
             shards_digest="a" * 64,
-            prompt_probe_sha256="a" * 64,
+            prompt_probe_sha256="sha256:" + "a" * 64,
             longest_row=131_072,
             model=ModelShape(
                 parameters=10**13,

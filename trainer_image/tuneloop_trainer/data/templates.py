@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from jinja2 import StrictUndefined, Template, TemplateError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from tuneloop_trainer.contract import RunConfig
+
 MAX_OUTPUT = 256 * 1024
 MAX_PRODUCT = 1 << 20
 """Largest string or list that `*` may make inside a template."""
@@ -45,3 +47,16 @@ class RowTemplate:
                 raise TemplateError(f"the template's output is longer than {MAX_OUTPUT} characters")
             parts.append(part)
         return "".join(parts)
+
+
+def served_prompt(config: RunConfig, text: str) -> str | None:
+    """What a gateway makes of a user's text; None where it cannot. A version has the prompt template of the first source with one; rows of
+    other sources and suites may have been made otherwise."""
+    templates = (source.template.prompt for source in config.train if source.template is not None)
+    served = next((template for template in templates if template is not None), None)
+    if served is None:
+        return text
+    try:
+        return RowTemplate(served).render({"text": text})
+    except (TemplateError, ArithmeticError, TypeError, ValueError):
+        return None

@@ -17,11 +17,9 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Final
 
-from jinja2 import TemplateError
-
 from tuneloop_trainer.chat import Formatter
-from tuneloop_trainer.contract import Gate, Probe, RunConfig
-from tuneloop_trainer.data.templates import RowTemplate
+from tuneloop_trainer.contract import Gate, Probe
+from tuneloop_trainer.data.templates import served_prompt
 from tuneloop_trainer.evaluation import scoring
 from tuneloop_trainer.evaluation.baselines import SuiteScores
 from tuneloop_trainer.evaluation.suites import PreparedSuite
@@ -86,19 +84,7 @@ def _is_askable(suite: PreparedSuite, place: int) -> bool:
     item, tokens = suite.items[place], len(suite.encoded[place].prompt)
     if item.system is not None or not item.user or len(item.user) > MAX_CHARACTERS:
         return False
-    return 0 < tokens <= suite.limit - MAX_ANSWER_TOKENS and _served_prompt(suite.objective.config, item.user) == item.prompt
-
-
-def _served_prompt(config: RunConfig, user: str) -> str | None:
-    """A version has the prompt template of the first source with one. Rows of other sources and suites may have been made otherwise."""
-    templates = (source.template.prompt for source in config.train if source.template is not None)
-    served = next((template for template in templates if template is not None), None)
-    if served is None:
-        return user
-    try:
-        return RowTemplate(served).render({"text": user})
-    except (TemplateError, ArithmeticError, TypeError, ValueError):
-        return None
+    return 0 < tokens <= suite.limit - MAX_ANSWER_TOKENS and served_prompt(suite.objective.config, item.user) == item.prompt
 
 
 def _answer(formatter: Formatter, greedy: scoring.Greedy) -> Answer:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import shutil
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from tuneloop_trainer import bases, models
 from tuneloop_trainer.chat import Formatter
-from tuneloop_trainer.contract import ExitCode, PrepareSummary, Reason, RunConfig, Stage, StageResult, Suite
+from tuneloop_trainer.contract import PROBE_TEXT, ExitCode, PrepareSummary, Reason, RunConfig, Stage, StageResult, Suite, tokens_digest
 from tuneloop_trainer.data import curation, page, schedule
 from tuneloop_trainer.data.fetching import Workplace
 from tuneloop_trainer.data.filters import Filters
@@ -25,6 +24,7 @@ from tuneloop_trainer.data.records import Record, RowReader, refuse_if_empty
 from tuneloop_trainer.data.samples import Samples
 from tuneloop_trainer.data.shards import TokenRow, write_shards
 from tuneloop_trainer.data.suites import MAX_ITEMS, Item, items_of, labels_of, needs_labels, suites_of, write_items
+from tuneloop_trainer.data.templates import served_prompt
 from tuneloop_trainer.data.tokens import TokenCounts, Tokenizing
 from tuneloop_trainer.errors import Invalid
 from tuneloop_trainer.manifests import Metadata, publish, sha256_file, staging
@@ -99,10 +99,16 @@ def prepare(config: RunConfig, progress: ProgressWriter) -> StageResult:
                     "model": read_shape(base),
                     "base_revision": found.revision,
                     "suite_digests": suites,
-                    "prompt_probe_sha256": hashlib.sha256(formatter.probe.encode()).hexdigest() if objective.answers else None,
+                    "prompt_probe_sha256": _prompt_probe(config, formatter) if objective.answers else None,
                 }
             )
             return finish(config, summary, folder)
+
+
+def _prompt_probe(config: RunConfig, formatter: Formatter) -> str | None:
+    """What an engine must read where the gateway is told PROBE_TEXT."""
+    prompt = None if formatter.tells_time else served_prompt(config, PROBE_TEXT)
+    return None if prompt is None else tokens_digest(formatter.prompt_ids(prompt))
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from tuneloop_operator.domain.modeldeployment.snapshot import Snapshot
 from tuneloop_operator.render import names
 from tuneloop_operator.render.gateway import config_text
 from tuneloop_operator.render.revisions import Revision
+from tuneloop_trainer.contract import PROBE_TEXT
 
 FULL = 100
 """Percent. BlueGreen knows all or nothing."""
@@ -84,6 +85,7 @@ def _revision(deployment: str, revision: Revision, state: RevisionState, weight:
         prompt=pinned.prompt,
         state=state,
         weight=weight,
+        probe_text=PROBE_TEXT if pinned.prompt_probe is not None else None,
         probe=state is RevisionState.CANDIDATE and pinned.has_probes,
     )
 

@@ -82,12 +82,19 @@ def new_revision(deployment: ModelDeployment, version: ModelVersion, number: int
         prompt=effective_prompt(deployment, version),
         inherits_prompt=inherits,
         has_probes=version.spec.probes_uri is not None and inherits,
+        prompt_probe=_prompt_probe(version),
         startup_timeout_seconds=deployment.spec.engine.startup_timeout_seconds,
         gateway_image=settings.gateway_image,
         template=render_template(deployment, version, hashed, settings),
     )
     name = revision_name(deployment, version)
     return Revision(name=name, number=number, created_at=created_at, pinned=pinned, data=encoded(pinned))
+
+
+def _prompt_probe(version: ModelVersion) -> str | None:
+    """None for what an earlier release recorded: a hash of the text, which no engine tells."""
+    recorded = version.spec.prompt.probe_sha256
+    return recorded if recorded is not None and recorded.startswith("sha256:") else None
 
 
 def _check(deployment: ModelDeployment, version: ModelVersion) -> None:

@@ -128,9 +128,20 @@ def judge(snapshot: Snapshot, candidate: Revision, stable: Revision | None, now:
         return Judgement(verdict=_rejected(DeploymentReason.PROMPT_INVALID, f"{unusable.rstrip('.')}. {_PROMPT_REMEDY}", now))
     if not all(report.warm and report.endpoints >= 1 for report in reports):
         return Judgement(waits_for="The gateway warms the new revision up.")
-    if not pinned.has_probes:
-        return Judgement(verdict=Verdict(Outcome.PROMOTED, times.to_text(now)))
-    return _judge_probes(candidate, reports, now)
+    judgement = _judge_probes(candidate, reports, now) if pinned.has_probes else Judgement(_promoted_at(now))
+    if judgement.verdict is None:
+        return judgement
+    return replace(judgement, verdict=replace(judgement.verdict, prompt=_prompt_read(candidate, reports)))
+
+
+def _promoted_at(now: datetime) -> Verdict:
+    return Verdict(Outcome.PROMOTED, times.to_text(now))
+
+
+def _prompt_read(candidate: Revision, reports: tuple[RevisionReport, ...]) -> str:
+    """Digest of the prompt that the engine read; of several, one that is not as it was trained."""
+    told = sorted({report.prompt_digest for report in reports if report.prompt_digest})
+    return next((digest for digest in told if digest != candidate.pinned.prompt_probe), told[0] if told else "")
 
 
 _PROMPT_REMEDY = "Correct spec.prompt.template: Jinja over `text`, the last user message."

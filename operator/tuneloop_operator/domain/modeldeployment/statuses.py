@@ -193,16 +193,25 @@ def _degraded(found: Findings, now: datetime) -> Claim:
         what = f"ModelVersion {version.metadata.name} is {version.spec.approval.lower()}"
         message = f"{what} and serves on, since no other may take its place. Approve another one, or train a better one."
         return Claim(True, R.WITHDRAWN, message)
-    if not stable.pinned.inherits_prompt:
-        message = (
-            f"The prompt is not the one that version {stable.pinned.version} was trained with: its evaluation says nothing of it."
-            " Remove spec.prompt to inherit the version's."
-        )
-        return Claim(True, R.PROMPT_MISMATCH, message)
+    if not stable.renders_as_trained:
+        return Claim(True, R.PROMPT_MISMATCH, _prompt_mismatch(stable))
     failure = engine_failure(snapshot, stable, now)
     if failure is not None and failure.reason is not R.STARTING:
         return Claim(True, failure.reason, failure.message)
     return Claim(False, R.HEALTHY, "All is well.")
+
+
+def _prompt_mismatch(stable: Revision) -> str:
+    version = stable.pinned.version
+    if stable.pinned.inherits_prompt:
+        return (
+            f"The engine makes other tokens of a prompt than the training of version {version} did: its evaluation says nothing of what is"
+            " served. Serve it with the tokenizer and the chat template that it was trained with (engine.image, the files of the base)."
+        )
+    return (
+        f"The prompt is not the one that version {version} was trained with: its evaluation says nothing of it."
+        " Remove spec.prompt to inherit the version's."
+    )
 
 
 # --- revisions ---------------------------------------------------------------
