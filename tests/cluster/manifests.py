@@ -21,7 +21,7 @@ POD: Manifest = {
     "env": [{"name": "HF_HOME", "value": "/tmp"}],
 }
 SOURCE: Manifest = {"uri": "hf://org/name", "revision": "abc", "secretRef": {"name": "hf-token"}}
-ROWS = SOURCE | {"uri": "hf://organisation/rows/data/train-*.parquet"}
+ROWS: Manifest = {"uri": "s3://datasets/rows.jsonl", "secretRef": {"name": "bucket-keys"}}
 COLUMNS: Manifest = {"prompt": "p", "completion": "c", "text": "t", "label": "l", "document": "d"}
 TEMPLATE: Manifest = {"prompt": "Sentiment of: {{ text }}", "completion": "{{ label }}"}
 DIGEST = "sha256:" + "0" * 64
@@ -273,6 +273,11 @@ TEXTS = of_objective(
     {"text": "{{ t }}"},
     [suite("texts", "Loss")],
     {"suite": "texts", "metric": "Loss", "rule": "Superior"},
+)
+TEXTS = changed(
+    TEXTS,
+    "spec.vocabulary",
+    {"fromCorpus": {"minCount": 50, "minFertility": 4, "maxTokens": 100}, "initialization": "SubtokenMean"},
 )
 OWN = changed(FINE_TUNE_JOB, "spec.objective", {"type": "Custom", "custom": {"name": "mine", "settings": {"strict": "yes"}}})
 FULL = (FINE_TUNE_JOB, OWN, PREFERENCES, JUDGEMENTS, CLASSES, TEXTS, MODEL_VERSION, MODEL_DEPLOYMENT, WITH_DATABASE_SECRET)

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.training.test_objectives import answer, improvement, make_run, optimised, run_through
+from tests.training.test_objectives import THINGS, answer, improvement, make_run, optimised, run_through
 from tests.training.test_training import InterruptAfter, losses, weights
-from tests.unit.trainer.builders import copy_work, run_stage
+from tests.unit.trainer.builders import copy_work, make_base, make_config, run_stage, write_jsonl
 
 from tuneloop_trainer import models
-from tuneloop_trainer.contract import ExitCode, Lora, Method, RunConfig, Stage
+from tuneloop_trainer.contract import (
+    Curation,
+    DataSource,
+    Evaluation,
+    ExitCode,
+    Gate,
+    Lora,
+    Method,
+    RunConfig,
+    Stage,
+    Suite,
+    Training,
+    Vocabulary,
+)
 from tuneloop_trainer.manifests import verify
 
 DORA = Method(type="LoRA", lora=Lora(rank=8, alpha=16, dora=True))
@@ -73,3 +87,167 @@ def test_interrupted_run_of_dora_ends_bit_equal(tmp_path: Path, base: Path) -> N
     assert (stopped.exit_code, resumed.exit_code, resumed.train.resumed_from_step) == (ExitCode.INTERRUPTED, ExitCode.DONE, 2)
     assert losses(config) == losses(undisturbed)
     assert weights(config) == weights(undisturbed)
+
+
+# --- a new vocabulary ------------------------------------------------------------------------------
+
+STEMS = ("cardi", "neph", "hepat", "gastr", "osteo", "derm", "neur", "pulmon", "angi", "myel", "cyst", "arthr")
+ENDS = ("oplasty", "ectomia", "ography", "opathia")
+COMPLAINTS = tuple(stem + end for stem in STEMS for end in ENDS)
+
+
+def note(number: int) -> dict[str, object]:
+    """A note of a domain whose words the base's tokenizer never saw."""
+    first, second = COMPLAINTS[number % 48], COMPLAINTS[number * 7 % 48]
+    return {"text": f"the {THINGS[number % 10]} says {first} and {second} follow a {THINGS[number // 3 % 10]} with {first}."}
+
+
+def notes_run(root: Path, base: Path, method: Method, vocabulary: Vocabulary | None, steps: int, rate: float, **fields: Any) -> RunConfig:
+    train = write_jsonl(root / "data" / "train.jsonl", [note(number) for number in range(400)])
+    held = write_jsonl(root / "data" / "gate.jsonl", [note(number) | {"id": number} for number in range(5003, 5033)])
+    suite = Suite(name="gate", type="Dataset", source=DataSource(uri="pvc://data/gate.jsonl", path=str(held)), metrics=("Loss",))
+    values: dict[str, Any] = {
+        "objective": "Pretraining",
+        "method": method,
+        "vocabulary": vocabulary,
+        "curation": Curation(decontaminate=False),
+        "training": Training(
+            max_steps=steps, global_batch_size=8, learning_rate=rate, max_sequence_length=64, warmup_steps=2, precision="FP32"
+        ),
+        "evaluation": Evaluation(suites=(suite,), gates=(Gate(suite="gate", metric="Loss", rule="Superior", min_items=10),)),
+        "output_format": "Merged",
+    }
+    return make_config(root, base, [DataSource(uri="pvc://data/train.jsonl", path=str(train))], **(values | fields))
+
+
+OLD = 369
+"""Tokens of the base's tokenizer; its matrices have 400 rows."""
+VOCABULARY = Vocabulary(min_count=5, min_fertility=3, max_tokens=60)
+FULL, LORA = Method(type="Full"), Method(type="LoRA", lora=Lora(rank=8, alpha=16))
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_base(tmp_path_factory.mktemp("untied") / "tiny", tie_word_embeddings=False)
+
+
+def rows_of(folder: Path) -> dict[str, Any]:
+    """The matrices with a row for each token."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(folder / "model.safetensors")
+    return {name: tensor.float() for name, tensor in tensors.items() if "embed_tokens" in name or "lm_head" in name}
+
+
+@pytest.mark.parametrize("is_tied", [True, False], ids=["tied", "untied"])
+def test_new_rows_begin_as_the_mean_of_the_rows_their_words_were_made_of(is_tied: bool, tmp_path: Path, base: Path, untied: Path) -> None:
+    folder = base if is_tied else untied
+    config = notes_run(tmp_path, folder, LORA, VOCABULARY, steps=4, rate=1e-2)
+
+    result = run_stage(config, Stage.PREPARE)
+
+    told = json.loads((tmp_path / "work" / "prepare" / "vocabulary.json").read_text())
+    assert result.prepare.vocabulary.tokens == len(told["ids"]) == len(told["terms"])
+    assert {f" {word}" for word in COMPLAINTS} <= {term["text"] for term in told["terms"]}
+    assert result.prepare.vocabulary.sample_after < 0.6 * result.prepare.vocabulary.sample_before
+    before, after = rows_of(folder), rows_of(tmp_path / "work" / "prepare" / "base")
+    assert len(after) == (1 if is_tied else 2)
+    old = models.load_tokenizer(folder, "old")
+    assert told["ids"] == list(range(OLD, OLD + len(told["ids"]))), "rows that stood unused behind the old tokens come first"
+    for name, rows in after.items():
+        assert rows.shape[0] == told["ids"][-1] + 1 > before[name].shape[0]
+        assert rows[:OLD].equal(before[name][:OLD]), "the old rows are as they were"
+        for id_, term in zip(told["ids"], told["terms"], strict=True):
+            mean = before[name][old(term["text"])["input_ids"]].mean(0).bfloat16().float()
+            assert rows[id_].equal(mean)
+
+
+def test_packaged_vocabulary_loads_with_its_model_and_reads_old_texts_as_before(tmp_path: Path, base: Path) -> None:
+    config = notes_run(tmp_path, base, LORA, VOCABULARY, steps=4, rate=1e-2)
+    for stage in (Stage.PREPARE, Stage.TRAIN, Stage.PACKAGE):
+        assert run_stage(config, stage).exit_code == ExitCode.DONE
+
+    old, new = models.load_tokenizer(base, "old"), models.load_tokenizer(Path(config.paths.artifact), "new")
+    model = models.load_model(Path(config.paths.artifact), "new", "bfloat16")
+    assert model.get_input_embeddings().weight.shape[0] == model.config.vocab_size == len(new)
+    plain, noted = "Sentiment of: a lovely day", str(note(3)["text"])
+    assert new(plain)["input_ids"] == old(plain)["input_ids"]
+    ids = new(noted)["input_ids"]
+    assert len(ids) < 0.6 * len(old(noted)["input_ids"])
+    assert new.decode(ids) == noted
+    assert "cardioplasty" not in new.decode(new("the cardioplasti")["input_ids"])
+
+
+@pytest.mark.parametrize("method", [pytest.param(LORA, id="LoRA"), pytest.param(FULL, id="Full", marks=pytest.mark.long)])
+def test_new_words_shorten_texts_and_lower_the_loss_of_each_byte(method: Method, tmp_path: Path, base: Path) -> None:
+    rate = 1e-2 if method is LORA else 3e-3
+    losses_of = {}
+    for name, vocabulary in (("with", VOCABULARY), ("without", None)):
+        config = notes_run(tmp_path / name, base, method, vocabulary, steps=40, rate=rate)
+        results = run_through(config)
+        assert results[Stage.EVALUATE].evaluate.gates[0].difference < 0, "better than the base, which cuts the texts as it always did"
+        told = json.loads((tmp_path / name / "work" / "evaluate" / "results.json").read_text())["suites"]["gate"]["candidate"]["losses"]
+        size = sum(len(str(note(number)["text"]).encode()) for number in range(5003, 5033))
+        losses_of[name] = sum(loss for loss, _ in told) / size
+        if vocabulary is not None:
+            assert sum(count for _, count in told) == size, "losses are told for each byte"
+    assert losses_of["with"] < 0.9 * losses_of["without"]
+
+
+@pytest.mark.parametrize("is_tied", [True, pytest.param(False, marks=pytest.mark.long)], ids=["tied", "untied"])
+def test_only_the_new_rows_are_learned_at_first(is_tied: bool, tmp_path: Path, base: Path, untied: Path) -> None:
+    config = notes_run(tmp_path, base if is_tied else untied, FULL, VOCABULARY, steps=20, rate=1e-2)
+    run_stage(config, Stage.PREPARE)
+
+    run_stage(config, Stage.TRAIN, InterruptAfter(2))
+
+    from safetensors.torch import load_file
+
+    before = load_file(tmp_path / "work" / "prepare" / "base" / "model.safetensors")
+    after = load_file(tmp_path / "work" / "train" / "checkpoints" / "step-2" / "model.safetensors")
+    for name, tensor in after.items():
+        start = before[name].float()
+        if "embed_tokens" in name or "lm_head" in name:
+            assert tensor[:OLD].equal(start[:OLD])
+            assert not tensor[OLD:].equal(start[OLD:])
+        else:
+            assert tensor.equal(start), name
+    run_stage(config, Stage.TRAIN, InterruptAfter(2))
+    later = load_file(tmp_path / "work" / "train" / "checkpoints" / "step-4" / "model.safetensors")
+    assert not later["model.layers.0.mlp.up_proj.weight"].equal(after["model.layers.0.mlp.up_proj.weight"]), "then the method's weights too"
+
+
+@pytest.mark.parametrize("is_tied", [True, pytest.param(False, marks=pytest.mark.long)], ids=["tied", "untied"])
+def test_rows_beside_an_adapter_are_merged_and_resumed(is_tied: bool, tmp_path: Path, base: Path, untied: Path) -> None:
+    folder = base if is_tied else untied
+    config = notes_run(tmp_path, folder, LORA, VOCABULARY, steps=20, rate=1e-2)
+    run_stage(config, Stage.PREPARE)
+    undisturbed = copy_work(config, tmp_path / "undisturbed")
+    run_stage(undisturbed, Stage.TRAIN)
+
+    run_stage(config, Stage.TRAIN, InterruptAfter(1))
+    run_stage(config, Stage.TRAIN, InterruptAfter(1))
+    resumed = run_stage(config, Stage.TRAIN)
+    run_stage(config, Stage.PACKAGE)
+
+    assert resumed.train.resumed_from_step == 2, "where the rows are no longer alone"
+    assert losses(config) == losses(undisturbed)
+    assert weights(config) == weights(undisturbed)
+    ids = [*range(3, 20), *range(OLD, OLD + 48)]
+    trained, merged = trained_logits(config, tmp_path / "work" / "prepare" / "base", ids), packaged_logits(config, ids)
+    before = logits(models.load_model(tmp_path / "work" / "prepare" / "base", "base", "float32"), ids)
+    assert (merged - trained).abs().mean() < 0.02 * (trained - before).abs().mean()
+    rows = rows_of(Path(config.paths.artifact))
+    start = rows_of(tmp_path / "work" / "prepare" / "base")
+    assert all(rows[name][:OLD].equal(start[name][:OLD]) and not rows[name][OLD:].equal(start[name][OLD:]) for name in start)
+
+
+def test_corpus_without_such_words_keeps_its_vocabulary(tmp_path: Path, base: Path) -> None:
+    config = notes_run(tmp_path, base, LORA, Vocabulary(min_count=5000), steps=4, rate=1e-2)
+
+    result = run_stage(config, Stage.PREPARE)
+
+    assert result.prepare.vocabulary.tokens == 0
+    assert any("the vocabulary stays as it is" in warning for warning in result.prepare.warnings)
+    assert not (tmp_path / "work" / "prepare" / "base").exists()
+    assert run_stage(config, Stage.TRAIN).exit_code == ExitCode.DONE

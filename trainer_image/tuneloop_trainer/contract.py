@@ -127,27 +127,14 @@ class Bucket(Model):
     """Folder with the keys of a Secret, one file each."""
 
 
-class Repository(Model):
-    """Data files of a data set on the hub."""
-
-    name: str
-    """organisation/name."""
-    path: str = ""
-    """A file, a folder, or a folder's files by a pattern; empty: what the repository trains on."""
-    revision: str | None = None
-    credentials: str | None = None
-    """Folder with the key `token` of a Secret."""
-
-
 class DataSource(Model):
-    """One source of rows: a file (or folder) at `path`, objects of a bucket, a repository of the hub, or a feedback export."""
+    """One source of rows: a file (or folder) at `path`, objects of a bucket, or a feedback export."""
 
     uri: str
     """As the user wrote it, for messages and lineage."""
     path: str | None = None
     feedback: FeedbackExport | None = None
     bucket: Bucket | None = None
-    repository: Repository | None = None
     columns: dict[str, str] = {}
     """Role -> column in the file. Roles: prompt, completion, chosen, rejected, desirable, text, label, document, system.
     A role that is absent is read from the column of the same name."""
@@ -157,8 +144,8 @@ class DataSource(Model):
 
     @model_validator(mode="after")
     def _one_place(self) -> DataSource:
-        if sum(place is not None for place in (self.path, self.feedback, self.bucket, self.repository)) != 1:
-            raise ValueError("exactly one of path, feedback, bucket and repository must be set")
+        if sum(place is not None for place in (self.path, self.feedback, self.bucket)) != 1:
+            raise ValueError("exactly one of path, feedback and bucket must be set")
         return self
 
 
@@ -183,6 +170,21 @@ class Lora(Model):
 class Method(Model):
     type: Literal["LoRA", "Full"]
     lora: Lora | None = None
+
+
+NEW_ROWS_SHARE = 0.1
+"""Share of a run's steps in which, with a new vocabulary, only the new tokens' rows are learned."""
+
+
+class Vocabulary(Model):
+    """Words of the corpus that get tokens of their own."""
+
+    min_count: int = 100
+    min_fertility: int = 3
+    """Tokens that a word has to be cut into."""
+    max_tokens: int = 500
+    initialization: Literal["SubtokenMean"] = "SubtokenMean"
+    """A new row begins as the mean of the rows of the tokens that its word was cut into."""
 
 
 ObjectiveType = Literal["SFT", "Pretraining", "SequenceClassification", "DPO", "KTO", "RewardModel", "Custom"]
@@ -376,6 +378,7 @@ class RunConfig(Model):
     loss: Literal["CompletionOnly", "FullSequence"] = "CompletionOnly"
     prompt_format: Literal["Chat", "Text"] = "Chat"
     method: Method
+    vocabulary: Vocabulary | None = None
     train: tuple[DataSource, ...] = Field(min_length=1, max_length=16)
     validation_fraction: float = 0.0
     curation: Curation = Curation()
@@ -471,6 +474,16 @@ def _count(headers: Iterable[Mapping[str, Any]]) -> int:
     return sum(math.prod(tensor["shape"]) for tensor in tensors if isinstance(tensor, Mapping) and isinstance(tensor.get("shape"), list))
 
 
+class VocabularySummary(Model):
+    tokens: int
+    """New tokens; 0 where the corpus has no word that deserves one."""
+    left_out: int = 0
+    """Words that deserved one, and that the tokenizer would not have written as they are."""
+    sample_before: int = 0
+    """Tokens of the first texts with the base's tokenizer, and with the new one."""
+    sample_after: int = 0
+
+
 class PrepareSummary(Model):
     rows_in: int
     rows_kept: int
@@ -487,8 +500,6 @@ class PrepareSummary(Model):
     base_revision: str | None = None
     dataset_digests: dict[str, str] = {}
     """Source URI -> sha256 of what was read of it (at most 16)."""
-    dataset_revisions: dict[str, str] = {}
-    """Source URI -> the commit that was read, of sources on the hub."""
     suite_digests: dict[str, str] = {}
     """Suite name -> sha256 over its items (at most 8)."""
     shards_digest: str
@@ -500,6 +511,7 @@ class PrepareSummary(Model):
     """Tokens of the longest training row."""
     model: ModelShape | None = None
     """None where the base model's config does not say."""
+    vocabulary: VocabularySummary | None = None
 
 
 class TrainSummary(Model):

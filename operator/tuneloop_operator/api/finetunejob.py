@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field
 
 from tuneloop_operator.api.definitions import NAME_RULE, Column, Definition, immutable
-from tuneloop_operator.api.methods import Method, method_rules
+from tuneloop_operator.api.methods import Method, Vocabulary, method_rules
 from tuneloop_operator.api.objectives import Objective, spec_rules
 from tuneloop_operator.api.rowsources import RowSource
 from tuneloop_operator.api.types import (
@@ -88,7 +88,7 @@ class DataSource(Model):
 
     model_config = ConfigDict(json_schema_extra=ONE_PLACE)
 
-    source: RowSource | None = Field(default=None, description="Files of a claim, a bucket or the hub.")
+    source: RowSource | None = Field(default=None, description="Files of a claim or a bucket.")
     feedback: FeedbackRef | None = Field(default=None, description="The training half of a deployment's curated feedback.")
     columns: Columns = Field(default=Columns(), description="Which column plays which role.")
     template: RowTemplate | None = Field(
@@ -222,7 +222,7 @@ class SuiteDataset(Model):
 
     model_config = ConfigDict(json_schema_extra=ONE_PLACE)
 
-    source: RowSource | None = Field(default=None, description="Files of a claim, a bucket or the hub, as in data.train.")
+    source: RowSource | None = Field(default=None, description="Files of a claim or a bucket, as in data.train.")
     feedback: FeedbackRef | None = Field(default=None, description="The gate half of a deployment's reviewer-labelled traffic.")
     columns: Columns = Field(default=Columns(), description="Which column plays which role.")
     template: RowTemplate | None = Field(default=None, description="As in data.train.")
@@ -391,6 +391,7 @@ class FineTuneJobSpec(Model):
         description="Chat: prompt as user turn, completion as assistant turn of the tokenizer's template. Text: as they are.",
     )
     method: Method = Field(default=Method(), description="Which weights are trained.")
+    vocabulary: Vocabulary | None = Field(default=None, description="New tokens for words of the training rows. Absent: the base's tokens.")
     data: Data = Field(description="Where the rows come from.")
     training: Training = Field(default=Training(), description="Hyper-parameters.")
     compute: Compute = Field(default=Compute(), description="Where the training runs.")
@@ -426,7 +427,6 @@ class Resolved(Model):
     base_revision: str | None = Field(default=None, max_length=64, description="Commit of the base model.")
     base_digest: str | None = Field(default=None, max_length=80, description="sha256 over the base model's files.")
     dataset_digests: Annotated[dict[str, str], Field(max_length=16)] = Field(default={}, description="sha256 of each source.")
-    dataset_revisions: Annotated[dict[str, str], Field(max_length=16)] = Field(default={}, description="Commit of each source on the hub.")
     suite_digests: Annotated[dict[str, str], Field(max_length=8)] = Field(
         default={}, description="sha256 of the items of each suite: the version of the suite."
     )
@@ -449,6 +449,8 @@ class DataStatus(Model):
     warnings: Annotated[tuple[Annotated[str, Field(max_length=160)], ...], Field(max_length=8)] = Field(
         default=(), description="What is likely wrong and was not refused; the data card has all of them."
     )
+    new_tokens: int | None = Field(default=None, description="Words that got a token of their own, by spec.vocabulary.")
+    shorter_by: Number | None = Field(default=None, description="Share of the tokens that a sample of the rows lost by them.")
     report_uri: str | None = Field(default=None, max_length=512, description="The data card.")
 
 

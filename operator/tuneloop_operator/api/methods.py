@@ -38,6 +38,23 @@ class Method(Model):
         return self.type == "LoRA" and not (self.lora is not None and self.lora.dora)
 
 
+class FromCorpus(Model):
+    """Which words of the training rows get tokens of their own."""
+
+    min_count: int = Field(default=100, ge=2, le=1_000_000_000, description="Times that a word occurs in the training rows, at least.")
+    min_fertility: int = Field(default=3, ge=2, le=64, description="Tokens that the base's tokenizer cuts the word into, at least.")
+    max_tokens: int = Field(default=500, ge=1, le=20_000, description="New tokens at most: the words that save most are taken.")
+
+
+class Vocabulary(Model):
+    """New tokens for the words of a domain. They make a new base model, so that the output is Merged."""
+
+    from_corpus: FromCorpus = Field(default=FromCorpus(), description="Which words of the training rows get tokens of their own.")
+    initialization: Literal["SubtokenMean"] = Field(
+        default="SubtokenMean", description="SubtokenMean: a new row begins as the mean of the rows that its word was made of."
+    )
+
+
 def method_rules() -> Iterator[tuple[str, str]]:
     """The rules between the method and the rest of a FineTuneJob's spec."""
     merged = "!has(self.output.format) || self.output.format == 'Merged'"
@@ -46,3 +63,4 @@ def method_rules() -> Iterator[tuple[str, str]]:
         f"!has(self.method.lora) || !self.method.lora.dora || {merged}",
         "no engine serves an adapter of DoRA on its base: output.format must be Merged.",
     )
+    yield f"!has(self.vocabulary) || {merged}", "new tokens make a new base, on which no adapter stands: output.format must be Merged."

@@ -222,7 +222,7 @@ def combinations() -> str:
             both = method == "LoRA" and traits.adapter
             formats = "Adapter (absent means this): the operator serves it on its base; or Merged" if both else "Merged only"
             lines.append(f"| {name} with {method} | {roles} | {formats} | {served} |")
-    lines.append("| any, with LoRA and `lora.dora: true` | as above | Merged only | as above |")
+    lines.append("| any, with LoRA and `lora.dora: true`, or with `vocabulary` | as above | Merged only | as above |")
     return "\n".join(lines)
 
 

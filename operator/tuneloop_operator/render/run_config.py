@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 from tuneloop_gateway.contract import INTERNAL_PORT
 from tuneloop_operator.api import finetunejob as api
-from tuneloop_operator.api.methods import LoRA, Method
+from tuneloop_operator.api.methods import LoRA, Method, Vocabulary
 from tuneloop_operator.api.objectives import DPO, KTO, SFT, Objective, SequenceClassification, default_format, prompt_format
-from tuneloop_operator.api.rowsources import BUCKET, HUB, RowSource
+from tuneloop_operator.api.rowsources import BUCKET, RowSource
 from tuneloop_operator.api.types import Source
 from tuneloop_operator.render import names
 from tuneloop_trainer import contract
@@ -36,6 +36,7 @@ def run_config(job: api.FineTuneJob, resolved: api.Resolved) -> contract.RunConf
         **_objective(spec.objective),
         prompt_format=prompt_format(spec.objective.type, spec.prompt_format),
         method=_method(spec.method),
+        vocabulary=_vocabulary(spec.vocabulary),
         train=tuple(_data_source(job, source) for source in spec.data.train),
         validation_fraction=float(spec.data.validation.fraction) if spec.data.validation is not None else 0.0,
         curation=_curation(spec.data.curation),
@@ -79,7 +80,7 @@ def base_snapshot_uri(job: api.FineTuneJob, resolved: api.Resolved) -> str | Non
 def output_format(spec: api.FineTuneJobSpec) -> Literal["Adapter", "Merged"]:
     if spec.output.format is not None:
         return spec.output.format
-    return default_format(spec.objective.type, spec.method.leaves_adapter)
+    return default_format(spec.objective.type, spec.method.leaves_adapter and spec.vocabulary is None)
 
 
 def base(source: Source) -> contract.Base:
@@ -123,6 +124,15 @@ def _method(method: Method) -> contract.Method:
         rank=lora.rank, alpha=lora.alpha, dropout=float(lora.dropout), target_modules=lora.target_modules, dora=lora.dora
     )
     return contract.Method(type="LoRA", lora=settings)
+
+
+def _vocabulary(asked: Vocabulary | None) -> contract.Vocabulary | None:
+    if asked is None:
+        return None
+    found = asked.from_corpus
+    return contract.Vocabulary(
+        min_count=found.min_count, min_fertility=found.min_fertility, max_tokens=found.max_tokens, initialization=asked.initialization
+    )
 
 
 def _training(spec: api.FineTuneJobSpec) -> contract.Training:
@@ -175,17 +185,7 @@ def _files(source: RowSource) -> contract.DataSource:
     if source.uri.startswith(BUCKET):
         bucket = contract.Bucket(path=source.uri.removeprefix(BUCKET), credentials=credentials_folder(source))
         return contract.DataSource(uri=source.uri, bucket=bucket)
-    if source.uri.startswith(HUB):
-        return contract.DataSource(uri=source.uri, repository=_repository(source))
     return contract.DataSource(uri=source.uri, path=names.pvc_path(source.uri))
-
-
-def _repository(source: RowSource) -> contract.Repository:
-    """`hf://datasets/…`, as the hub's own tools write it, is the same as without `datasets`."""
-    parts = [part for part in source.uri.removeprefix(HUB).split("/") if part]
-    parts = parts[1:] if len(parts) > 2 and parts[0] == "datasets" else parts
-    place = {"name": "/".join(parts[:2]), "path": "/".join(parts[2:])}
-    return contract.Repository(**place, revision=source.revision, credentials=credentials_folder(source))
 
 
 def row_sources(spec: api.FineTuneJobSpec) -> list[RowSource]:

@@ -17,7 +17,7 @@ from tests.unit.finetunejob.builders import SETTINGS, World, evaluated, make_job
 from tuneloop_operator.api.finetunejob import FineTuneJobSpec, Resolved
 from tuneloop_operator.render import names, training
 from tuneloop_operator.render.run_config import run_config
-from tuneloop_trainer.contract import Classification, Custom, Dpo, Kto, Lora, RunConfig, Stage
+from tuneloop_trainer.contract import Classification, Custom, Dpo, Kto, Lora, RunConfig, Stage, Vocabulary
 from tuneloop_trainer.stages.evaluate import gates_of
 
 ROOT = Path(__file__).parents[3]
@@ -231,7 +231,10 @@ def test_every_example_of_an_objective_is_rendered(path: Path) -> None:
     assert config.evaluation.gates, "the model is judged by rows that are held out"
 
 
-METHODS: dict[str, Callable[[RunConfig], object]] = {"dora": lambda config: config.method.lora is not None and config.method.lora.dora}
+METHODS: dict[str, Callable[[RunConfig], object]] = {
+    "dora": lambda config: config.method.lora is not None and config.method.lora.dora,
+    "vocabulary": lambda config: config.vocabulary == Vocabulary() and config.output_format == "Merged",
+}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples" / "methods").glob("*.yaml")), ids=lambda path: path.name)

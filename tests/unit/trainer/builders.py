@@ -66,9 +66,8 @@ def make_base(folder: Path, template: str | None = CHAT_TEMPLATE, **config: Any)
             num_key_value_heads=2,
             max_position_embeddings=256,
             eos_token_id=2,
-            tie_word_embeddings=True,
             initializer_range=0.2,
-            **config,
+            **({"tie_word_embeddings": True} | config),
         )
     )
     model.to(torch.bfloat16).save_pretrained(folder)

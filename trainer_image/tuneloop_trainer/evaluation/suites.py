@@ -20,6 +20,8 @@ from tuneloop_trainer.models import Model
 from tuneloop_trainer.objectives import Objective
 from tuneloop_trainer.progress import ProgressWriter
 
+WHOLE = 1 << 20
+"""Tokens that no item has."""
 ANSWERS = ("chosen", "rejected")
 """The labels of a suite of preferences."""
 
@@ -36,6 +38,8 @@ class PreparedSuite:
     """Over every rendered prompt and label: two tokenizers or templates that differ never share scores."""
     limit: int
     objective: Objective
+    by_bytes: bool = False
+    """Whether a loss counts for each byte of the text and not for each token: the models that are compared cut it differently."""
 
     @property
     def prefers(self) -> bool:
@@ -55,7 +59,7 @@ class PreparedSuite:
     def key(self, model_digest: str, dtype: str) -> str:
         return cache_key(
             model=model_digest, suite=self.digest, prompt=self.prompt_hash, dtype=dtype, rule=scoring.LABEL_SCORING,
-            metrics=",".join(sorted(self.suite.metrics)), limit=self.limit,
+            metrics=",".join(sorted(self.suite.metrics)), limit=self.limit, **({"unit": "byte"} if self.by_bytes else {}),
         )  # fmt: skip
 
     def score(self, model: Model, progress: ProgressWriter, who: str) -> SuiteScores:
@@ -68,6 +72,8 @@ class PreparedSuite:
         if "Loss" in self.suite.metrics:
             done = progress.counter(f"Loss {who}", len(self.items))
             losses = self.objective.losses(model, self, done)
+            if self.by_bytes and self.objective.answers:
+                losses = [(loss, len(item.completion.encode())) for (loss, _), item in zip(losses, self.items, strict=True)]
         return SuiteScores(labels=self.labels, label_scores=tuple(map(tuple, label_scores)), losses=tuple(losses))
 
     def paired(self, metric: str, candidate: SuiteScores, baseline: SuiteScores) -> Paired:
@@ -100,10 +106,14 @@ class PreparedSuite:
         return score
 
 
-def prepare_suite(config: RunConfig, objective: Objective, suite: Suite, digest: str, folder: Path, formatter: Formatter) -> PreparedSuite:
-    """Read the snapshot and turn it into tokens."""
+def prepare_suite(
+    config: RunConfig, objective: Objective, suite: Suite, digest: str, folder: Path, formatter: Formatter, by_bytes: bool = False
+) -> PreparedSuite:
+    """Read the snapshot and turn it into tokens. By bytes, every token of a text without a prompt is predicted, the first one too."""
     items = read_items(folder, suite)
     encoded = [formatter.encode(item.prompt, item.completion, item.system) for item in items]
+    if by_bytes:
+        encoded = [Encoded(item.prompt or item.completion[-1:], item.completion) for item in encoded]
     if "Preference" in suite.metrics:
         labels: tuple[str, ...] = ANSWERS
         choices: list[tuple[str, ...]] = [(item.completion, item.rejected or "") for item in items]
@@ -116,12 +126,14 @@ def prepare_suite(config: RunConfig, objective: Objective, suite: Suite, digest:
     ]
     content = repr([(item.prompt, item.completion) for item in encoded]) + repr(tokens)
     prompt_hash = hashlib.sha256(content.encode()).hexdigest()
-    return PreparedSuite(suite, digest, items, encoded, labels, tokens, prompt_hash, _limit(config, suite), objective)
+    return PreparedSuite(
+        suite, digest, items, encoded, labels, tokens, prompt_hash, WHOLE if by_bytes else _limit(config, suite), objective, by_bytes
+    )
 
 
 def _limit(config: RunConfig, suite: Suite) -> int:
     """The validation split is cut as the training rows are; other suites are read whole."""
-    return config.training.max_sequence_length if suite.type == "Validation" else 1 << 20
+    return config.training.max_sequence_length if suite.type == "Validation" else WHOLE
 
 
 def _rounded(value: float) -> float:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
 
 from tuneloop_trainer.contract import Custom, RunConfig
 from tuneloop_trainer.errors import Invalid
-from tuneloop_trainer.objectives.objective import NOTES, Objective
+from tuneloop_trainer.objectives.objective import NOTES, TERMS, Objective
 
 __all__ = ["Objective", "objective_of"]
 
@@ -29,6 +30,8 @@ def objective_of(config: RunConfig, prepared: Path | None = None) -> Objective:
     objective = (_own if config.custom is None else _brought(config.custom))(config)
     if prepared is not None and (prepared / NOTES).is_file():
         objective.read_notes(prepared)
+    if prepared is not None and (prepared / TERMS).is_file():
+        objective.new_tokens = tuple(json.loads((prepared / TERMS).read_text())["ids"])
     return objective
 
 

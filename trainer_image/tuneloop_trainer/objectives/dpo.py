@@ -55,7 +55,7 @@ class DPO(Objective):
 def with_reference(objective: Objective, parts: Parts) -> dict[str, Any]:
     """Model, adapter and reference for TRL. It wraps the model itself: given one with an adapter, it would copy that as the
     reference, though the model without it is the same."""
-    adapter = objective.adapter()
+    adapter = objective.adapter(parts.model)
     if adapter is not None:
         return {"model": parts.model, "peft_config": adapter}
     half = objective.config.training.precision == "BF16"

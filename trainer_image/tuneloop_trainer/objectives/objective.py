@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from tuneloop_trainer.evaluation.suites import PreparedSuite
 
 NOTES = "objective.json"
+TERMS = "vocabulary.json"
+"""In the folder of prepare: the words that got tokens of their own, and which."""
 Done = Callable[[int], None]
 Sources = Sequence[Iterable[Record]]
 """Per source its records, which may be walked several times and do not fit into memory together."""
@@ -61,6 +63,8 @@ class Objective:
     """Whether the model writes text, so that it can be asked freely and probed where it is served."""
     task: ClassVar[str] = "CAUSAL_LM"
     """peft's name of what the model does."""
+    new_tokens: tuple[int, ...] = ()
+    """Tokens that the run added to the vocabulary; their rows are trained whatever the method."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
@@ -117,8 +121,8 @@ class Objective:
         """The trainer, ready to run."""
         raise NotImplementedError
 
-    def adapter(self) -> Any:
-        """peft's configuration of the adapter; None where all weights are trained."""
+    def adapter(self, model: models.Model) -> Any:
+        """peft's configuration of the adapter on this model; None where all weights are trained."""
         lora = self.config.method.lora
         if self.config.method.type == "Full" or lora is None:
             return None
@@ -131,12 +135,24 @@ class Objective:
             lora_dropout=lora.dropout,
             target_modules=targets,
             use_dora=lora.dora,
+            trainable_token_indices=self._new_rows(model),
             task_type=self.task,
         )
 
+    def _new_rows(self, model: models.Model) -> dict[str, list[int]] | None:
+        """Rows that are trained beside the adapter, by the name of their layer. A head that is tied follows the input by itself."""
+        if not self.new_tokens:
+            return None
+        layers = [model.get_input_embeddings()]
+        head = model.get_output_embeddings()
+        if head is not None and head.weight is not layers[0].weight:
+            layers.append(head)
+        names = {id(module): name.rpartition(".")[2] for name, module in model.named_modules()}
+        return {names[id(layer)]: list(self.new_tokens) for layer in layers}
+
     def with_adapter(self, model: models.Model) -> models.Model:
         """The model with the adapter to train, in fp32, where the method has one."""
-        adapter = self.adapter()
+        adapter = self.adapter(model)
         if adapter is None:
             return model
         from peft import get_peft_model

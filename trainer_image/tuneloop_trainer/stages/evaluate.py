@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from tuneloop_trainer import bases, hardware, models
-from tuneloop_trainer.chat import stop_ids
+from tuneloop_trainer.chat import Formatter, stop_ids
 from tuneloop_trainer.contract import (
     HELD_OUT_METRICS,
     Artifact,
@@ -35,6 +35,7 @@ from tuneloop_trainer.results import RESULT_FILE, sentence, write_result
 from tuneloop_trainer.stages.outputs import evaluation_key, require_stage, stage_folder, told_again
 from tuneloop_trainer.stages.package import published
 from tuneloop_trainer.stages.prepare import SUITES
+from tuneloop_trainer.stages.vocabulary import trained_base
 
 log = logging.getLogger("tuneloop.evaluate")
 DTYPE: Final = "bfloat16"
@@ -53,18 +54,48 @@ def evaluate(config: RunConfig, progress: ProgressWriter) -> StageResult:
     manifest, prepared = require_stage(config, Stage.PREPARE)
     base = bases.require_prepared(config, manifest)
     objective = objective_of(config, stage_folder(config, Stage.PREPARE))
-    tokenizer = models.load_tokenizer(base, config.base.uri)
-    formatter = objective.formatter(base, tokenizer)
+    trained, compared = trained_base(config, manifest), tokenizer_of_baseline(config, base)
+    tokenizer = models.load_tokenizer(trained, config.base.uri)
+    formatter = objective.formatter(trained, tokenizer)
+    by_bytes = not same_tokenizer(trained, compared)
     digests = prepared.prepare.suite_digests if prepared.prepare else {}
-    folder = stage_folder(config, Stage.PREPARE) / SUITES
-    suites = {suite.name: prepare_suite(config, objective, suite, digests[suite.name], folder, formatter) for suite in suites_of(config)}
+    suites = prepare_suites(config, objective, digests, formatter, by_bytes)
+    others = suites
+    if by_bytes:
+        others = prepare_suites(
+            config, objective, digests, objective.formatter(compared, models.load_tokenizer(compared, "baseline")), True
+        )
 
     model = load_artifact(objective, candidate, base, config.base.uri)
     scores = {name: suite.score(model, progress, "candidate") for name, suite in suites.items()}
-    answers = answer_freely(model, suites, formatter, stop_ids(base, tokenizer), progress) if objective.answers else {}
+    answers = answer_freely(model, suites, formatter, stop_ids(trained, tokenizer), progress) if objective.answers else {}
     del model
-    baseline = score_baseline(config, objective, base, str(manifest.metadata["base_digest"]), suites, progress)
+    baseline = score_baseline(config, objective, base, str(manifest.metadata["base_digest"]), others, progress)
     return conclude(config, candidate, suites, scores, baseline, answers)
+
+
+def prepare_suites(
+    config: RunConfig, objective: Objective, digests: dict[str, str], formatter: Formatter, by_bytes: bool
+) -> dict[str, PreparedSuite]:
+    folder = stage_folder(config, Stage.PREPARE) / SUITES
+    return {
+        suite.name: prepare_suite(config, objective, suite, digests[suite.name], folder, formatter, by_bytes) for suite in suites_of(config)
+    }
+
+
+def tokenizer_of_baseline(config: RunConfig, base: Path) -> Path:
+    """The folder with the baseline's tokenizer: whole models bring their own."""
+    pinned = config.evaluation.baseline.artifact
+    if pinned is None or pinned.format == "Adapter":
+        return base
+    own = Path(pinned.path)
+    return own if (own / "tokenizer_config.json").is_file() else base
+
+
+def same_tokenizer(one: Path, other: Path) -> bool:
+    """Whether two models cut texts alike: they were made from the same tokenizer, byte for byte."""
+    files = [folder / "tokenizer.json" for folder in (one, other)]
+    return one == other or not all(file.is_file() for file in files) or sha256_file(files[0]) == sha256_file(files[1])
 
 
 def score_baseline(

@@ -6,7 +6,6 @@ import json
 import shutil
 from pathlib import Path
 
-from tuneloop_trainer import bases
 from tuneloop_trainer.card import base_licence, model_card
 from tuneloop_trainer.contract import ExitCode, Manifest, PackageSummary, RunConfig, Stage, StageResult
 from tuneloop_trainer.errors import StageError
@@ -15,6 +14,7 @@ from tuneloop_trainer.objectives import objective_of
 from tuneloop_trainer.progress import ProgressWriter
 from tuneloop_trainer.results import RESULT_FILE, read_result
 from tuneloop_trainer.stages.outputs import require_stage, run_key, stage_folder
+from tuneloop_trainer.stages.vocabulary import trained_base
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -41,7 +41,7 @@ def package(config: RunConfig, progress: ProgressWriter) -> StageResult:
         raise StageError("The results of prepare and train have no summaries.")
     if trained_manifest.metadata.get("run_key") != run_key(config):
         raise StageError("The output of train was made for another configuration of this run.")
-    base = bases.require_prepared(config, prepared_manifest)
+    base = trained_base(config, prepared_manifest)
     with staging(target) as folder:
         progress.phase("Packaging")
         if config.output_format == "Adapter":

@@ -34,6 +34,7 @@ from tuneloop_trainer.progress import ProgressWriter
 from tuneloop_trainer.results import RESULT_FILE, write_result
 from tuneloop_trainer.shapes import read_shape
 from tuneloop_trainer.stages.outputs import run_key, stage_folder, told_again
+from tuneloop_trainer.stages.vocabulary import Extended, describe, extend_vocabulary
 from tuneloop_trainer.training.arguments import parse_arguments
 
 log = logging.getLogger("tuneloop.prepare")
@@ -51,7 +52,6 @@ class Gathered:
     validation: list[Record]
     suites: dict[str, list[Record]]
     digests: dict[str, str]
-    revisions: dict[str, str]
     rows_in: int
     drops: Counter[str]
     filters: Filters
@@ -64,6 +64,7 @@ class Observed:
     preflight: Preflight
     samples: Samples
     tokenizer: models.Tokenizer
+    extended: Extended | None
 
     def see(self, record: Record, tokens: Tokens) -> None:
         self.preflight.see(record, tokens.rows, tokens.whole)
@@ -80,7 +81,6 @@ def prepare(config: RunConfig, progress: ProgressWriter) -> StageResult:
     objective = objective_of(config)
     tokenizer = models.load_tokenizer(base, config.base.uri)
     formatter = objective.formatter(base, tokenizer)
-    observed = Observed(Preflight(config, read_vocabulary(base, tokenizer)), Samples(), tokenizer)
 
     progress.phase("ReadingData")
     with staging(stage_folder(config, Stage.PREPARE)) as folder, scratch(folder) as spool:
@@ -91,13 +91,21 @@ def prepare(config: RunConfig, progress: ProgressWriter) -> StageResult:
             )
             objective.look_at(gathered.train, [*gathered.validation, *chain.from_iterable(gathered.suites.values())])
             suites = snapshot_suites(config, gathered, folder / SUITES)
+            extended = None
+            if config.vocabulary is not None:
+                progress.phase("ExtendingVocabulary")
+                extended = extend_vocabulary(config, config.vocabulary, base, gathered.train, folder)
+            if extended is not None:
+                tokenizer, formatter = extended.tokenizer, objective.formatter(extended.folder, extended.tokenizer)
+            used = extended.folder if extended is not None else base
+            observed = Observed(Preflight(config, read_vocabulary(used, tokenizer)), Samples(), tokenizer, extended)
             summary = tokenize(config, objective, formatter, gathered, observed, folder, progress)
             objective.write_notes(folder)
             progress.phase("HashingModel")
             summary = summary.model_copy(
                 update={
                     "base_digest": bases.base_digest(base),
-                    "model": read_shape(base),
+                    "model": read_shape(used),
                     "base_revision": found.revision,
                     "suite_digests": suites,
                     "prompt_probe_sha256": _prompt_probe(config, formatter) if objective.answers else None,
@@ -127,21 +135,18 @@ def gather(config: RunConfig, objective: Objective, curating: curation.Curating,
     suites = read_suites(config, objective, work)
     curating.guard(chain.from_iterable(suites.values()))
     digests: dict[str, str] = {}
-    revisions: dict[str, str] = {}
     rows_in = 0
     for index, source in enumerate(config.train):
         reader = RowReader(source, f"data.train[{index}]", objective.shape, work)
         curating.add(reader.records())
         digests[source.uri] = reader.reading.digest
-        if (revision := reader.reading.revision) is not None:
-            revisions[source.uri] = revision
         rows_in += reader.rows
         curating.drops.update(reader.drops.counts)
     train, validation = curating.divide(config.validation_fraction)
     refuse_if_empty(sum(map(len, train)), rows_in, curating.drops)
     if config.validation_fraction > 0 and not validation:
         raise Invalid("data.validation holds out whole documents, and the data has one document only. Set the column 'document'.")
-    return Gathered(train, objective.judged(validation), suites, digests, revisions, rows_in, curating.drops, curating.filters)
+    return Gathered(train, objective.judged(validation), suites, digests, rows_in, curating.drops, curating.filters)
 
 
 def read_suites(config: RunConfig, objective: Objective, work: Workplace) -> dict[str, list[Record]]:
@@ -206,7 +211,10 @@ def tokenize(
     training, counts = config.training, tokenizing.counts
     steps = schedule.total_steps(sum(sizes), training.epochs, training.max_steps, training.global_batch_size)
     warnings = observed.preflight.judge(counts, steps)
-    write_card(config, _card(config, gathered, tokenizing, sizes, warnings, observed.preflight.classes), observed, counts, folder)
+    vocabulary = describe(config, observed.extended)
+    warnings = [*vocabulary.warnings, *warnings]
+    card = _card(config, gathered, tokenizing, sizes, warnings, observed.preflight.classes) | {"vocabulary": vocabulary.card}
+    write_card(config, card, observed, counts, folder)
     return PrepareSummary(
         rows_in=gathered.rows_in,
         rows_kept=counts.rows,
@@ -219,9 +227,9 @@ def tokenize(
         max_steps=steps,
         base_digest="",
         dataset_digests=gathered.digests,
-        dataset_revisions=gathered.revisions,
         shards_digest=digest,
         longest_row=longest,
+        vocabulary=vocabulary.summary,
     )
 
 
@@ -247,13 +255,7 @@ def _card(
         "classes": dict(classes.most_common()) if classes is not None and len(classes) > 1 else {},
         "validation_rows": len(gathered.validation),
         "sources": [
-            {
-                "uri": source.uri,
-                "weight": source.weight,
-                "sha256": gathered.digests[source.uri],
-                "revision": gathered.revisions.get(source.uri),
-                "rows": rows,
-            }
+            {"uri": source.uri, "weight": source.weight, "sha256": gathered.digests[source.uri], "rows": rows}
             for source, rows in zip(config.train, sizes, strict=True)
         ],
         "rows_in": gathered.rows_in,

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from tuneloop_trainer import bases, hardware, models
+from tuneloop_trainer import hardware, models
 from tuneloop_trainer.contract import ExitCode, Reason, RunConfig, Stage, StageResult, TrainSummary
 from tuneloop_trainer.data.shards import read_table, shard_files
 from tuneloop_trainer.errors import Invalid, StageError
@@ -24,6 +24,7 @@ from tuneloop_trainer.progress import ProgressWriter
 from tuneloop_trainer.results import RESULT_FILE, write_result
 from tuneloop_trainer.stages.outputs import require_stage, run_key, stage_folder, told_again
 from tuneloop_trainer.stages.prepare import CARD
+from tuneloop_trainer.stages.vocabulary import trained_base
 from tuneloop_trainer.training.arguments import Settings, resolve, surroundings
 from tuneloop_trainer.training.checkpoints import Checkpoint, Checkpoints
 from tuneloop_trainer.training.plan import Plan, make_plan
@@ -54,7 +55,7 @@ def train(config: RunConfig, progress: ProgressWriter, interrupts: Interrupts) -
         return result
     progress.phase("LoadingData")
     manifest, prepared = require_stage(config, Stage.PREPARE)
-    base = bases.require_prepared(config, manifest)
+    base = trained_base(config, manifest)
     progress.phase("WaitingForPeers")
     world = join()
     progress.phase("LoadingModel")
@@ -92,6 +93,7 @@ def assemble(
     from transformers import PrinterCallback
 
     from tuneloop_trainer.training.callbacks import DecideCheckpoints, ReportProgress
+    from tuneloop_trainer.training.rows import first_steps
     from tuneloop_trainer.training.trainer import trainable_share
 
     hardware.use_threads(config.threads)
@@ -123,6 +125,9 @@ def assemble(
         trainer = objective.trainer(parts)
     except ValueError as error:
         raise Invalid(f"{config.base.uri} cannot be trained so: {error}", Reason.MODEL_NOT_FOUND) from error
+    if objective.new_tokens:
+        trainer.learn_rows_first(objective.new_tokens, first_steps(plan.max_steps))
+        settings = settings.beside("new_rows_first_steps", trainer.first_steps)
     log.info("trainable share of the weights: %.4f", trainable_share(trainer.model))
     trainer.remove_callback(PrinterCallback)
     spike_ratio = config.training.loss_spike_ratio

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,9 +56,16 @@ class Settings:
 
     values: dict[str, Any]
     origins: dict[str, Origin]
+    more: dict[str, Any] = field(default_factory=dict)
+    """What is no argument of the trainer's, and of the defaults."""
+
+    def beside(self, name: str, value: Any) -> Settings:
+        return replace(self, more=self.more | {name: value})
 
     def record(self) -> dict[str, dict[str, Any]]:
-        return {name: {"value": value, "from": self.origins[name]} for name, value in sorted(self.values.items())}
+        arguments = {name: {"value": value, "from": self.origins[name]} for name, value in self.values.items()}
+        more = {name: {"value": value, "from": "default"} for name, value in self.more.items()}
+        return dict(sorted((arguments | more).items()))
 
     def described(self) -> str:
         """On one line, for the log."""

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.utils.other import TrainableTokensWrapper
 from torch.utils.data import Sampler
 from transformers import Trainer
 
 from tuneloop_trainer.data.schedule import Order
 from tuneloop_trainer.training.checkpoints import FAREWELL_SECONDS, OUTAGE_SECONDS, Checkpoints, Saves
 from tuneloop_trainer.training.heads import select_positions
+from tuneloop_trainer.training.rows import NewRowsFirst, in_two_parts
 
 
 class OrderSampler(Sampler[int]):
@@ -41,9 +43,11 @@ class Resumable(Trainer):
         self.checkpoints = checkpoints
         self.saves = Saves()
         self.columns = columns
+        self.first_steps = 0
         self.best_step: int | None = None
         self._random_state_of: str | None = None
         super().__init__(*args, **kwargs)
+        _complete_token_wrappers(self.model)
         select_positions(self.model)
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
@@ -94,6 +98,19 @@ class Resumable(Trainer):
         if has_failed:
             raise OSError("another process could not write its part")
 
+    def learn_rows_first(self, tokens: Sequence[int], steps: int) -> None:
+        """For so many steps learn the rows of these tokens alone; what follows has a schedule of its own."""
+        self.first_steps = steps
+        self.add_callback(NewRowsFirst(self.model, tokens, steps))
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        scheduler = super().create_scheduler(num_training_steps - self.first_steps, optimizer)
+        if self.first_steps and hasattr(scheduler, "lr_lambdas"):
+            scheduler.lr_lambdas = in_two_parts(scheduler.lr_lambdas, self.first_steps)
+            for group, rate, base in zip(scheduler.optimizer.param_groups, scheduler.lr_lambdas, scheduler.base_lrs, strict=True):
+                group["lr"] = base * rate(0)
+        return scheduler
+
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Put off until the first step: the data loader draws a random number when it starts, which an undisturbed run
         did before its own first step, and dropout would differ from there on."""
@@ -112,6 +129,13 @@ class Resumable(Trainer):
         """Tokens of this attempt so far; TRL's trainers count them themselves."""
         counted = getattr(self, "_total_train_tokens", None)
         return int(self.state.num_input_tokens_seen if counted is None else counted)
+
+
+def _complete_token_wrappers(model: torch.nn.Module) -> None:
+    """peft's wrapper of single rows has a weight and no bias; TRL's head asks for both."""
+    for module in model.modules():
+        if isinstance(module, TrainableTokensWrapper):
+            module.bias = None
 
 
 def resumable(trainer: type[Any]) -> type[Any]:

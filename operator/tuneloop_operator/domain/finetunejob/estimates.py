@@ -56,6 +56,8 @@ class Workload:
     has_reference: bool = False
     """Whether a frozen copy of all weights stands beside those that are trained."""
     dora: bool = False
+    new_tokens: int = 0
+    """Rows of the embeddings that are trained beside an adapter."""
     predicts_tokens: bool = True
     """Whether the head is as wide as the vocabulary."""
 
@@ -70,7 +72,8 @@ class Workload:
 
 
 def trained_parameters(work: Workload) -> int:
-    """Full: all. LoRA: rank x (inputs + outputs) of every layer that it adapts."""
+    """Full: all. LoRA: rank x (inputs + outputs) of every layer that it adapts, and the rows of new
+    tokens in input and output."""
     shape = work.shape
     if work.method == "Full":
         return shape.parameters
@@ -79,7 +82,8 @@ def trained_parameters(work: Workload) -> int:
     sides = 2 * (hidden + query) + 2 * (hidden + key)
     if not work.only_attention:
         sides += 3 * (hidden + wide)
-    return shape.layers * (work.rank * sides + (_adapted_outputs(work) if work.dora else 0))
+    rows = 2 * work.new_tokens * hidden
+    return shape.layers * (work.rank * sides + (_adapted_outputs(work) if work.dora else 0)) + rows
 
 
 def peak_memory(work: Workload) -> int:
@@ -105,11 +109,13 @@ def flops_per_token(work: Workload) -> float:
 
 
 def disk(work: Workload, keep: int, tokens: int, merged: bool) -> int:
-    """Bytes on the store: the checkpoints that are kept and the one being written, the artifact, the tokenised rows."""
+    """Bytes on the store: the checkpoints that are kept and the one being written, the artifact, the tokenised rows, and
+    a base with new tokens."""
     trained = trained_parameters(work)
     checkpoint = trained * (4 + _optimizer_bytes(work))
     artifact = 2 * work.shape.parameters if merged else 4 * trained
-    return (keep + 1) * checkpoint + artifact + 9 * tokens
+    extended = 2 * work.shape.parameters if work.new_tokens else 0
+    return (keep + 1) * checkpoint + artifact + extended + 9 * tokens
 
 
 # --- parts --------------------------------------------------------------------
@@ -128,7 +134,14 @@ def _static(work: Workload) -> int:
         gradients = 4 * trained if work.accumulation > 1 else 0
         return 4 * shape.parameters + moments + gradients + casts + _reference(work)
     weights = shape.parameters * (2 if work.precision == "BF16" else 4)
-    return weights + 4 * trained + moments + 4 * trained + casts
+    return weights + 4 * trained + moments + 4 * trained + casts + _copies_for_rows(work)
+
+
+def _copies_for_rows(work: Workload) -> int:
+    """peft writes trained rows into a copy of the matrix: one for the input, one for the head, and the gradient of one of them."""
+    if not work.new_tokens or work.method != "LoRA":
+        return 0
+    return 3 * (2 if work.precision == "BF16" else 4) * work.shape.vocabulary * work.shape.hidden_size
 
 
 def _end_of_backward(work: Workload) -> int:

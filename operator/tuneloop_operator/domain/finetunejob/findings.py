@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime, timedelta
+from typing import Any
 
 from tuneloop_operator.api.finetunejob import (
     ArtifactStatus,
@@ -54,8 +55,18 @@ def data_status(summary: PrepareSummary, result: StageResult) -> DataStatus:
         validation_rows=summary.validation_rows,
         supervised_share=f"{min(max(summary.supervised_share, 0.0), 1.0):.4f}",
         warnings=tuple(warning[:160] for warning in summary.warnings[:8]),
+        **_vocabulary(summary),
         report_uri=_report_uri(result),
     )
+
+
+def _vocabulary(summary: PrepareSummary) -> dict[str, Any]:
+    """What became of spec.vocabulary."""
+    told = summary.vocabulary
+    if told is None:
+        return {}
+    saved = 1 - told.sample_after / told.sample_before if told.sample_before > 0 else 0.0
+    return {"new_tokens": told.tokens, "shorter_by": f"{min(max(saved, 0.0), 1.0):.4f}"}
 
 
 def measured_estimate(estimate: Estimate, summary: TrainSummary) -> Estimate:
@@ -70,7 +81,6 @@ def with_digests(resolved: Resolved, summary: PrepareSummary) -> Resolved:
         "base_revision": summary.base_revision[:64] if summary.base_revision is not None else None,
         "base_digest": summary.base_digest[:80],
         "dataset_digests": {uri[:512]: digest[:80] for uri, digest in sorted(summary.dataset_digests.items())[:16]},
-        "dataset_revisions": {uri[:512]: revision[:64] for uri, revision in sorted(summary.dataset_revisions.items())[:16]},
         "suite_digests": {suite[:63]: digest[:80] for suite, digest in sorted(summary.suite_digests.items())[:MAX_SUITES]},
         "prompt_probe": summary.prompt_probe_sha256[:80] if summary.prompt_probe_sha256 is not None else None,
     }

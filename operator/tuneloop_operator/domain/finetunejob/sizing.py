@@ -38,6 +38,7 @@ class Facts:
     """Of all rows."""
     rows: int
     max_steps: int
+    new_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,10 @@ def facts_of(summary: PrepareSummary) -> Facts | None:
     """None where the model's shape is not known."""
     if summary.model is None or not summary.longest_row:
         return None
-    return Facts(summary.model, summary.longest_row, summary.supervised_share, summary.tokens, summary.rows_kept, summary.max_steps)
+    new_tokens = summary.vocabulary.tokens if summary.vocabulary is not None else 0
+    return Facts(
+        summary.model, summary.longest_row, summary.supervised_share, summary.tokens, summary.rows_kept, summary.max_steps, new_tokens
+    )
 
 
 def size(job: FineTuneJob, config: RunConfig, facts: Facts, settings: Settings) -> Sizing | None:
@@ -95,6 +99,7 @@ def _workload(job: FineTuneJob, config: RunConfig, facts: Facts) -> Workload:
         optimizer=extra.get("optim", "adamw_torch"),
         has_reference=method.type == "Full" and config.objective in WITH_REFERENCE,
         dora=method.lora is not None and method.lora.dora,
+        new_tokens=facts.new_tokens,
         predicts_tokens=config.objective not in WITHOUT_TOKENS,
     )
 
