@@ -96,12 +96,21 @@ chart: tools ## lint the chart and package it into build/
 	helm package charts/tuneloop -d build
 
 .PHONY: bench
-bench: bench-operator bench-gateway bench-estimate bench-drift ## all benchmarks
+bench: bench-operator bench-start bench-gateway bench-estimate bench-training bench-drift ## all benchmarks
 
 .PHONY: bench-operator
 bench-operator: venv control-plane-up ## objects a second, memory, writes when idle and after a restart
 	@export PATH="$$($(KUBE) bin):$$PATH"
 	$(PY) -m bench.operator
+
+.PHONY: bench-start
+bench-start: venv control-plane-up ## what the operator adds between kubectl apply and the first training step
+	@export PATH="$$($(KUBE) bin):$$PATH"
+	$(PY) -m bench.start
+
+.PHONY: bench-training
+bench-training: venv ## training speed beside TRL, LLaMA-Factory, axolotl and KAITO; about 15 minutes
+	@$(PY) -m bench.training
 
 .PHONY: bench-estimate
 bench-estimate: venv ## how far the memory estimate is from what training takes
