@@ -140,6 +140,8 @@ MODEL_VERSION: Manifest = {
                     "baselineAccuracy": "0.6",
                     "macroF1": "0.9",
                     "majorityRate": "0.5",
+                    "reward": "0.8",
+                    "baselineReward": "0.6",
                     "parseRate": "1",
                     "loss": "0.3",
                 }
@@ -279,6 +281,24 @@ TEXTS = changed(
     "spec.vocabulary",
     {"fromCorpus": {"minCount": 50, "minFertility": 4, "maxTokens": 100}, "initialization": "SubtokenMean"},
 )
+WRITING: Manifest = {"numGenerations": 4, "maxCompletionLength": 64, "temperature": "0.9", "beta": "0.01"}
+REWARDS: list[Manifest] = [
+    {"type": "ExactMatch", "exactMatch": {"match": "Contains"}, "weight": "2"},
+    {"type": "EntryPoint", "entryPoint": {"name": "brief", "settings": {"characters": "60"}, "timeoutSeconds": 5}, "weight": "1"},
+    {"type": "Model", "model": {"uri": "pvc://models/judge", "manifestDigest": DIGEST}, "weight": "0.5"},
+]
+PROMPTS = of_objective(
+    {"type": "GRPO", "grpo": WRITING | {"rewards": REWARDS}},
+    {"prompt": "q", "completion": "a"},
+    {"prompt": "{{ q }}"},
+    [suite("questions", "Reward"), {"name": "split", "type": "Validation", "metrics": ["Reward"]}],
+    {"suite": "questions", "metric": "Reward", "rule": "Superior"},
+)
+for field in ("earlyStopping", "lossSpikeRatio"):
+    del PROMPTS["spec"]["training"][field]
+LEFT_OUT = changed(PROMPTS, "spec.objective", {"type": "RLOO", "rloo": WRITING | {"rewards": REWARDS}})
 OWN = changed(FINE_TUNE_JOB, "spec.objective", {"type": "Custom", "custom": {"name": "mine", "settings": {"strict": "yes"}}})
-FULL = (FINE_TUNE_JOB, OWN, PREFERENCES, JUDGEMENTS, CLASSES, TEXTS, MODEL_VERSION, MODEL_DEPLOYMENT, WITH_DATABASE_SECRET)
+FULL = (
+    FINE_TUNE_JOB, OWN, PREFERENCES, JUDGEMENTS, CLASSES, TEXTS, PROMPTS, LEFT_OUT, MODEL_VERSION, MODEL_DEPLOYMENT, WITH_DATABASE_SECRET
+)  # fmt: skip
 PLURALS = {"FineTuneJob": "finetunejobs", "ModelVersion": "modelversions", "ModelDeployment": "modeldeployments"}

@@ -16,14 +16,19 @@ import yaml
 from tests.cluster.harness import MERGE, ROOT, Api, ApiAnswer, wait_for
 from tests.cluster.manifests import (
     CLASSES,
+    DIGEST,
     FINE_TUNE_JOB,
     FULL,
     JUDGEMENTS,
+    LEFT_OUT,
     MODEL_DEPLOYMENT,
     MODEL_VERSION,
     PLURALS,
     PREFERENCES,
+    PROMPTS,
+    REWARDS,
     TEXTS,
+    WRITING,
     Manifest,
     changed,
 )
@@ -209,6 +214,44 @@ REFUSED: dict[str, list[Manifest]] = {
     "sequenceClassification may be set only with type: SequenceClassification.": [
         changed(TEXTS, "spec.objective.sequenceClassification", {}),
     ],
+    "grpo may be set only with type: GRPO.": [changed(LEFT_OUT, "spec.objective.grpo", WRITING | {"rewards": REWARDS})],
+    "rloo may be set only with type: RLOO.": [changed(PROMPTS, "spec.objective.rloo", WRITING | {"rewards": REWARDS})],
+    "type: GRPO needs grpo.rewards.": [changed(PROMPTS, "spec.objective", {"type": "GRPO"})],
+    "type: RLOO needs rloo.rewards.": [changed(PROMPTS, "spec.objective", {"type": "RLOO"})],
+    "exactMatch may be set only with type: ExactMatch.": [changed(PROMPTS, "spec.objective.grpo.rewards.1.exactMatch", {})],
+    "entryPoint must be set with type: EntryPoint, and only then.": [
+        changed(PROMPTS, "spec.objective.grpo.rewards.1.entryPoint", ...),
+        changed(PROMPTS, "spec.objective.grpo.rewards.0.entryPoint", {"name": "brief"}),
+    ],
+    "model must be set with type: Model, and only then.": [
+        changed(LEFT_OUT, "spec.objective.rloo.rewards.2.model", ...),
+        changed(PROMPTS, "spec.objective.grpo.rewards.0.model", {"uri": "pvc://models/judge", "manifestDigest": DIGEST}),
+    ],
+    "GRPO counts completions: training.globalBatchSize must be a multiple of objective.grpo.numGenerations.": [
+        changed(PROMPTS, "spec.training.globalBatchSize", 18),
+    ],
+    "RLOO counts completions: training.globalBatchSize must be a multiple of objective.rloo.numGenerations.": [
+        changed(LEFT_OUT, "spec.training.globalBatchSize", 18),
+    ],
+    "training.maxSequenceLength holds prompt and completion: it must be above objective.grpo.maxCompletionLength.": [
+        changed(PROMPTS, "spec.training.maxSequenceLength", 64),
+    ],
+    "training.maxSequenceLength holds prompt and completion: it must be above objective.rloo.maxCompletionLength.": [
+        changed(LEFT_OUT, "spec.training.maxSequenceLength", 64),
+    ],
+    "the loss of GRPO and RLOO says nothing: training.lossSpikeRatio and training.earlyStopping cannot be set.": [
+        changed(PROMPTS, "spec.training.lossSpikeRatio", "5"),
+        changed(LEFT_OUT, "spec.training.earlyStopping", {"patience": 3}),
+    ],
+    "GRPO and RLOO learn from what the model writes, and it writes no token that it never learned: vocabulary cannot be set.": [
+        changed(PROMPTS, "spec.vocabulary", {"fromCorpus": {}}),
+    ],
+    "the metric Reward is that of the rewards of GRPO and RLOO: another objective has none.": [
+        changed(FINE_TUNE_JOB, "spec.evaluation.suites.2.metrics", ["Reward"]),
+    ],
+    "the rows that GRPO and RLOO hold out are prompts: the metrics of a suite of type Validation must be [Reward].": [
+        changed(PROMPTS, "spec.evaluation.suites.1.metrics", ["Reward", "Loss"]),
+    ],
     "custom may be set only with type: Custom.": [changed(FINE_TUNE_JOB, "spec.objective.custom", {"name": "mine"})],
     "type: Custom needs custom.name.": [changed(FINE_TUNE_JOB, "spec.objective", {"type": "Custom"})],
     "Pretraining, SequenceClassification and RewardModel leave no adapter: output.format must be Merged.": [
@@ -217,9 +260,9 @@ REFUSED: dict[str, list[Manifest]] = {
     "feedback holds labels and corrections, which Pretraining, DPO, KTO and RewardModel do not learn from: set data.train.source.": [
         changed(manifest, "spec.data.train.0", {"feedback": {"deployment": "sentiment"}}) for manifest in (TEXTS, PREFERENCES, JUDGEMENTS)
     ],
-    "a template of SFT and KTO can render prompt and completion only.": [
+    "a template of SFT, KTO, GRPO and RLOO can render prompt and completion only.": [
         changed(manifest, f"spec.data.train.0.template.{text}", "x")
-        for manifest in (FINE_TUNE_JOB, JUDGEMENTS)
+        for manifest in (FINE_TUNE_JOB, JUDGEMENTS, PROMPTS)
         for text in ("chosen", "rejected", "text")
     ],
     "a template of DPO and RewardModel can render prompt, chosen and rejected only.": [
@@ -228,8 +271,8 @@ REFUSED: dict[str, list[Manifest]] = {
     "a template of Pretraining and SequenceClassification can render text only.": [
         changed(manifest, f"spec.data.train.0.template.{text}", "x") for manifest in (TEXTS, CLASSES) for text in ("prompt", "chosen")
     ],
-    "rows of SequenceClassification, DPO, KTO and RewardModel cannot be packed: training.packing must be false.": [
-        changed(manifest, "spec.training.packing", True) for manifest in (CLASSES, PREFERENCES, JUDGEMENTS)
+    "rows of SequenceClassification, DPO, KTO, RewardModel, GRPO and RLOO cannot be packed: training.packing must be false.": [
+        changed(manifest, "spec.training.packing", True) for manifest in (CLASSES, PREFERENCES, JUDGEMENTS, PROMPTS, LEFT_OUT)
     ],
     "KTO compares each row with another of its batch: training.globalBatchSize must be at least 2.": [
         changed(JUDGEMENTS, "spec.training.globalBatchSize", 1),

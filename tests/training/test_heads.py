@@ -138,3 +138,19 @@ def test_model_whose_logits_are_more_than_its_head_keeps_its_own_forward(model: 
     assert not has_plain_head(built)
     assert not select_positions(built)
     assert built.forward == before
+
+
+def test_completions_of_a_temperature_have_the_chances_that_trl_gives_them(base: Path) -> None:
+    from trl.trainer.utils import add_fused_lm_head
+
+    ids = torch.randint(3, 97, (2, 12), generator=torch.Generator().manual_seed(3))
+    labels = ids.masked_fill(torch.arange(12) < 5, IGNORED)
+    model = make_model(base, "Full").eval()
+    add_fused_lm_head(model, temperature=0.6, outputs=("log_probs", "entropy"))
+    with torch.no_grad():
+        theirs = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels, fused_lm_head=True)
+        assert select_positions(model, 0.6)
+        ours = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels, fused_lm_head=True)
+
+    torch.testing.assert_close(ours.log_probs[:, -7:], theirs.log_probs[:, -7:])
+    torch.testing.assert_close(ours.entropy[:, -7:], theirs.entropy[:, -7:])

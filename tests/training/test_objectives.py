@@ -25,7 +25,9 @@ from tuneloop_trainer.contract import (
     Custom,
     DataSource,
     Dpo,
+    EntryPoint,
     Evaluation,
+    ExactMatch,
     ExitCode,
     Gate,
     Kto,
@@ -33,7 +35,10 @@ from tuneloop_trainer.contract import (
     Method,
     ObjectiveType,
     Reason,
+    Reward,
+    Rollouts,
     RunConfig,
+    Scorer,
     Stage,
     Suite,
     Training,
@@ -44,7 +49,8 @@ from tuneloop_trainer.objectives.classification import SequenceClassification
 
 THINGS = ("day", "tea", "song", "film", "street", "letter", "garden", "answer", "morning", "story")
 OBJECTIVES: tuple[ObjectiveType, ...] = tuple(MODULES)  # type: ignore[arg-type]
-PLUGIN = Path(__file__).parents[2] / "examples" / "objectives" / "custom"
+PLUGINS = Path(__file__).parents[2] / "examples" / "objectives"
+ROLLING_OUT = ("GRPO", "RLOO")
 
 
 def row(objective: str, number: int) -> dict[str, object]:
@@ -72,6 +78,8 @@ def source(root: Path, objective: str, name: str, first: int, count: int) -> Dat
 
 # A rate at which the first ten steps are not the whole of what is learned.
 RATES = {"SequenceClassification": 2e-3, "RewardModel": 5e-3}
+BATCHES = {"GRPO": 32, "RLOO": 32}
+WRITING = {"num_generations": 8, "max_completion_length": 4, "beta": 0.001}
 SETTINGS: dict[str, dict[str, Any]] = {
     "SFT": {},
     "Pretraining": {},
@@ -79,11 +87,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "DPO": {"dpo": Dpo(beta=0.1)},
     "KTO": {"kto": Kto(beta=0.1)},
     "RewardModel": {},
+    "GRPO": {"rollouts": Rollouts(rewards=(Reward(exact_match=ExactMatch(match="Contains")),), **WRITING)},
+    "RLOO": {"rollouts": Rollouts(rewards=(Reward(exact_match=ExactMatch(match="Contains")),), **WRITING)},
 }
 
 
 def make_run(root: Path, base: Path, objective: ObjectiveType, steps: int = 24, seed: int = 42, **fields: Any) -> RunConfig:
     """A LoRA run over 80 rows, with a suite of 20 unseen ones."""
+    batch = BATCHES.get(objective, 8)
     metrics = HELD_OUT_METRICS[objective]
     rate = RATES.get(objective, 1e-2)
     suite = Suite(name="gate", type="Dataset", source=source(root, judged_as(objective), "gate", 1000, 20), metrics=metrics)
@@ -92,7 +103,13 @@ def make_run(root: Path, base: Path, objective: ObjectiveType, steps: int = 24, 
         "objective": objective,
         "method": Method(type="LoRA", lora=Lora(rank=8, alpha=16)),
         "training": Training(
-            max_steps=steps, global_batch_size=8, learning_rate=rate, max_sequence_length=48, warmup_steps=2, precision="FP32", seed=seed
+            max_steps=steps,
+            global_batch_size=batch,
+            learning_rate=rate,
+            max_sequence_length=48,
+            warmup_steps=2,
+            precision="FP32",
+            seed=seed,
         ),
         "checkpoint": Checkpoint(every_minutes=None, every_steps=10, keep=2),
         "evaluation": Evaluation(suites=(suite,), gates=(gate,)),
@@ -109,7 +126,8 @@ def judged_as(objective: str) -> str:
 
 def optimised(config: RunConfig) -> list[float]:
     """Per step what the objective improves, where less is better."""
-    name, sign = ("rewards/margins", -1) if config.objective in ("DPO", "KTO") else ("loss", 1)
+    names = {"DPO": "rewards/margins", "KTO": "rewards/margins", "GRPO": "reward", "RLOO": "reward"}
+    name, sign = (names[config.objective], -1) if config.objective in names else ("loss", 1)
     log = json.loads((Path(config.paths.work) / "train" / "final" / "log.json").read_text())
     return [sign * entry[name] for entry in log if name in entry]
 
@@ -156,9 +174,9 @@ def in_unit_tests(*fast: str) -> list[Any]:
     return [name if name in fast else pytest.param(name, marks=pytest.mark.long) for name in OBJECTIVES]
 
 
-@pytest.mark.parametrize("objective", in_unit_tests("DPO", "SequenceClassification"))
+@pytest.mark.parametrize("objective", in_unit_tests("DPO", "SequenceClassification", "GRPO"))
 def test_objective_improves_and_its_model_answers(objective: ObjectiveType, tmp_path: Path, base: Path) -> None:
-    config = make_run(tmp_path, base, objective)
+    config = make_run(tmp_path, base, objective, steps=32 if objective in ROLLING_OUT else 24)
 
     results = run_through(config)
 
@@ -184,10 +202,15 @@ def test_objective_improves_with_each_of_three_seeds(objective: ObjectiveType, m
         assert improvement(optimised(config)) > 3
 
 
-@pytest.mark.parametrize("objective", in_unit_tests("KTO"))
-def test_interrupted_run_of_any_objective_ends_bit_equal(objective: ObjectiveType, tmp_path: Path, base: Path) -> None:
+@pytest.mark.parametrize("objective", in_unit_tests("KTO", "RLOO"))
+def test_interrupted_run_of_any_objective_ends_bit_equal(
+    objective: ObjectiveType, tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     method = Method(type="LoRA", lora=Lora(rank=4, alpha=8, dropout=0.1))
     config = make_run(tmp_path, base, objective, steps=4, method=method)
+    if objective in ROLLING_OUT:  # a reward that the first completions differ in
+        install(tmp_path, monkeypatch, "reward", "brief")
+        config = replace(config, rollouts=Rollouts(rewards=(Reward(entry_point=EntryPoint(name="brief")),), **WRITING))
     assert run_stage(config, Stage.PREPARE).exit_code == ExitCode.DONE
     undisturbed = copy_work(config, tmp_path / "undisturbed")
     assert run_stage(undisturbed, Stage.TRAIN).exit_code == ExitCode.DONE
@@ -196,8 +219,10 @@ def test_interrupted_run_of_any_objective_ends_bit_equal(objective: ObjectiveTyp
     resumed = run_stage(config, Stage.TRAIN)
 
     assert (stopped.exit_code, stopped.train.step) == (ExitCode.INTERRUPTED, 2)
-    assert (resumed.exit_code, resumed.train.resumed_from_step, resumed.train.samples) == (ExitCode.DONE, 2, 32)
+    assert (resumed.exit_code, resumed.train.resumed_from_step) == (ExitCode.DONE, 2)
+    assert resumed.train.samples == 4 * config.training.global_batch_size
     assert losses(config) == losses(undisturbed)
+    assert len(set(losses(config))) > 2
     assert weights(config) == weights(undisturbed)
     assert (resumed.train.tokens_per_second or 0) > 0
 
@@ -216,7 +241,7 @@ def test_loss_that_is_no_number_stops_any_objective(objective: ObjectiveType, tm
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("objective", [name for name in OBJECTIVES if name != "SFT"])
+@pytest.mark.parametrize("objective", [name for name in OBJECTIVES if name not in ("SFT", *ROLLING_OUT)])
 def test_any_objective_stops_early(objective: ObjectiveType, tmp_path: Path, base: Path) -> None:
     config = make_run(tmp_path, base, objective, steps=20, validation_fraction=0.2, curation=Curation(decontaminate=False))
     training = config.training.model_copy(update={"early_stopping_patience": 2, "learning_rate": 1e-30})
@@ -341,18 +366,24 @@ def test_every_objective_has_a_module_and_defaults() -> None:
 # --- objectives of a derived image ---
 
 
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, example: str, module: str) -> Path:
+    """The example's package, as pip would install it into the image."""
+    site, folder = tmp_path / "site", PLUGINS / example
+    project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
+    about = site / f"{module}-{project['version']}.dist-info"
+    about.mkdir(parents=True)
+    lines = [f"[{group}]\n{name} = {target}" for group, points in project["entry-points"].items() for name, target in points.items()]
+    (about / "entry_points.txt").write_text("\n".join(lines))
+    (about / "METADATA").write_text(f"Name: {project['name']}\nVersion: {project['version']}\n")
+    shutil.copy(folder / f"{module}.py", site)
+    monkeypatch.syspath_prepend(str(site))
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    return site
+
+
 @pytest.fixture
 def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The example's package, as pip would install it into the image."""
-    site = tmp_path / "site"
-    (site / "dynamic_fine_tuning-1.0.0.dist-info").mkdir(parents=True)
-    project = tomllib.loads((PLUGIN / "pyproject.toml").read_text())["project"]
-    lines = [f"[{group}]\n{name} = {target}" for group, points in project["entry-points"].items() for name, target in points.items()]
-    (site / "dynamic_fine_tuning-1.0.0.dist-info" / "entry_points.txt").write_text("\n".join(lines))
-    (site / "dynamic_fine_tuning-1.0.0.dist-info" / "METADATA").write_text(f"Name: {project['name']}\nVersion: {project['version']}\n")
-    shutil.copy(PLUGIN / "dynamic_fine_tuning.py", site)
-    monkeypatch.syspath_prepend(str(site))
-    return site
+    return install(tmp_path, monkeypatch, "custom", "dynamic_fine_tuning")
 
 
 def make_custom(root: Path, base: Path, name: str = "dynamic-fine-tuning", **settings: str) -> RunConfig:
@@ -395,6 +426,96 @@ def test_objective_that_the_image_does_not_have_is_refused(
 
     assert (result.exit_code, result.reason) == (ExitCode.INVALID, Reason.DATA_INVALID)
     assert sentence in result.message
+
+
+# --- completions and their rewards ---
+
+
+def rewarded(root: Path, base: Path, *rewards: Reward, steps: int = 2, **fields: Any) -> RunConfig:
+    return make_run(root, base, "GRPO", steps=steps, rollouts=Rollouts(rewards=rewards, **(WRITING | fields)))
+
+
+def test_reward_of_a_derived_image_is_learned_and_gates(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(tmp_path, monkeypatch, "reward", "brief")
+    brief = Reward(entry_point=EntryPoint(name="brief", settings={"characters": "4"}), weight=2.0)
+    config = rewarded(tmp_path, base, brief, steps=24)
+
+    results = run_through(config)
+
+    assert improvement(optimised(config)) > 3
+    assert results[Stage.TRAIN].train.reward == pytest.approx(-optimised(config)[-1])
+    score = results[Stage.EVALUATE].evaluate
+    assert score.scores["gate"].reward > score.scores["gate"].baseline_reward
+    assert [gate.verdict for gate in score.gates] == ["Pass"]
+
+
+def test_reward_that_raises_ends_the_training_with_its_row(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = install(tmp_path, monkeypatch, "reward", "brief")
+    only_in_prepare = "def brief(completion, settings):\n    return {'positive': 1, 'negative': 1}[completion.text]\n"
+    (site / "brief.py").write_text(only_in_prepare)
+    config = rewarded(tmp_path, base, Reward(entry_point=EntryPoint(name="brief")))
+    assert run_stage(config, Stage.PREPARE).exit_code == ExitCode.DONE
+
+    result = run_stage(config, Stage.TRAIN)
+
+    assert (result.exit_code, result.reason) == (ExitCode.INVALID, Reason.REWARD_FAILED)
+    assert "Reward 'brief' raised KeyError" in result.message
+    assert "for row " in result.message
+    assert checkpoints(config) == []
+
+
+def test_reward_model_scores_completions_as_it_scores_answers(tmp_path: Path, base: Path) -> None:
+    from tuneloop_trainer import models
+    from tuneloop_trainer.evaluation import scoring
+    from tuneloop_trainer.rewards import Completion
+    from tuneloop_trainer.rewards.scorer import ModelReward
+
+    judge = make_run(tmp_path / "judge", base, "RewardModel", steps=4, evaluation=Evaluation())
+    for stage in (Stage.PREPARE, Stage.TRAIN):
+        assert run_stage(judge, stage).exit_code == ExitCode.DONE
+    package = run_stage(judge, Stage.PACKAGE).package
+    scorer = Scorer(uri="pvc://models/judge", path=package.path, manifest_digest=package.manifest_digest)
+    config = rewarded(tmp_path / "run", base, Reward(model=scorer))
+
+    results = run_through(config)
+
+    prepared = results[Stage.PREPARE].prepare
+    assert prepared.reward_bytes == (Path(package.path) / "model.safetensors").stat().st_size
+    formatter = objective_of(judge).formatter(base, models.load_tokenizer(base, "tiny"))
+    encoded = formatter.encode("rainy tea 1", "negative")
+    by_hand = scoring.head_outputs(
+        models.load_classifier(Path(package.path), "judge", "bfloat16", None), [encoded.prompt + encoded.completion], print
+    )
+    assert ModelReward(scorer, "Chat", 48).of([Completion("rainy tea 1", "negative", "", 1)]) == by_hand[0]
+    other = scorer.model_copy(update={"manifest_digest": "sha256:" + "0" * 64})
+    refused = run_stage(rewarded(tmp_path / "other", base, Reward(model=other)), Stage.PREPARE)
+    assert (refused.exit_code, refused.reason) == (ExitCode.INVALID, Reason.MODEL_NOT_FOUND)
+
+
+def test_prompts_without_answers_are_enough_where_no_reward_reads_one(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(tmp_path, monkeypatch, "reward", "brief")
+    prompts = [{"prompt": row("SFT", number)["prompt"]} for number in range(40)]
+    matching = rewarded(tmp_path / "match", base, Reward(exact_match=ExactMatch()))
+    brief = rewarded(tmp_path / "brief", base, Reward(entry_point=EntryPoint(name="brief")))
+    for config in (matching, brief):
+        write_jsonl(Path(config.train[0].path or ""), prompts)
+        write_jsonl(Path(config.paths.work).parent / "data" / "gate.jsonl", [{"prompt": "a new one"}, {"prompt": "another"}])
+
+    refused, kept = (run_stage(config, Stage.PREPARE) for config in (matching, brief))
+
+    assert "has no column 'completion'" in refused.message
+    assert (kept.exit_code, kept.prepare.rows_kept) == (ExitCode.DONE, 40)
+
+
+def test_prompt_that_leaves_no_room_for_its_completion_is_dropped(tmp_path: Path, base: Path) -> None:
+    config = rewarded(tmp_path, base, Reward(exact_match=ExactMatch()))
+    rows = [row("SFT", number) for number in range(40)]
+    write_jsonl(Path(config.train[0].path or ""), [*rows, {"prompt": "long " * 40, "completion": "positive"}])
+
+    prepared = run_stage(config, Stage.PREPARE).prepare
+
+    assert (prepared.rows_kept, prepared.truncated) == (40, 0)
+    assert prepared.longest_row <= 48, "prompt and completion together"
 
 
 def test_configuration_of_the_first_release_keeps_its_key() -> None:

@@ -40,6 +40,11 @@ class Formatter:
         """The chat template writes the date into every prompt, which is then another one each day."""
         return self._chat and "strftime_now" in str(self._tokenizer.chat_template)
 
+    @property
+    def stops(self) -> frozenset[int]:
+        """The tokens at which the engine stops."""
+        return self._stop_ids
+
     def prompt_text(self, prompt: str, system: str | None = None) -> str:
         if not self._chat:
             return prompt if system is None else f"{system}\n{prompt}"

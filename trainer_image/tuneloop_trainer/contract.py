@@ -86,6 +86,7 @@ class Reason(StrEnum):
     SOURCE_UNAVAILABLE = "SourceUnavailable"
     STORE_UNAVAILABLE = "StoreUnavailable"
     OUT_OF_MEMORY = "OutOfMemory"
+    REWARD_FAILED = "RewardFailed"
     NON_FINITE_LOSS = "NonFiniteLoss"
     LOSS_SPIKE = "LossSpike"
     STEP_STALLED = "StepStalled"
@@ -187,7 +188,7 @@ class Vocabulary(Model):
     """A new row begins as the mean of the rows of the tokens that its word was cut into."""
 
 
-ObjectiveType = Literal["SFT", "Pretraining", "SequenceClassification", "DPO", "KTO", "RewardModel", "Custom"]
+ObjectiveType = Literal["SFT", "Pretraining", "SequenceClassification", "DPO", "KTO", "RewardModel", "GRPO", "RLOO", "Custom"]
 
 
 class Dpo(Model):
@@ -199,6 +200,63 @@ class Kto(Model):
     beta: float = 0.1
     desirable_weight: float = 1.0
     undesirable_weight: float = 1.0
+
+
+class ExactMatch(Model):
+    """1 for a completion that says what the row's own completion says, else 0; case, white space and marks at the ends aside."""
+
+    match: Literal["Equals", "Contains"] = "Equals"
+
+
+class EntryPoint(Model):
+    """A function that the trainer image brings: its name in the entry points `tuneloop.rewards`, and what it is told."""
+
+    name: str
+    settings: dict[str, str] = {}
+    timeout_seconds: int = Field(default=10, ge=1)
+    """For one completion."""
+
+
+class Scorer(Model):
+    """A packaged reward model."""
+
+    uri: str
+    path: str
+    manifest_digest: str
+
+
+class Reward(Model):
+    """One of the rewards of a completion; exactly one of the three blocks is set."""
+
+    exact_match: ExactMatch | None = None
+    entry_point: EntryPoint | None = None
+    model: Scorer | None = None
+    weight: float = 1.0
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Reward:
+        if sum(block is not None for block in (self.exact_match, self.entry_point, self.model)) != 1:
+            raise ValueError("exactly one of exactMatch, entryPoint and model must be set")
+        return self
+
+    @property
+    def name(self) -> str:
+        if self.entry_point is not None:
+            return self.entry_point.name
+        return "ExactMatch" if self.model is None else "Model"
+
+
+class Rollouts(Model):
+    """How GRPO and RLOO have completions written and judge them."""
+
+    rewards: tuple[Reward, ...] = Field(min_length=1, max_length=4)
+    """A completion's reward is their sum by weight."""
+    num_generations: int = Field(default=8, ge=2)
+    """Completions of each prompt, compared with each other. A global batch is so many times fewer prompts."""
+    max_completion_length: int = Field(default=256, ge=1)
+    temperature: float = Field(default=1.0, gt=0)
+    beta: float = Field(default=0.0, ge=0)
+    """How close the model is held to its base; 0 needs no reference."""
 
 
 class Classification(Model):
@@ -237,19 +295,26 @@ DEFAULTS: dict[tuple[ObjectiveType, Literal["LoRA", "Full"]], Defaults] = {
     ("KTO", "Full"): Defaults(learning_rate=5e-7, warmup_share=0.1),
     ("RewardModel", "LoRA"): Defaults(learning_rate=1e-4, warmup_share=0.1),
     ("RewardModel", "Full"): Defaults(learning_rate=1e-5, warmup_share=0.1),
+    ("GRPO", "LoRA"): Defaults(learning_rate=1e-5, schedule="constant_with_warmup"),
+    ("GRPO", "Full"): Defaults(learning_rate=1e-6, schedule="constant_with_warmup"),
+    ("RLOO", "LoRA"): Defaults(learning_rate=1e-5, schedule="constant_with_warmup"),
+    ("RLOO", "Full"): Defaults(learning_rate=1e-6, schedule="constant_with_warmup"),
     ("Custom", "LoRA"): Defaults(learning_rate=2e-4),
     ("Custom", "Full"): Defaults(learning_rate=2e-5),
 }
 """The one table of defaults by objective and method; LoRA learns at about ten times the rate of all weights."""
 
 
-HELD_OUT_METRICS: dict[ObjectiveType, tuple[Literal["Accuracy", "MacroF1", "Loss", "Preference"], ...]] = {
+Metric = Literal["Accuracy", "MacroF1", "Loss", "Preference", "Reward"]
+HELD_OUT_METRICS: dict[ObjectiveType, tuple[Metric, ...]] = {
     "SFT": ("Loss",),
     "Pretraining": ("Loss",),
     "SequenceClassification": ("Accuracy", "MacroF1", "Loss"),
     "DPO": ("Preference",),
     "KTO": ("Loss",),
     "RewardModel": ("Preference",),
+    "GRPO": ("Reward",),
+    "RLOO": ("Reward",),
     "Custom": ("Loss",),
 }
 """What is measured on the validation split of a run that names no suite over it; its default gate tests the first."""
@@ -300,13 +365,14 @@ class Suite(Model):
     source: DataSource | None = None
     labels: tuple[str, ...] = ()
     """Completions that are scored by summed log-probability; empty: the distinct completions of the suite (at most 64)."""
-    metrics: tuple[Literal["Accuracy", "MacroF1", "Loss", "Preference"], ...]
-    """Preference: the share of items whose chosen answer the model finds likelier than the rejected one."""
+    metrics: tuple[Metric, ...]
+    """Preference: the share of items whose chosen answer the model finds likelier than the rejected one. Reward: the mean reward, by
+    the run's own rewards, of the model's most likely answers."""
 
 
 class Gate(Model):
     suite: str
-    metric: Literal["Accuracy", "Loss", "Preference"]
+    metric: Literal["Accuracy", "Loss", "Preference", "Reward"]
     rule: Literal["Superior", "NonInferior"]
     margin: float = 0.03
     alpha: float = 0.05
@@ -374,6 +440,8 @@ class RunConfig(Model):
     dpo: Dpo | None = None
     kto: Kto | None = None
     classification: Classification | None = None
+    rollouts: Rollouts | None = None
+    """Of GRPO and RLOO."""
     custom: Custom | None = None
     loss: Literal["CompletionOnly", "FullSequence"] = "CompletionOnly"
     prompt_format: Literal["Chat", "Text"] = "Chat"
@@ -414,6 +482,8 @@ class Progress(Model):
     percent: float = 0.0
     samples: int = 0
     loss: float | None = None
+    reward: float | None = None
+    """Mean reward of the last step's completions."""
     learning_rate: float | None = None
     gradient_norm: float | None = None
     tokens_per_second: float | None = None
@@ -508,7 +578,9 @@ class PrepareSummary(Model):
     """`tokens_digest` of the prompt that training makes of PROBE_TEXT. None where a gateway could not make the same of a text alone."""
     """sha256 of a rendered probe prompt (chat template of the tokenizer), to compare with what is served."""
     longest_row: int | None = None
-    """Tokens of the longest training row."""
+    """Tokens of the longest training row; with those that a completion may have, where the model writes it."""
+    reward_bytes: int = 0
+    """Weights of the reward models that stand beside the model."""
     model: ModelShape | None = None
     """None where the base model's config does not say."""
     vocabulary: VocabularySummary | None = None
@@ -519,6 +591,7 @@ class TrainSummary(Model):
     max_steps: int
     samples: int
     loss: float | None
+    reward: float | None = None
     validation_loss: float | None = None
     tokens_per_second: float | None = None
     seconds: float
@@ -566,6 +639,8 @@ class SuiteScore(Model):
     parse_rate: float | None = None
     """Share of free (greedy) answers that are one of the labels, on a sample of the items."""
     loss: float | None = None
+    reward: float | None = None
+    baseline_reward: float | None = None
     n: int
 
 

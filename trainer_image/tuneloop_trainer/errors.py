@@ -25,6 +25,12 @@ class Invalid(StageError):
     reason = Reason.DATA_INVALID
 
 
+class RewardFailed(Invalid):
+    """A reward raised, took too long, or is no number: whoever wrote it has to look."""
+
+    reason = Reason.REWARD_FAILED
+
+
 class OutOfMemory(StageError):
     exit_code = ExitCode.OUT_OF_MEMORY
     reason = Reason.OUT_OF_MEMORY

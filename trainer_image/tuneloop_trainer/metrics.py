@@ -13,6 +13,7 @@ GAUGES = {
     "tuneloop_trainer_progress_ratio": ("percent", "Share of the stage that is done, 0 to 1"),
     "tuneloop_trainer_samples": ("samples", "Rows trained on, or items scored"),
     "tuneloop_trainer_loss": ("loss", "Training loss of the last step, nats per token"),
+    "tuneloop_trainer_reward": ("reward", "Mean reward of the last step's completions"),
     "tuneloop_trainer_learning_rate": ("learning_rate", "Learning rate of the last step"),
     "tuneloop_trainer_gradient_norm": ("gradient_norm", "Gradient norm of the last step, before clipping"),
     "tuneloop_trainer_tokens_per_second": ("tokens_per_second", "Tokens trained on a second, padding left out"),

@@ -70,6 +70,7 @@ class JobReason(StrEnum):
     IMAGE_PULL_FAILED = "ImagePullFailed"
     DOES_NOT_FIT = "DoesNotFit"
     OUT_OF_MEMORY = "OutOfMemory"
+    REWARD_FAILED = "RewardFailed"
     NON_FINITE_LOSS = "NonFiniteLoss"
     LOSS_SPIKE = "LossSpike"
     STEP_STALLED = "StepStalled"

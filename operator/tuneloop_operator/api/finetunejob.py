@@ -250,9 +250,12 @@ class Suite(Model):
         default="Dataset", description="Dataset: own items. Validation: the rows that data.validation holds out."
     )
     dataset: SuiteDataset | None = Field(default=None, description="The items.")
-    metrics: Annotated[tuple[Literal["Accuracy", "MacroF1", "Loss", "Preference"], ...], Field(min_length=1, max_length=4)] = Field(
-        default=("Accuracy",),
-        description="What is measured. Preference: the share of items whose chosen answer is likelier than the rejected one.",
+    metrics: Annotated[tuple[Literal["Accuracy", "MacroF1", "Loss", "Preference", "Reward"], ...], Field(min_length=1, max_length=4)] = (
+        Field(
+            default=("Accuracy",),
+            description="What is measured. Preference: the share of items whose chosen answer is likelier than the rejected one. "
+            "Reward: the mean reward of the likeliest answers.",
+        )
     )
 
 
@@ -265,7 +268,7 @@ class Gate(Model):
     """A test that the candidate must pass against the baseline, on the same items."""
 
     suite: Name = Field(description="Name of a suite.")
-    metric: Literal["Accuracy", "Loss", "Preference"] = Field(default="Accuracy", description="What is compared.")
+    metric: Literal["Accuracy", "Loss", "Preference", "Reward"] = Field(default="Accuracy", description="What is compared.")
     rule: Literal["Superior", "NonInferior"] = Field(
         description="Superior: better than the baseline. NonInferior: worse by less than margin."
     )
@@ -483,6 +486,7 @@ class ProgressStatus(Model):
     percent: int = Field(default=0, description="Whole percent.")
     display: str = Field(default="", max_length=32, description="step/maxSteps, for the column.")
     loss: str | None = Field(default=None, max_length=16, description="Last training loss.")
+    reward: str | None = Field(default=None, max_length=16, description="Mean reward of the last step, where there are rewards.")
     tokens_per_second: str | None = Field(default=None, max_length=16, description="Training tokens a second.")
     estimated_completion_time: str | None = Field(default=None, max_length=32, description="To the minute.")
     updated_at: str | None = Field(default=None, max_length=32, description="When this was written.")
@@ -519,6 +523,8 @@ class ScoreStatus(Model):
     majority_rate: str | None = Field(default=None, max_length=16, description="Accuracy of always giving the most frequent label.")
     parse_rate: str | None = Field(default=None, max_length=16, description="Share of free answers that are a label.")
     loss: str | None = Field(default=None, max_length=16, description="The candidate's held-out loss.")
+    reward: str | None = Field(default=None, max_length=16, description="The candidate's mean reward.")
+    baseline_reward: str | None = Field(default=None, max_length=16, description="The baseline's mean reward.")
 
 
 class EvaluationStatus(Model):

@@ -8,15 +8,11 @@ from pydantic import ConfigDict, Field
 
 from tuneloop_operator.api.definitions import Column, Definition, condition, immutable
 from tuneloop_operator.api.finetunejob import EvaluationStatus
-from tuneloop_operator.api.types import Condition, Metadata, Model, Name, Source, keyed_by, rules, sentence
+from tuneloop_operator.api.types import Condition, Digest, Metadata, Model, Name, Source, keyed_by, rules, sentence
 
 KIND = "ModelVersion"
 PLURAL = "modelversions"
 SHORT_NAME = "mv"
-
-Digest = Annotated[
-    str, Field(pattern=r"^sha256:[0-9a-f]{64}$", max_length=80, json_schema_extra=sentence("must be sha256: and 64 hexadecimal digits."))
-]
 
 
 class Artifact(Model):

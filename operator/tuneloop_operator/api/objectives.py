@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
+from tuneloop_operator.api.rewards import GRPO, RLOO
 from tuneloop_operator.api.types import Model, Name, Positive, rules
 from tuneloop_trainer.contract import DEFAULTS, HELD_OUT_METRICS, ObjectiveType
 
@@ -46,8 +47,14 @@ TRAITS: dict[ObjectiveType, Traits] = {
         servable=False,
         feedback=False,
     ),
+    "GRPO": Traits(
+        "has completions written, and learns from those of a higher reward than the others", ("prompt", "completion"), block="grpo"
+    ),
+    "RLOO": Traits("as GRPO, each completion against the mean of the others", ("prompt", "completion"), block="rloo"),
     "Custom": Traits("is a class of a derived trainer image", ("prompt", "completion"), packs=True, block="custom"),
 }
+ROLLING_OUT = ["GRPO", "RLOO"]
+"""Objectives whose model writes the completions that it learns from."""
 TEMPLATES = ("prompt", "completion", "chosen", "rejected", "text")
 """Texts that a template may render."""
 
@@ -105,7 +112,12 @@ class Objective(Model):
     """What the training optimises."""
 
     model_config = ConfigDict(
-        json_schema_extra=rules(*_blocks(), ("self.type != 'Custom' || has(self.custom)", "type: Custom needs custom.name."))
+        json_schema_extra=rules(
+            *_blocks(),
+            ("self.type != 'Custom' || has(self.custom)", "type: Custom needs custom.name."),
+            ("self.type != 'GRPO' || has(self.grpo)", "type: GRPO needs grpo.rewards."),
+            ("self.type != 'RLOO' || has(self.rloo)", "type: RLOO needs rloo.rewards."),
+        )
     )
 
     type: ObjectiveType = Field(default="SFT", description=" ".join(f"{name}: {traits.meaning}." for name, traits in TRAITS.items()))
@@ -113,12 +125,14 @@ class Objective(Model):
     sequence_classification: SequenceClassification | None = Field(default=None, description="Settings of SequenceClassification.")
     dpo: DPO | None = Field(default=None, description="Settings of DPO.")
     kto: KTO | None = Field(default=None, description="Settings of KTO.")
+    grpo: GRPO | None = Field(default=None, description="Settings of GRPO.")
+    rloo: RLOO | None = Field(default=None, description="Settings of RLOO.")
     custom: Custom | None = Field(default=None, description="Which objective of the trainer image.")
 
 
 def spec_rules() -> tuple[tuple[str, str], ...]:
     """The rules between the objective and the rest of a FineTuneJob's spec."""
-    return (*_output_rules(), *_data_rules(), *_training_rules(), *_metric_rules())
+    return (*_output_rules(), *_data_rules(), *_training_rules(), *_rollout_rules(), *_metric_rules())
 
 
 def _only(names: list[str]) -> str:
@@ -170,11 +184,45 @@ def _training_rules() -> Iterator[tuple[str, str]]:
     )
 
 
+def _rollout_rules() -> Iterator[tuple[str, str]]:
+    for name in ROLLING_OUT:
+        field = name.lower()
+        block = f"self.objective.{field}"
+        yield (
+            f"!has({block}) || self.training.globalBatchSize % {block}.numGenerations == 0",
+            f"{name} counts completions: training.globalBatchSize must be a multiple of objective.{field}.numGenerations.",
+        )
+        yield (
+            f"!has({block}) || {block}.maxCompletionLength < self.training.maxSequenceLength",
+            f"training.maxSequenceLength holds prompt and completion: it must be above objective.{field}.maxCompletionLength.",
+        )
+    names = ROLLING_OUT
+    yield (
+        f"!({_in(names)}) || !(has(self.training.lossSpikeRatio) || has(self.training.earlyStopping))",
+        f"the loss of {_only(names)} says nothing: training.lossSpikeRatio and training.earlyStopping cannot be set.",
+    )
+    yield (
+        f"!({_in(names)}) || !has(self.vocabulary)",
+        f"{_only(names)} learn from what the model writes, and it writes no token that it never learned: vocabulary cannot be set.",
+    )
+
+
 def _metric_rules() -> Iterator[tuple[str, str]]:
     yield (
         "self.objective.type in ['DPO', 'RewardModel'] || !has(self.evaluation) || !has(self.evaluation.suites)"
         " || !self.evaluation.suites.exists(s, s.type == 'Validation' && 'Preference' in s.metrics)",
         "the rows that are held out have two answers with DPO and RewardModel only: the metric Preference needs a suite of type Dataset.",
+    )
+    names = ROLLING_OUT
+    yield (
+        f"{_in(names)} || !has(self.evaluation) || !has(self.evaluation.suites)"
+        " || !self.evaluation.suites.exists(s, 'Reward' in s.metrics)",
+        f"the metric Reward is that of the rewards of {_only(names)}: another objective has none.",
+    )
+    yield (
+        f"!({_in(names)}) || !has(self.evaluation) || !has(self.evaluation.suites)"
+        " || self.evaluation.suites.all(s, s.type != 'Validation' || s.metrics.all(m, m == 'Reward'))",
+        f"the rows that {_only(names)} hold out are prompts: the metrics of a suite of type Validation must be [Reward].",
     )
     yield (
         "self.objective.type != 'SequenceClassification' || !has(self.evaluation) || !has(self.evaluation.suites)"

@@ -90,6 +90,11 @@ SOURCE_RULES = rules(
 )
 
 
+Digest = Annotated[
+    str, Field(pattern=r"^sha256:[0-9a-f]{64}$", max_length=80, json_schema_extra=sentence("must be sha256: and 64 hexadecimal digits."))
+]
+
+
 class Source(Model):
     """Where bytes are read: a path on a claim, or a repository of the Hugging Face hub."""
 

@@ -11,6 +11,7 @@ from tuneloop_operator.api.objectives import DPO, KTO, SFT, Objective, SequenceC
 from tuneloop_operator.api.rowsources import BUCKET, RowSource
 from tuneloop_operator.api.types import Source
 from tuneloop_operator.render import names
+from tuneloop_operator.render.rewards import rollouts
 from tuneloop_trainer import contract
 
 PUSH_PATH = "/etc/tuneloop/push"
@@ -111,6 +112,8 @@ def _objective(asked: Objective) -> dict[str, Any]:
         case "SequenceClassification":
             classes = asked.sequence_classification or SequenceClassification()
             parts["classification"] = contract.Classification(labels=classes.labels, class_weights=classes.class_weights)
+        case "GRPO" | "RLOO":
+            parts["rollouts"] = rollouts(asked)
         case "Custom" if asked.custom is not None:
             parts["custom"] = contract.Custom(name=asked.custom.name, settings=dict(asked.custom.settings))
     return parts

@@ -242,11 +242,14 @@ def store_claim(job: FineTuneJob) -> str:
 
 
 def read_claims(job: FineTuneJob, config: RunConfig, stage: Stage) -> list[str]:
-    """Claims that the stage only reads: the base model in all stages, the data in prepare, the baseline in evaluate."""
+    """Claims that the stage only reads: the base model in all stages, reward models in all but package, the data in prepare, the
+    baseline in evaluate."""
     uris = [job.spec.base_model.uri]
     if stage is Stage.PREPARE:
         uris += [source.uri for source in config.train]
         uris += [suite.source.uri for suite in config.evaluation.suites if suite.source is not None]
+    if stage is not Stage.PACKAGE and config.rollouts is not None:
+        uris += [reward.model.uri for reward in config.rollouts.rewards if reward.model is not None]
     if stage is Stage.EVALUATE:
         uris += _baseline_uris(config)
     return _claims(uris)

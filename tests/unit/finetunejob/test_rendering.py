@@ -17,7 +17,21 @@ from tests.unit.finetunejob.builders import SETTINGS, World, evaluated, make_job
 from tuneloop_operator.api.finetunejob import FineTuneJobSpec, Resolved
 from tuneloop_operator.render import names, training
 from tuneloop_operator.render.run_config import run_config
-from tuneloop_trainer.contract import Classification, Custom, Dpo, Kto, Lora, RunConfig, Stage, Vocabulary
+from tuneloop_trainer.contract import (
+    Classification,
+    Custom,
+    Dpo,
+    EntryPoint,
+    ExactMatch,
+    Kto,
+    Lora,
+    Reward,
+    Rollouts,
+    RunConfig,
+    Scorer,
+    Stage,
+    Vocabulary,
+)
 from tuneloop_trainer.stages.evaluate import gates_of
 
 ROOT = Path(__file__).parents[3]
@@ -231,6 +245,15 @@ def test_every_example_of_an_objective_is_rendered(path: Path) -> None:
     assert config.evaluation.gates, "the model is judged by rows that are held out"
 
 
+@pytest.mark.parametrize("name", ["custom", "reward"])
+def test_every_example_of_an_extension_is_rendered(name: str) -> None:
+    folder = ROOT / "examples" / "objectives" / name
+    config = run_config(make_job(yaml.safe_load((folder / "finetunejob.yaml").read_text())["spec"]), Resolved())
+    asked = [reward.entry_point.name for reward in config.rollouts.rewards if reward.entry_point] if config.rollouts else []
+    brought = (folder / "pyproject.toml").read_text()
+    assert all(f"\n{point} = " in brought for point in [*asked, *([config.custom.name] if config.custom else [])])
+
+
 METHODS: dict[str, Callable[[RunConfig], object]] = {
     "dora": lambda config: config.method.lora is not None and config.method.lora.dora,
     "vocabulary": lambda config: config.vocabulary == Vocabulary() and config.output_format == "Merged",
@@ -248,6 +271,31 @@ def test_dora_is_merged_where_nothing_is_said() -> None:
     method = {"type": "LoRA", "lora": {"rank": 4, "dora": True}}
     config = run_config(make_job(make_spec(method=method)), Resolved())
     assert (config.method.lora, config.output_format) == (Lora(rank=4, alpha=32, dora=True), "Merged")
+
+
+def test_rewards_reach_the_trainer_and_their_models_are_mounted() -> None:
+    judge = {"uri": "pvc://judges/models/judge", "manifestDigest": "sha256:" + "1" * 64}
+    rewards = [
+        {"type": "ExactMatch"},
+        {"type": "EntryPoint", "entryPoint": {"name": "brief", "settings": {"a": "b"}, "timeoutSeconds": 3}, "weight": "0.5"},
+        {"type": "Model", "model": judge},
+    ]
+    job = make_job(make_spec(objective={"type": "RLOO", "rloo": {"rewards": rewards, "temperature": "0.9"}}, evaluation={}))
+    config = run_config(job, Resolved())
+
+    assert config.rollouts == Rollouts(
+        rewards=(
+            Reward(exact_match=ExactMatch()),
+            Reward(entry_point=EntryPoint(name="brief", settings={"a": "b"}, timeout_seconds=3), weight=0.5),
+            Reward(model=Scorer(uri=judge["uri"], path=names.pvc_path(judge["uri"]), manifest_digest=judge["manifestDigest"])),
+        ),
+        num_generations=4,
+        max_completion_length=256,
+        temperature=0.9,
+        beta=0.05,
+    )
+    mounted = {stage for stage in Stage if "judges" in training.read_claims(job, config, stage)}
+    assert mounted == {Stage.PREPARE, Stage.TRAIN, Stage.EVALUATE}
 
 
 def test_settings_of_an_objective_reach_the_trainer() -> None:

@@ -279,3 +279,36 @@ def test_an_objective_that_needs_two_rows_gets_two() -> None:
     estimate = world.job.status.estimate
     assert estimate is not None
     assert estimate.micro_batch_size == 2
+
+
+WRITES = {"rewards": [{"type": "ExactMatch"}], "numGenerations": 4, "maxCompletionLength": 256}
+
+
+def test_completions_that_the_model_writes_cost_memory_for_the_whole_batch_and_time() -> None:
+    shorter = {"type": "GRPO", "grpo": WRITES | {"maxCompletionLength": 64}}
+    longer = {"type": "GRPO", "grpo": WRITES}
+    worlds = [after_prepare(make_world(objective=objective, evaluation={}), longest=512) for objective in (shorter, longer)]
+    brief, long = (world.job.status.estimate for world in worlds)
+    assert brief is not None
+    assert long is not None
+    assert float(brief.hours_to or 0) < float(long.hours_to or 0)
+    cache = 16 * 512 * 2 * 2 * SMOL.layers * SMOL.key_value_heads * SMOL.head_size
+    writing = replace(CPU_LORA, shape=LLAMA, completion=256, accumulation=512, longest=2048, device="cuda")
+    assert estimates.peak_memory(replace(writing, shape=SMOL, accumulation=16, longest=512)) >= cache
+    assert estimates.peak_memory(writing) > 100 << 30, "512 completions' keys and values do not fit beside the weights"
+    assert estimates.peak_memory(writing) - estimates.peak_memory(replace(writing, accumulation=256)) == pytest.approx(
+        256 * (2048 * 2 * 2 * LLAMA.layers * LLAMA.key_value_heads * LLAMA.head_size + 16 * LLAMA.vocabulary), rel=1e-3
+    )
+
+
+def test_a_reward_model_stands_beside_the_model() -> None:
+    judged = replace(CPU_LORA, reward_bytes=300 * MIB)
+    assert estimates.peak_memory(judged) - estimates.peak_memory(CPU_LORA) == 300 * MIB
+    full = {"method": {"type": "Full"}, "evaluation": {}}
+    held, free = (
+        after_prepare(make_world(objective={"type": "GRPO", "grpo": WRITES | {"beta": beta}}, **full)).job.status.estimate
+        for beta in ("0.04", "0")
+    )
+    assert held is not None
+    assert free is not None
+    assert held.peak_memory_bytes - free.peak_memory_bytes == 2 * SMOL.parameters, "beta needs the base beside the weights"

@@ -76,6 +76,17 @@ def test_preference_gate_wants_more_of_the_chosen_answers(paired: Paired, verdic
     assert result.discordant == 80
 
 
+@pytest.mark.parametrize(("gain", "verdict"), [(0.1, "Pass"), (-0.1, "Fail")])
+def test_reward_gate(gain: float, verdict: str) -> None:
+    losses = make_losses(gain, 0.3)
+    rewards = Paired(-losses.candidate, -losses.baseline, np.ones(losses.n), losses.documents)
+
+    result, _ = decide(Gate(suite="s", metric="Reward", rule="Superior"), rewards, promotions=5, seed=1)
+
+    assert result.verdict == verdict
+    assert result.difference == pytest.approx(gain, abs=0.05), "more is better"
+
+
 def test_level_is_shared_by_the_promotions_of_a_suite() -> None:
     paired = make_paired(40, 22, 320, 18)
 

@@ -42,7 +42,8 @@ def suite(count: int, labels: tuple[str, ...] = (), limit: int = 100, **item: An
     tokens = [[[1, 2], [3, 2]] for _ in items] if labels else []
     kind = Suite(name="s", type="Validation", metrics=metrics)
     encoded = [Encoded([1, 2, 3], [4]) for _ in items]
-    return PreparedSuite(kind, "digest", items, encoded, labels, tokens, "hash", limit, sources(None, "q {{ text }}", "other"))
+    formatter: Any = Words()
+    return PreparedSuite(kind, "digest", items, encoded, labels, tokens, "hash", limit, sources(None, "q {{ text }}", "other"), formatter)
 
 
 def asked(one: PreparedSuite, answers: dict[int, Answer], scores: tuple[tuple[float, ...], ...] = ()) -> list[tuple[str, str, int]]:

@@ -35,7 +35,14 @@ MIN_STEPS, SHORT_RUN_STEPS = 50, 200
 MAX_WARMUP_SHARE = 0.2
 MAX_EPOCHS, SMALL_SET_ROWS = 3, 1_000
 MAX_LORA_BATCH = 64
-LEARNING_RATES = {"SFT": (1e-5, 5e-5), "Pretraining": (1e-5, 3e-4), "DPO": (5e-7, 1e-6), "KTO": (5e-7, 1e-6)}
+LEARNING_RATES = {
+    "SFT": (1e-5, 5e-5),
+    "Pretraining": (1e-5, 3e-4),
+    "DPO": (5e-7, 1e-6),
+    "KTO": (5e-7, 1e-6),
+    "GRPO": (5e-7, 5e-6),
+    "RLOO": (5e-7, 5e-6),
+}
 """Bands for all weights; an adapter learns at ten times the rate (Schulman et al. 2025, "LoRA Without Regret")."""
 LORA_FACTOR = 10
 SHORT_RUN_FACTOR = 2

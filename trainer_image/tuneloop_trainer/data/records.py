@@ -31,6 +31,8 @@ class Shape:
     completion: str
     rejected: str | None = None
     desirable: str | None = None
+    optional: bool = False
+    """Whether a row may do without its completion."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -40,6 +42,7 @@ class Shape:
 PROMPTED = Shape("prompt", "completion")
 PREFERRED = Shape("prompt", "chosen", rejected="rejected")
 JUDGED = Shape("prompt", "completion", desirable="desirable")
+ASKED = Shape("prompt", "completion", optional=True)
 LABELLED = Shape("text", "label")
 TEXT = Shape(None, "text")
 
@@ -102,7 +105,10 @@ class RowReader:
             self._templates = {name: RowTemplate(text) for name, text in asked.items()}
         except TemplateError as error:
             raise Invalid(f"The template of {where} is not valid Jinja: {error}. Set {where}.template.") from error
-        self._columns_read = {name for name in shape.names if name not in self._templates}
+        read = {name for name in shape.names if name not in self._templates}
+        # Where the spec names its column or a template for it, the completion is meant to be there.
+        self._spared = {shape.completion} & (read - source.columns.keys()) if shape.optional else set()
+        self._columns_read = read - self._spared
         for template in self._templates.values():
             self._columns_read |= template.variables
         self._input = self._templates.get(shape.prompt or shape.completion)
@@ -147,7 +153,7 @@ class RowReader:
 
     def _made(self, row: Row, context: dict[str, object], texts: dict[str, str]) -> Record | None:
         shape = self._shape
-        empty = next((name for name, text in texts.items() if not text.strip()), None)
+        empty = next((name for name, text in texts.items() if not text.strip() and name not in self._spared), None)
         if empty is not None:
             return self._drop("Empty", row, f"its {empty} is empty")
         long = next((name for name, text in texts.items() if len(text) > MAX_OUTPUT), None)
@@ -170,7 +176,7 @@ class RowReader:
 
     def _render(self, name: str, context: dict[str, object]) -> str:
         template = self._templates.get(name)
-        return (_text(context[name]) or "") if template is None else template.render(context)
+        return (_text(context.get(name)) or "") if template is None else template.render(context)
 
     def _drop(self, reason: str, row: Row, problem: str) -> Record | None:
         self.drops.add(reason, f"row {row.number}{f' ({row.file[:60]})' if row.file else ''}: {problem}")

@@ -24,15 +24,30 @@ SCHEMA = pa.schema(
         ("seq_lengths", pa.list_(pa.int32())),
         ("rejected_ids", pa.list_(pa.int32())),
         ("target", pa.int32()),
+        ("prompt", pa.string()),
+        ("reference", pa.string()),
+        ("row", pa.int32()),
+        ("system", pa.string()),
     ]
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A prompt as its author wrote it, the answer that the row has, and the row's number for messages."""
+
+    prompt: str
+    reference: str
+    row: int
+    system: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class TokenRow:
     """One row to train on; labels are -100 where there is no loss. `sequences` are the lengths of what is packed into it.
 
-    `rejected` is another completion of the same prompt, `target` a class or a judgement of the whole row."""
+    `rejected` is another completion of the same prompt, `target` a class or a judgement of the whole row. `task` is what a completion
+    that the model writes is judged by, `generated` how many tokens it may have."""
 
     input_ids: list[int]
     labels: list[int]
@@ -41,6 +56,8 @@ class TokenRow:
     sequences: tuple[int, ...] = ()
     rejected: list[int] | None = None
     target: int | None = None
+    task: Task | None = None
+    generated: int = 0
 
     @property
     def supervised(self) -> int:
@@ -52,7 +69,7 @@ class TokenRow:
     @property
     def length(self) -> int:
         """Tokens that a step computes for the row: a preference goes through the model with either answer."""
-        return len(self.input_ids) + (0 if self.rejected is None else self.prompt_length + len(self.rejected))
+        return len(self.input_ids) + self.generated + (0 if self.rejected is None else self.prompt_length + len(self.rejected))
 
 
 def write_shards(folder: Path, name: str, rows: Iterable[TokenRow]) -> str:
@@ -93,6 +110,8 @@ def _hash(row: TokenRow, digest: Any) -> None:  # Any: hashlib's own type is pri
     digest.update(array("i", row.labels))
     for more in ([] if row.rejected is None else row.rejected, [] if row.target is None else [row.target]):
         digest.update(array("i", more))
+    if row.task is not None:
+        digest.update(f"{row.task.prompt}\0{row.task.reference}\0".encode())
 
 
 def _batch(rows: Sequence[TokenRow]) -> pa.RecordBatch:
@@ -105,6 +124,10 @@ def _batch(rows: Sequence[TokenRow]) -> pa.RecordBatch:
         "seq_lengths": [row.sequences or (len(row.input_ids),) for row in rows],
         "rejected_ids": [row.rejected for row in rows],
         "target": [row.target for row in rows],
+        "prompt": [row.task and row.task.prompt for row in rows],
+        "reference": [row.task and row.task.reference for row in rows],
+        "row": [row.task and row.task.row for row in rows],
+        "system": [row.task and row.task.system for row in rows],
     }
     return pa.RecordBatch.from_pydict(columns, schema=SCHEMA)
 

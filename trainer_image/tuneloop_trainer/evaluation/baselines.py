@@ -24,6 +24,8 @@ class SuiteScores(BaseModel):
     """Per item the summed log-probability of each label."""
     losses: tuple[tuple[float, int], ...] = ()
     """Per item the summed negative log-probability of its completion, and its tokens."""
+    rewards: tuple[float, ...] = ()
+    """Per item the reward of the most likely answer."""
 
     def chosen(self) -> list[int]:
         """Per item the label with the highest score; the first of equals."""

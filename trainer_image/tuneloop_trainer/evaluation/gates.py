@@ -53,10 +53,12 @@ class Finding:
 def decide(gate: Gate, paired: Paired, promotions: int, seed: int) -> tuple[GateResult, str]:
     """The gate's result, and what would make an Inconclusive one conclusive ("" otherwise)."""
     alpha = gate.alpha / promotions
-    find = _compare_loss if gate.metric == "Loss" else _compare_accuracy
-    finding = find(paired, gate.rule, alpha, seed)
-    verdict, advice = _verdict(gate, paired.n, finding, alpha)
     sign = -1.0 if gate.metric == "Loss" else 1.0
+    if gate.metric in ("Loss", "Reward"):
+        finding = _compare_means(paired, gate.rule, alpha, seed, sign)
+    else:
+        finding = _compare_accuracy(paired, gate.rule, alpha, seed)
+    verdict, advice = _verdict(gate, paired.n, finding, alpha)
     ends = sorted(sign * end for end in finding.interval)
     result = GateResult(
         suite=gate.suite,
@@ -124,9 +126,9 @@ def _compare_accuracy(paired: Paired, rule: str, alpha: float, seed: int) -> Fin
     return Finding((wins - losses) / n, interval, p, error, wins + losses)
 
 
-def _compare_loss(paired: Paired, rule: str, alpha: float, seed: int) -> Finding:
-    """Paired bootstrap over documents; improvement is a lower loss."""
-    improvements = paired.baseline - paired.candidate
+def _compare_means(paired: Paired, rule: str, alpha: float, seed: int, sign: float) -> Finding:
+    """Paired bootstrap over documents; with a sign of -1 less is better."""
+    improvements = sign * (paired.candidate - paired.baseline)
     means = statistics.bootstrap_means(improvements, paired.weights, paired.documents, seed)
     p = statistics.bootstrap_p(means) if rule == "Superior" else None
     improvement = float(np.average(improvements, weights=paired.weights))

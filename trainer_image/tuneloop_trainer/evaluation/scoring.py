@@ -141,7 +141,7 @@ def greedy_answers(model: Model, prompts: Sequence[list[int]], max_tokens: int, 
     settings = GenerationConfig(max_new_tokens=max_tokens, do_sample=False, num_beams=1, eos_token_id=stop_list, pad_token_id=stop_list[0])
     answers: list[Greedy] = [Greedy([], [])] * len(prompts)
     finished = 0
-    for batch in _batches([len(prompt) for prompt in prompts], model.device.type):
+    for batch in _batches([len(prompt) + max_tokens for prompt in prompts], model.device.type):
         ids, mask = _left_padded([prompts[index] for index in batch], model.device)
         steps: list[list[float]] = []
         note = functools.partial(_note_leads, steps)

@@ -6,6 +6,7 @@ import hashlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 
@@ -38,6 +39,7 @@ class PreparedSuite:
     """Over every rendered prompt and label: two tokenizers or templates that differ never share scores."""
     limit: int
     objective: Objective
+    formatter: Formatter
     by_bytes: bool = False
     """Whether a loss counts for each byte of the text and not for each token: the models that are compared cut it differently."""
 
@@ -60,12 +62,14 @@ class PreparedSuite:
         return cache_key(
             model=model_digest, suite=self.digest, prompt=self.prompt_hash, dtype=dtype, rule=scoring.LABEL_SCORING,
             metrics=",".join(sorted(self.suite.metrics)), limit=self.limit, **({"unit": "byte"} if self.by_bytes else {}),
+            **({"rewards": self.objective.reward_key()} if "Reward" in self.suite.metrics else {}),
         )  # fmt: skip
 
     def score(self, model: Model, progress: ProgressWriter, who: str) -> SuiteScores:
         """The model's scores on every item."""
         label_scores: list[list[float]] = []
         losses: list[tuple[float, int]] = []
+        rewards: list[float] = []
         if self.labels:
             done = progress.counter(f"Scoring {who}", len(self.items))
             label_scores = self.objective.label_scores(model, self, done)
@@ -74,11 +78,17 @@ class PreparedSuite:
             losses = self.objective.losses(model, self, done)
             if self.by_bytes and self.objective.answers:
                 losses = [(loss, len(item.completion.encode())) for (loss, _), item in zip(losses, self.items, strict=True)]
-        return SuiteScores(labels=self.labels, label_scores=tuple(map(tuple, label_scores)), losses=tuple(losses))
+        if "Reward" in self.suite.metrics:
+            done = progress.counter(f"Rewarding {who}", len(self.items))
+            rewards = self.objective.rewards(model, self, done)
+        scores = tuple(map(tuple, label_scores))
+        return SuiteScores(labels=self.labels, label_scores=scores, losses=tuple(losses), rewards=tuple(rewards))
 
     def paired(self, metric: str, candidate: SuiteScores, baseline: SuiteScores) -> Paired:
         """Both models' values for a gate, item by item. Items without a token to predict are left out of Loss."""
         documents = [item.document for item in self.items]
+        if metric == "Reward":
+            return Paired(np.array(candidate.rewards), np.array(baseline.rewards), np.ones(len(documents)), documents)
         if metric != "Loss":
             hits = [np.equal(scores.chosen(), self.expected).astype(float) for scores in (candidate, baseline)]
             return Paired(hits[0], hits[1], np.ones(len(documents)), documents)
@@ -103,6 +113,9 @@ class PreparedSuite:
         if candidate.losses:
             total = sum(count for _, count in candidate.losses)
             score = score.model_copy(update={"loss": _rounded(sum(loss for loss, _ in candidate.losses) / max(total, 1))})
+        if candidate.rewards:
+            means = {"reward": _rounded(fmean(candidate.rewards)), "baseline_reward": _rounded(fmean(baseline.rewards))}
+            score = score.model_copy(update=means)
         return score
 
 
@@ -111,7 +124,10 @@ def prepare_suite(
 ) -> PreparedSuite:
     """Read the snapshot and turn it into tokens. By bytes, every token of a text without a prompt is predicted, the first one too."""
     items = read_items(folder, suite)
-    encoded = [formatter.encode(item.prompt, item.completion, item.system) for item in items]
+    if set(suite.metrics) == {"Reward"}:  # an item may have no completion
+        encoded = [Encoded(formatter.prompt_ids(item.prompt, item.system), []) for item in items]
+    else:
+        encoded = [formatter.encode(item.prompt, item.completion, item.system) for item in items]
     if by_bytes:
         encoded = [Encoded(item.prompt or item.completion[-1:], item.completion) for item in encoded]
     if "Preference" in suite.metrics:
@@ -126,9 +142,8 @@ def prepare_suite(
     ]
     content = repr([(item.prompt, item.completion) for item in encoded]) + repr(tokens)
     prompt_hash = hashlib.sha256(content.encode()).hexdigest()
-    return PreparedSuite(
-        suite, digest, items, encoded, labels, tokens, prompt_hash, WHOLE if by_bytes else _limit(config, suite), objective, by_bytes
-    )
+    limit = WHOLE if by_bytes else _limit(config, suite)
+    return PreparedSuite(suite, digest, items, encoded, labels, tokens, prompt_hash, limit, objective, formatter, by_bytes)
 
 
 def _limit(config: RunConfig, suite: Suite) -> int:

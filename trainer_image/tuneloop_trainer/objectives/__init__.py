@@ -22,6 +22,8 @@ MODULES = {
     "DPO": "dpo",
     "KTO": "kto",
     "RewardModel": "reward",
+    "GRPO": "grpo",
+    "RLOO": "rloo",
 }
 
 

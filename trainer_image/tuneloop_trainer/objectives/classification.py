@@ -39,7 +39,7 @@ class SequenceClassification(Objective):
     """transformers' own trainer on a classification model. The base has no head to compare with: it is scored as if it
     answered every text by the labels' shares of the training rows."""
 
-    shape: ClassVar[Shape] = LABELLED
+    shape: Shape = LABELLED
     answers: ClassVar[bool] = False
     task: ClassVar[str] = "SEQ_CLS"
     labels: tuple[str, ...] = ()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from tuneloop_trainer import models
 from tuneloop_trainer.chat import Formatter
@@ -19,7 +19,7 @@ COLUMNS = ("input_ids", "prompt_length", "rejected_ids")
 class DPO(Objective):
     """TRL's DPO trainer. The reference is the base: the model without its adapter, or a frozen copy beside all weights."""
 
-    shape: ClassVar[Shape] = PREFERRED
+    shape: Shape = PREFERRED
 
     def tokens(self, formatter: Formatter, record: Record) -> Tokens:
         limit = self.config.training.max_sequence_length

@@ -20,7 +20,7 @@ COLUMNS = ("input_ids", "prompt_length", "target")
 class KTO(Objective):
     """TRL's KTO trainer. Judged by the loss on desirable answers."""
 
-    shape: ClassVar[Shape] = JUDGED
+    shape: Shape = JUDGED
     least_rows: ClassVar[int] = 2
     """The divergence from the base is estimated from each prompt with its neighbour's answer."""
 

@@ -53,12 +53,14 @@ class Parts:
 class Objective:
     """One run's objective, made from its configuration."""
 
-    shape: ClassVar[Shape] = PROMPTED
+    shape: Shape = PROMPTED
     """How a training row and a row of the validation split are read."""
     packs: ClassVar[bool] = False
     """Whether rows are packed whatever the configuration says."""
     least_rows: ClassVar[int] = 1
     """Rows that a micro-batch must have."""
+    repeats: int = 1
+    """Times that a row counts in a global batch: completions that the model writes to it."""
     answers: ClassVar[bool] = True
     """Whether the model writes text, so that it can be asked freely and probed where it is served."""
     task: ClassVar[str] = "CAUSAL_LM"
@@ -175,6 +177,18 @@ class Objective:
         from tuneloop_trainer.evaluation import scoring
 
         return scoring.held_out_losses(model, suite.encoded, suite.limit, done)
+
+    def rewards(self, model: models.Model, suite: PreparedSuite, done: Done) -> list[float]:
+        """Per item the reward of the model's most likely answer."""
+        raise Invalid(f"{self.config.objective} has no rewards: suite {suite.suite.name} cannot have the metric Reward.")
+
+    def reward_key(self) -> str:
+        """What the rewards depend on beside model and items, for the cache of scores."""
+        return ""
+
+    def reward_bytes(self) -> int:
+        """Weights of models that stand beside the model while it is trained."""
+        return 0
 
     def base_scores(self, suite: PreparedSuite) -> SuiteScores | None:
         """The base's scores where the base itself cannot be asked; None: it can."""

@@ -17,7 +17,7 @@ from tuneloop_trainer.objectives.sft import SFT
 class Pretraining(SFT):
     """As SFT over whole texts, always packed. No token is dropped: a text longer than a row becomes several."""
 
-    shape: ClassVar[Shape] = TEXT
+    shape: Shape = TEXT
     packs: ClassVar[bool] = True
 
     def suite_shape(self, suite: Suite) -> Shape:

@@ -106,6 +106,7 @@ def prepare(config: RunConfig, progress: ProgressWriter) -> StageResult:
                 update={
                     "base_digest": bases.base_digest(base),
                     "model": read_shape(used),
+                    "reward_bytes": objective.reward_bytes(),
                     "base_revision": found.revision,
                     "suite_digests": suites,
                     "prompt_probe_sha256": _prompt_probe(config, formatter) if objective.answers else None,
@@ -209,7 +210,7 @@ def tokenize(
     gathered.drops.update(tokenizing.drops.counts)
     write_shards(folder, "validation", Tokenizing(config, objective, formatter).rows(gathered.validation))
     training, counts = config.training, tokenizing.counts
-    steps = schedule.total_steps(sum(sizes), training.epochs, training.max_steps, training.global_batch_size)
+    steps = schedule.total_steps(sum(sizes), training.epochs, training.max_steps, training.global_batch_size // objective.repeats)
     warnings = observed.preflight.judge(counts, steps)
     vocabulary = describe(config, observed.extended)
     warnings = [*vocabulary.warnings, *warnings]

@@ -101,7 +101,8 @@ def assemble(
     objective = objective_of(config, data)
     sources = json.loads((data / CARD).read_text())["sources"]
     lengths = np.asarray(read_table(data, "train")["length"], dtype=np.int64)
-    plan = make_plan(config, prepared, [source["rows"] for source in sources], lengths, hardware.device(), objective.least_rows, world.size)
+    rows = [source["rows"] for source in sources]
+    plan = make_plan(config, prepared, rows, lengths, hardware.device(), objective.least_rows, world.size, objective.repeats)
     if world.told_by_first(plan.key) != plan.key:
         raise StageError("The processes of the training do not see the same data: is the store the same for all nodes?")
     checkpoints = Checkpoints(stage_folder(config, Stage.TRAIN) / "checkpoints", plan.key, config.checkpoint.keep, world)
@@ -161,6 +162,7 @@ def summarize(attempt: Attempt, seconds: float) -> TrainSummary:
         max_steps=attempt.plan.max_steps,
         samples=state.global_step * attempt.plan.global_batch,
         loss=report.losses[-1] if report.losses else None,
+        reward=report.reward,
         validation_loss=next((entry["eval_loss"] for entry in reversed(state.log_history) if "eval_loss" in entry), None),
         tokens_per_second=report.tokens_per_second(),
         seconds=round(seconds, 1),

@@ -45,6 +45,7 @@ class ReportProgress(TrainerCallback):
         self._tokens = tokens
         self._marks: deque[tuple[float, int, int]] = deque(maxlen=RECENT_STEPS + 1)  # (time, step, tokens)
         self.losses: list[float] = []
+        self.reward: float | None = None
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._marks.append((time.monotonic(), state.global_step, self._tokens()))
@@ -62,17 +63,21 @@ class ReportProgress(TrainerCallback):
             )
         self._refuse_spike(state.global_step, loss)
         self.losses.append(loss)
+        self.reward = logs.get("reward")
         self._marks.append((time.monotonic(), state.global_step, self._tokens()))
         speed, remaining = self.tokens_per_second(), self._seconds_per_step() * (state.max_steps - state.global_step)
+        rewarded = "" if self.reward is None else f" reward={self.reward:.4f}"
         log.info(
-            "step=%d/%d loss=%.4f gradient_norm=%.3f remaining_seconds=%.0f", state.global_step, state.max_steps, loss, norm, remaining
-        )
+            "step=%d/%d loss=%.4f%s gradient_norm=%.3f remaining_seconds=%.0f",
+            state.global_step, state.max_steps, loss, rewarded, norm, remaining,
+        )  # fmt: skip
         self._progress.update(
             phase=TRAINING,
             step=state.global_step,
             percent=round(100 * state.global_step / state.max_steps, 1),
             samples=state.global_step * self._global_batch,
             loss=loss,
+            reward=self.reward,
             learning_rate=logs.get("learning_rate"),
             gradient_norm=norm,
             tokens_per_second=speed,

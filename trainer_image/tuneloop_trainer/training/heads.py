@@ -20,7 +20,7 @@ POSITIONS_AT_ONCE = 1024
 OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")
 
 
-def select_positions(model: Module) -> bool:
+def select_positions(model: Module, temperature: float = 1.0) -> bool:
     """Lets `model(..., fused_lm_head=True)` of a model that TRL gave a fused head compute its head on labelled positions alone.
 
     On devices with Triton TRL does so itself. Elsewhere it computes all positions and masks them, which doubles the time of a step
@@ -42,7 +42,7 @@ def select_positions(model: Module) -> bool:
         kwargs.pop("num_items_in_batch", None)
         hidden = self.base_model(*args, **kwargs).last_hidden_state[:, :-1]
         mask = labels[:, 1:] != IGNORED
-        return _output(self.get_output_embeddings(), hidden, labels[:, 1:], mask)
+        return _output(self.get_output_embeddings(), hidden, labels[:, 1:], mask, temperature)
 
     core.forward = types.MethodType(forward, core)
     return True
@@ -67,14 +67,14 @@ def has_plain_head(core: Module) -> bool:
         core.train(training)
 
 
-def _output(head: Module, hidden: Tensor, labels: Tensor, mask: Tensor) -> FusedCausalLMOutput:
+def _output(head: Module, hidden: Tensor, labels: Tensor, mask: Tensor, temperature: float) -> FusedCausalLMOutput:
     """As TRL's fused head answers: every field is zero where there is no label."""
     rows, targets = hidden[mask], labels[mask]
     chunks = list(zip(rows.split(POSITIONS_AT_ONCE), targets.split(POSITIONS_AT_ONCE), strict=True))
     if len(chunks) > 1 and rows.requires_grad:
-        parts = [checkpoint(_scores, head, part, goal, use_reentrant=False) for part, goal in chunks]
+        parts = [checkpoint(_scores, head, part, goal, temperature, use_reentrant=False) for part, goal in chunks]
     else:
-        parts = [_scores(head, part, goal) for part, goal in chunks]
+        parts = [_scores(head, part, goal, temperature) for part, goal in chunks]
     fields = {
         name: torch.zeros(mask.shape, dtype=values[0].dtype, device=mask.device).masked_scatter(mask, torch.cat(values))
         for name, values in zip(OUTPUTS, zip(*parts, strict=True), strict=True)
@@ -82,9 +82,9 @@ def _output(head: Module, hidden: Tensor, labels: Tensor, mask: Tensor) -> Fused
     return FusedCausalLMOutput(**fields, label_mask=mask)
 
 
-def _scores(head: Module, rows: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+def _scores(head: Module, rows: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, ...]:
     """Log-probability of each target; entropy, mean logit and whether the target is the likeliest for TRL's metrics."""
-    logits = head(rows).float()
+    logits = head(rows).float() / temperature
     chances = torch.log_softmax(logits, dim=-1)
     chosen = chances.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
     with torch.no_grad():

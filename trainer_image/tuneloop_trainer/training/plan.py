@@ -36,14 +36,17 @@ def make_plan(
     device: str,
     least: int = 1,
     processes: int = 1,
+    repeats: int = 1,
 ) -> Plan:
-    """The whole run's sequence of rows; the same for every attempt, whatever its micro-batch and however many processes share it."""
+    """The whole run's sequence of rows; the same for every attempt, whatever its micro-batch and however many processes share it.
+    A row stands there as many times as it counts in a batch."""
     if prepared.prepare is None:
         raise StageError("The result of prepare has no summary.")
     steps, batch = prepared.prepare.max_steps, config.training.global_batch_size
     weights = [source.weight for source in config.train]
-    order = sample_order(rows_per_source, weights, steps * batch, config.training.seed)
-    order = by_length_within_batches(order, lengths, batch)
+    rows = batch // repeats
+    order = sample_order(rows_per_source, weights, steps * rows, config.training.seed)
+    order = np.repeat(by_length_within_batches(order, lengths, rows), repeats)
     content = f"{run_key(config)} {prepared.prepare.shards_digest} {prepared.prepare.base_digest}".encode() + order.tobytes()
     if batch % processes:
         raise Invalid(f"training.globalBatchSize {batch} cannot be shared by {processes} processes: make it a multiple.")

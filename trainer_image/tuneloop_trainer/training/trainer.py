@@ -48,7 +48,7 @@ class Resumable(Trainer):
         self._random_state_of: str | None = None
         super().__init__(*args, **kwargs)
         _complete_token_wrappers(self.model)
-        select_positions(self.model)
+        select_positions(self.model, getattr(self, "temperature", 1.0))
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         """TRL would tokenise here; prepare has."""
@@ -138,9 +138,9 @@ def _complete_token_wrappers(model: torch.nn.Module) -> None:
             module.bias = None
 
 
-def resumable(trainer: type[Any]) -> type[Any]:
-    """The trainer's class with `Resumable` before it."""
-    return type(f"Resumable{trainer.__name__}", (Resumable,) if trainer is Trainer else (Resumable, trainer), {})
+def resumable(trainer: type[Any], own: type[Resumable] = Resumable) -> type[Any]:
+    """The trainer's class with `Resumable`, or one made from it, before it."""
+    return type(f"Resumable{trainer.__name__}", (own,) if trainer is Trainer else (own, trainer), {})
 
 
 def trainable_share(model: torch.nn.Module) -> float:

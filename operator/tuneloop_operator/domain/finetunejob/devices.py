@@ -16,27 +16,28 @@ TERA = 10**12
 
 @dataclass(frozen=True)
 class Device:
-    """Memory in bytes; FLOP/s that training reaches, from and to."""
+    """Memory in bytes; FLOP/s that training reaches, from and to; bytes of memory a second, by the data sheet."""
 
     name: str
     memory: int
     slowest: float
     fastest: float
+    bandwidth: float
 
 
 DEVICES = (
-    Device("h200", 141 * 10**9, 200 * TERA, 420 * TERA),
-    Device("h100", 80 * GIB, 200 * TERA, 400 * TERA),
-    Device("a100-80gb", 80 * GIB, 80 * TERA, 180 * TERA),
-    Device("a100", 40 * GIB, 80 * TERA, 180 * TERA),
-    Device("l40s", 48 * 10**9, 80 * TERA, 180 * TERA),
-    Device("a6000", 48 * 10**9, 35 * TERA, 80 * TERA),
-    Device("a10", 24 * 10**9, 30 * TERA, 65 * TERA),
-    Device("l4", 24 * 10**9, 25 * TERA, 60 * TERA),
-    Device("t4", 16 * 10**9, 8 * TERA, 30 * TERA),
+    Device("h200", 141 * 10**9, 200 * TERA, 420 * TERA, 4.8 * TERA),
+    Device("h100", 80 * GIB, 200 * TERA, 400 * TERA, 3.35 * TERA),
+    Device("a100-80gb", 80 * GIB, 80 * TERA, 180 * TERA, 2.0 * TERA),
+    Device("a100", 40 * GIB, 80 * TERA, 180 * TERA, 1.55 * TERA),
+    Device("l40s", 48 * 10**9, 80 * TERA, 180 * TERA, 0.86 * TERA),
+    Device("a6000", 48 * 10**9, 35 * TERA, 80 * TERA, 0.77 * TERA),
+    Device("a10", 24 * 10**9, 30 * TERA, 65 * TERA, 0.6 * TERA),
+    Device("l4", 24 * 10**9, 25 * TERA, 60 * TERA, 0.3 * TERA),
+    Device("t4", 16 * 10**9, 8 * TERA, 30 * TERA, 0.32 * TERA),
 )
 """In this order: a longer name stands before the one that it holds."""
-CPU_CORE = Device("cpu", 0, 20e9, 100e9)
+CPU_CORE = Device("cpu", 0, 20e9, 100e9, 10e9)
 """Of one core; its memory is the pod's."""
 
 

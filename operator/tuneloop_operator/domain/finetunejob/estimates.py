@@ -60,6 +60,10 @@ class Workload:
     """Rows of the embeddings that are trained beside an adapter."""
     predicts_tokens: bool = True
     """Whether the head is as wide as the vocabulary."""
+    completion: int = 0
+    """Tokens that the model writes itself to each row of a global batch, at most; the longest row has them."""
+    reward_bytes: int = 0
+    """Weights of reward models beside the model."""
 
     @property
     def tokens(self) -> int:
@@ -89,15 +93,22 @@ def trained_parameters(work: Workload) -> int:
 def peak_memory(work: Workload) -> int:
     """Bytes at the highest point of a step: on a CPU the resident set of the process, on CUDA what the allocator holds."""
     kept = _kept_by_layers(work)
+    beside, writing = work.reward_bytes, _static(work) + _writing(work)
     if work.device == "cpu":
-        return int(IMPORTS + STARTED + max(_static(work) + kept * (1 + HOLES[work.method]) + _top(work), _end_of_backward(work)))
-    return int(max(_static(work) + kept + _top(work), _end_of_backward(work)))
+        highest = max(_static(work) + kept * (1 + HOLES[work.method]) + _top(work), _end_of_backward(work), writing)
+        return int(IMPORTS + STARTED + beside + highest)
+    return int(beside + max(_static(work) + kept + _top(work), _end_of_backward(work), writing))
 
 
 def needed_of_limit(work: Workload) -> int:
     """Bytes that a limit must have: of the pod on a CPU, of one device on CUDA."""
     peak = peak_memory(work)
     return peak - FILE_PAGES if work.device == "cpu" else int(peak / SPARE)
+
+
+def weight_bytes(work: Workload) -> int:
+    """Of the model as it computes: LoRA's base in half precision, masters in fp32."""
+    return work.shape.parameters * (2 if work.method == "LoRA" and work.precision == "BF16" else 4)
 
 
 def flops_per_token(work: Workload) -> float:
@@ -153,6 +164,17 @@ def _end_of_backward(work: Workload) -> int:
 
 def _reference(work: Workload) -> int:
     return work.shape.parameters * (2 if work.precision == "BF16" else 4) if work.has_reference else 0
+
+
+def _writing(work: Workload) -> int:
+    """What writing completions to a whole global batch holds: keys and values of every token, and the last position's logits, their
+    softmax and what is drawn from. All weights are masters in fp32, and outside of autocast they compute in it."""
+    if not work.completion:
+        return 0
+    shape = work.shape
+    each = 2 if work.method == "LoRA" and work.precision == "BF16" else 4
+    tokens = work.global_batch * work.longest
+    return tokens * 2 * each * shape.layers * shape.key_value_heads * shape.head_size + 16 * work.global_batch * shape.vocabulary
 
 
 def _kept_by_layers(work: Workload) -> int:

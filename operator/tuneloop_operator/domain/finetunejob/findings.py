@@ -100,6 +100,7 @@ def progress_status(progress: Progress, before: ProgressStatus | None, now: date
         percent=percent,
         display=f"{progress.step}/{progress.max_steps}",
         loss=optional(progress.loss),
+        reward=optional(progress.reward),
         tokens_per_second=optional(progress.tokens_per_second),
         estimated_completion_time=done_at,
         updated_at=times.to_text(now),
@@ -123,6 +124,7 @@ def stopped_progress(summary: TrainSummary, before: ProgressStatus | None) -> Pr
             "percent": 100 * summary.step // max(summary.max_steps, 1),
             "display": f"{summary.step}/{summary.max_steps}",
             "loss": optional(summary.loss) or known.loss,
+            "reward": optional(summary.reward) or known.reward,
             "estimated_completion_time": None,
         }
     )
@@ -138,6 +140,7 @@ def finished_progress(summary: TrainSummary, before: ProgressStatus | None) -> P
             "percent": 100,
             "display": f"{summary.step}/{summary.max_steps}",
             "loss": optional(summary.loss),
+            "reward": optional(summary.reward),
             "tokens_per_second": optional(summary.tokens_per_second),
             "estimated_completion_time": None,
         }
@@ -207,4 +210,6 @@ def _score(suite: str, score: SuiteScore) -> ScoreStatus:
         majority_rate=optional(score.majority_rate),
         parse_rate=optional(score.parse_rate),
         loss=optional(score.loss),
+        reward=optional(score.reward),
+        baseline_reward=optional(score.baseline_reward),
     )

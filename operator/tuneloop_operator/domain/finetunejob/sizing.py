@@ -23,6 +23,10 @@ WITH_REFERENCE = ("DPO", "KTO")
 WITHOUT_TOKENS = ("SequenceClassification", "RewardModel")
 FEWEST_ROWS = {"KTO": 2}
 """Rows of a micro-batch below which an objective makes no sense."""
+SHORTEST_COMPLETION = 0.1
+"""Share of its greatest length that a batch's longest completion may have, in the shortest time."""
+SLOWEST_WRITING = 8.0
+"""Times that transformers may take for a token of reading all weights once, in the longest time."""
 UNKNOWN_CORES = (1.0, 16.0)
 """Where the pod says nothing about CPUs."""
 
@@ -39,6 +43,7 @@ class Facts:
     rows: int
     max_steps: int
     new_tokens: int = 0
+    reward_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,14 @@ def facts_of(summary: PrepareSummary) -> Facts | None:
         return None
     new_tokens = summary.vocabulary.tokens if summary.vocabulary is not None else 0
     return Facts(
-        summary.model, summary.longest_row, summary.supervised_share, summary.tokens, summary.rows_kept, summary.max_steps, new_tokens
+        summary.model,
+        summary.longest_row,
+        summary.supervised_share,
+        summary.tokens,
+        summary.rows_kept,
+        summary.max_steps,
+        new_tokens,
+        summary.reward_bytes,
     )
 
 
@@ -82,6 +94,7 @@ def _workload(job: FineTuneJob, config: RunConfig, facts: Facts) -> Workload:
     extra = {name: str(value).strip().lower() for name, value in training.extra_arguments.items()}
     of_device = max(1, training.global_batch_size // together.processes(job))
     allowed = max(1, TOKENS_PER_MICRO_BATCH[on] // facts.longest)
+    rollouts = config.rollouts
     sizes = [rows for rows in range(_fewest(config), of_device + 1) if of_device % rows == 0]
     micro = max((rows for rows in sizes if rows <= allowed), default=min(sizes, default=1))
     return Workload(
@@ -94,14 +107,20 @@ def _workload(job: FineTuneJob, config: RunConfig, facts: Facts) -> Workload:
         micro_batch=micro,
         accumulation=of_device // micro,
         longest=facts.longest,
-        supervised_share=facts.supervised_share,
+        supervised_share=facts.supervised_share if rollouts is None else rollouts.max_completion_length / facts.longest,
         checkpointing=extra.get("gradient_checkpointing", "true" if on == "cuda" else "false") == "true",
         optimizer=extra.get("optim", "adamw_torch"),
-        has_reference=method.type == "Full" and config.objective in WITH_REFERENCE,
+        has_reference=method.type == "Full" and _has_reference(config),
         dora=method.lora is not None and method.lora.dora,
         new_tokens=facts.new_tokens,
         predicts_tokens=config.objective not in WITHOUT_TOKENS,
+        completion=rollouts.max_completion_length if rollouts is not None else 0,
+        reward_bytes=facts.reward_bytes,
     )
+
+
+def _has_reference(config: RunConfig) -> bool:
+    return config.rollouts.beta > 0 if config.rollouts is not None else config.objective in WITH_REFERENCE
 
 
 def _fewest(config: RunConfig) -> int:
@@ -186,7 +205,12 @@ def _hours(job: FineTuneJob, config: RunConfig, work: Workload, facts: Facts, de
     # Packed rows are not counted by prepare's rows: they are about as long as a row may be.
     tokens = rows * (facts.longest if config.training.packing else facts.tokens / max(facts.rows, 1))
     flops = tokens * estimates.flops_per_token(work)
-    return flops / rates[1] / 3600, flops / rates[0] / 3600
+    if config.rollouts is None or device is None:
+        return flops / rates[1] / 3600, flops / rates[0] / 3600
+    # Completions are learned as prompts are, and read once by the reference; each token of a step's completions reads all weights.
+    flops += rows * work.completion * estimates.flops_per_token(work) + 2 * (tokens + rows * work.completion) * work.shape.parameters
+    reading = facts.max_steps * work.completion * estimates.weight_bytes(work) / device.bandwidth
+    return (flops / rates[1] + SHORTEST_COMPLETION * reading) / 3600, (flops / rates[0] + SLOWEST_WRITING * reading) / 3600
 
 
 def number(value: float) -> str:
