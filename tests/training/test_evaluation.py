@@ -26,7 +26,7 @@ from tuneloop_trainer.evaluation import scoring
 from tuneloop_trainer.evaluation.suites import prepare_suite
 from tuneloop_trainer.manifests import verify
 from tuneloop_trainer.objectives import objective_of
-from tuneloop_trainer.stages.evaluate import gates_of, packaged, score_baseline
+from tuneloop_trainer.stages.evaluate import BaselineModel, gates_of, packaged, score_baseline
 from tuneloop_trainer.stages.outputs import require_stage, told_again
 from tuneloop_trainer.stages.package import write_merged
 
@@ -169,6 +169,17 @@ def test_full_results_hold_every_item(judged: Any) -> None:
     assert len(full["candidate"]["label_scores"]) == len(full["baseline"]["losses"]) == len(full["documents"]) == 60
 
 
+def test_report_of_the_run_lies_beside_the_results(judged: Any, learned: RunConfig) -> None:
+    page = Path(judged.uri).with_name(judged.evaluate.page).read_text()
+
+    assert "Gates passed" in page
+    assert page.count("<polyline") >= 4, "loss, learning rate, gradient norm, tokens per second"
+    assert "Newly right" in page
+    assert learned.train[0].uri in page
+    assert judged.evaluate.artifact_digest in page
+    assert str(Path(learned.paths.work).parent) not in page, "no path of the store"
+
+
 def test_evaluation_tells_its_result_again(judged: Any, learned: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "load_model", None)
 
@@ -221,7 +232,8 @@ def test_pinned_version_is_the_baseline_instead_of_the_base(learned: RunConfig, 
     objective = objective_of(config)
     prepared = prepare_suite(config, objective, suite, "digest", Path(learned.paths.work) / "prepare" / "suites", formatter)
 
-    scores = score_baseline(config, objective, base, "base digest", {"gate": prepared}, make_progress(tmp_path, Stage.EVALUATE))
+    progress = make_progress(tmp_path, Stage.EVALUATE)
+    scores = score_baseline(BaselineModel(config, objective, base, "base digest", progress), {"gate": prepared})
 
     own = json.loads(Path(judged.uri).read_text())["suites"]["gate"]["candidate"]
     assert scores["gate"].model_dump(mode="json") == own, "the version itself scores as it did when it was the candidate"
@@ -274,10 +286,31 @@ def test_validation_split_without_gates_is_tested_for_a_lower_loss(adapted: RunC
     assert "has 10 items and needs 400" in result.evaluate.message
     full = json.loads(Path(result.uri).read_text())["suites"]["validation"]
     assert len(full["answers"]) == 10
+    page = Path(result.uri).with_name(result.evaluate.page).read_text()
+    assert page.count("<dt>before</dt>") == 4, "both models answer the first four items in words"
+    assert "not asked" not in page
     assert result.evaluate.scores["validation"].parse_rate is None, "there are no labels to be among"
     for probe in json.loads(Path(result.evaluate.probes).read_text()):
         assert 1 <= probe["maxTokens"] <= 16
         assert any(answer.startswith(probe["answer"]) for answer in full["answers"])
+
+
+def test_baselines_words_are_asked_for_once(adapted: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = run_stage(adapted, Stage.EVALUATE)
+    again = copy_work(adapted, tmp_path)
+    again = replace(again, paths=again.paths.model_copy(update={"artifact": adapted.paths.artifact}))
+    (tmp_path / "work" / "evaluate" / "manifest.json").unlink()
+    asked: list[int] = []
+    answer = scoring.greedy_answers
+    monkeypatch.setattr(
+        scoring, "greedy_answers", lambda model, prompts, *rest: asked.append(len(prompts)) or answer(model, prompts, *rest)
+    )
+
+    second = run_stage(again, Stage.EVALUATE)
+
+    assert asked == [10, 4], "the candidate alone: for the probes, and for the report"
+    pages = [Path(result.uri).with_name(result.evaluate.page).read_text() for result in (first, second)]
+    assert pages[0] == pages[1]
 
 
 def test_suite_without_the_default_gates_metric_is_scored_and_not_gated(tmp_path: Path, base: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from tuneloop_trainer.contract import PrepareSummary, RunConfig, TrainSummary
@@ -23,42 +25,43 @@ def base_licence(folder: Path) -> str | None:
     return found[1] if found is not None else None
 
 
+class Code(str):
+    """A cell that is set as code: a digest, an address."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the card: a table, a piece of JSON, sentences; whatever of these it has."""
+
+    title: str
+    rows: tuple[tuple[str, ...], ...] = ()
+    header: tuple[str, ...] = ("", "")
+    code: str | None = None
+    text: tuple[str, ...] = ()
+
+
 def model_card(config: RunConfig, data: PrepareSummary, training: TrainSummary, licence: str | None = None) -> str:
     """Markdown, with the header that model hubs read. Holds no row of the data and no path of the store."""
-    return "\n".join(
-        [
-            *_header(config, licence),
-            f"# {config.model}",
-            "",
-            f"Fine-tuned from `{config.base.uri}` by the FineTuneJob `{config.namespace}/{config.name}`.",
-            "",
-            "## Lineage",
-            "",
-            *_table(
-                ("base model", f"`{config.base.uri}`"),
-                ("base revision", data.base_revision),
-                ("base digest", f"`{data.base_digest}`"),
-                ("tokenised data", f"`sha256:{data.shards_digest}`"),
-                ("trainer image", f"`{config.image}`" if config.image else None),
-                *((f"source `{uri}`", f"`sha256:{digest}`") for uri, digest in data.dataset_digests.items()),
-                *((f"suite `{name}`", f"`sha256:{digest}`") for name, digest in data.suite_digests.items()),
-            ),
-            "",
-            "## Data",
-            "",
-            *_table(
-                ("rows read", data.rows_in),
-                ("rows trained on", data.rows_kept),
-                ("rows held out", data.validation_rows),
-                *((f"rows dropped: {reason}", count) for reason, count in sorted(data.dropped.items())),
-                ("tokens", data.tokens),
-                ("share of supervised tokens", f"{data.supervised_share:.3f}"),
-                ("truncated rows", data.truncated),
-            ),
-            "",
-            "## Training",
-            "",
-            *_table(
+    return markdown(config, sections(config, data, training, licence), licence)
+
+
+def sections(config: RunConfig, data: PrepareSummary, training: TrainSummary, licence: str | None) -> list[Section]:
+    """What the card says, however it is set."""
+    settings = {"method": config.method.model_dump(mode="json"), "training": config.training.model_dump(mode="json")}
+    return [
+        lineage(config, data),
+        Section("Data", _told(
+            ("rows read", data.rows_in),
+            ("rows trained on", data.rows_kept),
+            ("rows held out", data.validation_rows),
+            *((f"rows dropped: {reason}", count) for reason, count in sorted(data.dropped.items())),
+            ("tokens", data.tokens),
+            ("share of supervised tokens", f"{data.supervised_share:.3f}"),
+            ("truncated rows", data.truncated),
+        )),
+        Section(
+            "Training",
+            _told(
                 ("objective", _objective(config)),
                 ("method", config.method.type),
                 ("steps", f"{training.step} of {training.max_steps}"),
@@ -66,26 +69,51 @@ def model_card(config: RunConfig, data: PrepareSummary, training: TrainSummary, 
                 ("last training loss", training.loss),
                 ("last held-out loss", training.validation_loss),
             ),
-            "",
-            "```json",
-            json.dumps(
-                {"method": config.method.model_dump(mode="json"), "training": config.training.model_dump(mode="json")},
-                indent=1,
-                sort_keys=True,
-            ),
-            "```",
-            "",
-            "## Licence",
-            "",
+            code=json.dumps(settings, indent=1, sort_keys=True),
+        ),
+        Section("Licence", text=(
             f"The base model's card says `{licence}`." if licence is not None else "The base model's files do not say; its page does.",
             "The licences of the data are those of its sources, which Tuneloop does not know.",
-            "",
-            "## Limits",
-            "",
+        )),
+        Section("Limits", text=(
             "Evaluated on the suites of its FineTuneJob only: the ModelVersion has the verdict. Anything else it says is not measured.",
-            "",
-        ]
+        )),
+    ]  # fmt: skip
+
+
+def lineage(config: RunConfig, data: PrepareSummary) -> Section:
+    """What the model is made of, each by a digest."""
+    rows = _told(
+        ("base model", Code(config.base.uri)),
+        ("base revision", data.base_revision),
+        ("base digest", Code(data.base_digest)),
+        ("tokenised data", Code(f"sha256:{data.shards_digest}")),
+        ("trainer image", Code(config.image) if config.image else None),
     )
+    sources = ((f"source `{uri}`", Code(f"sha256:{digest}")) for uri, digest in data.dataset_digests.items())
+    suites = ((f"suite `{name}`", Code(f"sha256:{digest}")) for name, digest in data.suite_digests.items())
+    return Section("Lineage", (*rows, *sources, *suites))
+
+
+def markdown(config: RunConfig, card: Sequence[Section], licence: str | None) -> str:
+    """The sections under the header that model hubs read."""
+    made_by = f"Fine-tuned from `{config.base.uri}` by the FineTuneJob `{config.namespace}/{config.name}`."
+    lines = [*_header(config, licence), f"# {config.model}", "", made_by, ""]
+    for section in card:
+        lines += [f"## {section.title}", ""]
+        if section.rows:
+            lines += [_row(section.header), f"|{'---|' * len(section.header)}", *map(_row, section.rows), ""]
+        if section.code is not None:
+            lines += ["```json", section.code, "```", ""]
+        if section.text:
+            lines += [*section.text, ""]
+    return "\n".join(lines)
+
+
+def _row(cells: tuple[str, ...]) -> str:
+    """A row of a table. What is not code is kept from ending its cell, its line, or the text around it."""
+    set_ = (f"`{cell}`" if isinstance(cell, Code) else " ".join(cell.split()).replace("|", "\\|").replace("<", "&lt;") for cell in cells)
+    return f"| {' | '.join(set_)} |".replace("|  |", "| |")
 
 
 def _header(config: RunConfig, licence: str | None) -> list[str]:
@@ -108,5 +136,6 @@ def _objective(config: RunConfig) -> str:
     return ", ".join([config.objective, *shown, config.prompt_format])
 
 
-def _table(*rows: tuple[str, object]) -> list[str]:
-    return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows if value is not None)]
+def _told(*rows: tuple[str, object]) -> tuple[tuple[str, ...], ...]:
+    """The rows whose value is known."""
+    return tuple((name, value if isinstance(value, str) else str(value)) for name, value in rows if value is not None)

@@ -427,6 +427,16 @@ class Paths(Model):
     """Shared by the runs of the store: base model snapshots, baseline results."""
 
 
+class Estimated(Model):
+    """What the training was expected to need, for the report: the operator's estimate, as far as it is measured afterwards."""
+
+    device: str
+    peak_memory_bytes: int
+    micro_batch_size: int
+    hours_from: float | None = None
+    hours_to: float | None = None
+
+
 class RunConfig(Model):
     """Everything a run's stages need; the same file for all of them."""
 
@@ -463,6 +473,8 @@ class RunConfig(Model):
     """The trainer image, for the lineage in the model card."""
     origins: dict[str, Literal["spec", "default"]] = {}
     """Name of a training value -> whether the spec has it, or the table of defaults."""
+    estimate: Estimated | None = None
+    """Written when the training starts."""
 
 
 # --- progress ----------------------------------------------------------------
@@ -653,6 +665,8 @@ class EvaluateSummary(Model):
     """Digests under which the model is found at the places of `RunConfig.push`, in their order."""
     probes: str | None = None
     """Path of the probe items (JSON list of `Probe`), at most 50."""
+    page: str | None = Field(default=None, pattern=r"^[a-z0-9]+\.html$", max_length=32)
+    """Name of the run's report, a page of HTML beside the full results."""
     message: str = Field(default="", max_length=300)
 
 

@@ -579,6 +579,9 @@ class FineTuneJobStatus(Model):
     steps_lost: int = Field(default=0, description="Steps that had to be done again.")
     artifact: ArtifactStatus | None = Field(default=None, description="The packaged model.")
     evaluation: EvaluationStatus | None = Field(default=None, description="What the gates said.")
+    report_uri: str | None = Field(
+        default=None, max_length=512, description="The run's report: one page of HTML with curves, data, evaluation, answers and lineage."
+    )
     pushed: Annotated[tuple[PushStatus, ...], Field(max_length=4)] = Field(
         default=(), description="Copies of the model.", json_schema_extra=keyed_by("uri")
     )

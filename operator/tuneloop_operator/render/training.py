@@ -11,7 +11,7 @@ from tuneloop_operator.render import names, pods, together
 from tuneloop_operator.render.pods import Json
 from tuneloop_operator.render.run_config import FEEDBACK_PATH, INTERNAL_TOKEN, PUSH_PATH, SOURCES_PATH, row_sources
 from tuneloop_operator.settings import Settings
-from tuneloop_trainer.contract import CONFIG_PATH, PROGRESS_PORT, Baseline, RunConfig, Stage
+from tuneloop_trainer.contract import CONFIG_PATH, PROGRESS_PORT, Baseline, Estimated, RunConfig, Stage
 
 CONTAINER = "stage"
 CONFIG_FILE = PurePosixPath(CONFIG_PATH).name
@@ -56,14 +56,18 @@ def config_text(config: RunConfig) -> str:
     return config.model_dump_json(by_alias=True)
 
 
-def edited_text(text: str, micro_batch: int | None, baseline: Baseline) -> str:
-    """The configuration that a run began with, but for what may differ between its attempts.
+def edited_text(text: str, micro_batch: int | None, baseline: Baseline, estimate: Estimated | None = None) -> str:
+    """The configuration that a run began with, but for what may differ between its attempts, and the first estimate.
 
     Edited as JSON: the run's image is pinned, and a trainer of then refuses fields that this operator's contract has gained since.
     """
     content = json.loads(text)
-    if content["training"]["microBatchSize"] == micro_batch and content["evaluation"]["baseline"]["name"] == baseline.name:
+    lacks_estimate = estimate is not None and "estimate" in content and content["estimate"] is None
+    is_same = content["training"]["microBatchSize"] == micro_batch and content["evaluation"]["baseline"]["name"] == baseline.name
+    if is_same and not lacks_estimate:
         return text
+    if estimate is not None and lacks_estimate:
+        content["estimate"] = estimate.model_dump(mode="json", by_alias=True)
     content["training"]["microBatchSize"] = micro_batch
     if content["evaluation"]["baseline"]["name"] != baseline.name:
         content["evaluation"]["baseline"] = baseline.model_dump(mode="json", by_alias=True)

@@ -227,7 +227,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, base: Path) -> RunConfig:
 
 
 def test_the_page_escapes_what_users_wrote_and_needs_nothing_else(prepared: RunConfig) -> None:
-    text = (Path(prepared.paths.work) / "prepare" / page.TEMPLATE.name).read_text()
+    text = (Path(prepared.paths.work) / "prepare" / page.TEMPLATE).read_text()
     tags = Outline(text).tags
 
     assert not {tag for tag, _ in tags} & {"script", "img", "link", "iframe", "b" + "old", "svg"}

@@ -1,26 +1,29 @@
-"""The data card as one page of HTML: no script, nothing fetched, readable on a phone. Users' texts are escaped."""
+"""The data card as one page of HTML, made from card.json alone."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from typing import Any
 
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
-from tuneloop_trainer.data.samples import Sample
+from tuneloop_trainer import pages
 from tuneloop_trainer.data.tokens import HISTOGRAM_BOUNDS
 
-TEMPLATE = Path(__file__).with_name("card.html")
+TEMPLATE = "card.html"
 TITLES = {"personalData": "Personal data, rows by kind", "quality": "Low quality, by rule", "languages": "Other languages"}
 MAX_BARS = 20
+MAX_NAME = 80
 
 
-def render(card: Mapping[str, object], histogram: Sequence[int], samples: Sequence[Sample]) -> str:
-    """The page for a card as it stands in card.json, with everything that its template reads."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=False)
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(card, lengths=lengths(histogram), samples=samples, bars=bars, titles=TITLES)
+def render(card: Mapping[str, Any]) -> str:
+    """The page for a card as it stands in card.json."""
+    return pages.render(TEMPLATE, context(card))
+
+
+def context(card: Mapping[str, Any]) -> dict[str, Any]:
+    """What the template of a card's body reads."""
+    return {**card, "lengths": lengths(card["tokens"]["histogram"]), "bars": bars, "titles": TITLES}
 
 
 def lengths(histogram: Sequence[int]) -> dict[str, int]:
@@ -38,7 +41,8 @@ def bars(counts: Mapping[str, int], style: str) -> Markup:
     most = max(counts.values(), default=0) or 1
     shown = list(counts.items())[:MAX_BARS]
     rows = [
-        f'<span class="name">{escape(name)}</span><i style="width:{100 * count / most:.1f}%"></i><span class="count">{count:,}</span>'
+        f'<span class="name">{escape(pages.clip(name, MAX_NAME))}</span><i style="width:{100 * count / most:.1f}%"></i>'
+        f'<span class="count">{count:,}</span>'
         for name, count in shown
     ]
     if len(counts) > MAX_BARS:

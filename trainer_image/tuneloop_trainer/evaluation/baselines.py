@@ -57,5 +57,21 @@ def write_scores(cache: Path, key: str, scores: SuiteScores) -> None:
         log.warning("the scores of the baseline are not cached: %s", error.strerror)
 
 
+def read_answers(cache: Path, key: str) -> list[str] | None:
+    """Cached answers in words; None where there are none, or none that can be read."""
+    try:
+        answers = json.loads(_path(cache, key).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return answers if isinstance(answers, list) and all(isinstance(answer, str) for answer in answers) else None
+
+
+def write_answers(cache: Path, key: str, answers: list[str]) -> None:
+    try:
+        write_atomically(_path(cache, key), json.dumps(answers).encode())
+    except OSError as error:
+        log.warning("the answers of the baseline are not cached: %s", error.strerror)
+
+
 def _path(cache: Path, key: str) -> Path:
     return cache / "baselines" / f"{key}.json"

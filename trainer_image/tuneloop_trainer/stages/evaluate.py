@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+from functools import cached_property
 from pathlib import Path
 from typing import Final
 
@@ -23,14 +24,15 @@ from tuneloop_trainer.contract import (
 )
 from tuneloop_trainer.data.suites import suites_of
 from tuneloop_trainer.errors import StageError
-from tuneloop_trainer.evaluation import gates
-from tuneloop_trainer.evaluation.baselines import SuiteScores, read_scores, write_scores
+from tuneloop_trainer.evaluation import comparisons, gates
+from tuneloop_trainer.evaluation.baselines import SuiteScores, cache_key, read_answers, read_scores, write_answers, write_scores
 from tuneloop_trainer.evaluation.probes import Answers, answer_freely, parse_rate, probes_of
 from tuneloop_trainer.evaluation.suites import PreparedSuite, prepare_suite
 from tuneloop_trainer.manifests import publish, sha256_file, staging
 from tuneloop_trainer.models import Model
 from tuneloop_trainer.objectives import Objective, objective_of
 from tuneloop_trainer.progress import ProgressWriter
+from tuneloop_trainer.report import written_report
 from tuneloop_trainer.results import RESULT_FILE, sentence, write_result
 from tuneloop_trainer.stages.outputs import evaluation_key, require_stage, stage_folder, told_again
 from tuneloop_trainer.stages.package import published
@@ -40,7 +42,7 @@ from tuneloop_trainer.stages.vocabulary import trained_base
 log = logging.getLogger("tuneloop.evaluate")
 DTYPE: Final = "bfloat16"
 """Precision of candidate and baseline alike: the one that is served."""
-RESULTS, PROBES = "results.json", "probes.json"
+RESULTS, PROBES, REPORT = "results.json", "probes.json", "report.html"
 
 Scores = dict[str, SuiteScores]
 
@@ -60,18 +62,27 @@ def evaluate(config: RunConfig, progress: ProgressWriter) -> StageResult:
     by_bytes = not same_tokenizer(trained, compared)
     digests = prepared.prepare.suite_digests if prepared.prepare else {}
     suites = prepare_suites(config, objective, digests, formatter, by_bytes)
-    others = suites
+    stops = stop_ids(trained, tokenizer)
+    others, other_formatter, other_stops = suites, formatter, stops
     if by_bytes:
-        others = prepare_suites(
-            config, objective, digests, objective.formatter(compared, models.load_tokenizer(compared, "baseline")), True
-        )
+        other_tokenizer = models.load_tokenizer(compared, "baseline")
+        other_formatter, other_stops = objective.formatter(compared, other_tokenizer), stop_ids(compared, other_tokenizer)
+        others = prepare_suites(config, objective, digests, other_formatter, True)
 
     model = load_artifact(objective, candidate, base, config.base.uri)
     scores = {name: suite.score(model, progress, "candidate") for name, suite in suites.items()}
-    answers = answer_freely(model, suites, formatter, stop_ids(trained, tokenizer), progress) if objective.answers else {}
+    answers = answer_freely(model, suites, formatter, stops, progress) if objective.answers else {}
+    asked = list(suites)[: comparisons.MAX_SUITES] if objective.answers else []
+    after = {name: comparisons.ask(model, suites[name], formatter, stops, progress) for name in asked}
     del model
-    baseline = score_baseline(config, objective, base, str(manifest.metadata["base_digest"]), others, progress)
-    return conclude(config, candidate, suites, scores, baseline, answers)
+    baseline = BaselineModel(config, objective, base, str(manifest.metadata["base_digest"]), progress)
+    baseline_scores = score_baseline(baseline, others)
+    before = {name: baseline_answers(baseline, others[name], other_formatter, other_stops) for name in asked}
+    told = [
+        comparisons.compare(name, suites[name], scores[name], baseline_scores[name], before.get(name), after.get(name))
+        for name in list(suites)[: comparisons.MAX_SUITES]
+    ]
+    return conclude(config, candidate, suites, scores, baseline_scores, answers, told)
 
 
 def prepare_suites(
@@ -98,27 +109,52 @@ def same_tokenizer(one: Path, other: Path) -> bool:
     return one == other or not all(file.is_file() for file in files) or sha256_file(files[0]) == sha256_file(files[1])
 
 
-def score_baseline(
-    config: RunConfig, objective: Objective, base: Path, base_digest: str, suites: dict[str, PreparedSuite], progress: ProgressWriter
-) -> Scores:
+class BaselineModel:
+    """What the candidate is compared with: told apart by `identity`, loaded when something of it is not known yet."""
+
+    def __init__(self, config: RunConfig, objective: Objective, base: Path, base_digest: str, progress: ProgressWriter) -> None:
+        self.config = config
+        self.objective = objective
+        self.progress = progress
+        self.cache = Path(config.paths.cache)
+        self.pinned = config.evaluation.baseline.artifact
+        self.identity = base_digest if self.pinned is None else f"{self.pinned.manifest_digest}+{base_digest}"
+        self._base = base
+
+    @cached_property
+    def model(self) -> Model:
+        self.progress.phase("LoadingBaseline")
+        return _baseline_model(self.config, self.objective, self.pinned, self._base)
+
+
+def score_baseline(baseline: BaselineModel, suites: dict[str, PreparedSuite]) -> Scores:
     """The pinned baseline's scores, from the cache where another run has made them."""
-    pinned = config.evaluation.baseline.artifact
-    if pinned is None:
-        own = {name: objective.base_scores(suite) for name, suite in suites.items()}
+    if baseline.pinned is None:
+        own = {name: baseline.objective.base_scores(suite) for name, suite in suites.items()}
         if all(own.values()):
             return {name: scores for name, scores in own.items() if scores is not None}
-    identity = base_digest if pinned is None else f"{pinned.manifest_digest}+{base_digest}"
-    cache = Path(config.paths.cache)
-    scores = {name: read_scores(cache, suite.key(identity, DTYPE)) for name, suite in suites.items()}
-    found = {name: score for name, score in scores.items() if score is not None}
-    if len(found) < len(suites):
-        progress.phase("LoadingBaseline")
-        model = _baseline_model(config, objective, pinned, base)
-        for name, suite in suites.items():
-            if name not in found:
-                found[name] = suite.score(model, progress, "baseline")
-                write_scores(cache, suite.key(identity, DTYPE), found[name])
+    found: Scores = {}
+    for name, suite in suites.items():
+        key = suite.key(baseline.identity, DTYPE)
+        scores = read_scores(baseline.cache, key)
+        if scores is None:
+            scores = suite.score(baseline.model, baseline.progress, "baseline")
+            write_scores(baseline.cache, key, scores)
+        found[name] = scores
     return found
+
+
+def baseline_answers(baseline: BaselineModel, suite: PreparedSuite, formatter: Formatter, stops: frozenset[int]) -> list[str]:
+    """The pinned baseline's answers to the items that are shown in the report; from the cache as its scores are."""
+    places = comparisons.places_to_ask(suite)
+    if not places:
+        return []
+    key = cache_key(scores=suite.key(baseline.identity, DTYPE), asked=str(places), tokens=comparisons.ANSWER_TOKENS)
+    answers = read_answers(baseline.cache, key)
+    if answers is None:
+        answers = comparisons.ask(baseline.model, suite, formatter, stops, baseline.progress)
+        write_answers(baseline.cache, key, answers)
+    return answers
 
 
 def _baseline_model(config: RunConfig, objective: Objective, pinned: Artifact | None, base: Path) -> Model:
@@ -144,8 +180,9 @@ def conclude(
     scores: Scores,
     baseline: Scores,
     answers: Answers,
+    told: list[comparisons.Compared],
 ) -> StageResult:
-    """Gates, summary, probes and the full results, published."""
+    """Gates, summary, probes, the full results and the report of the run, published."""
     chosen = gates_of(config)
     decided = [_decide(config, gate, suites[gate.suite], scores[gate.suite], baseline[gate.suite]) for gate in chosen]
     summaries = {name: suite.summary(scores[name], baseline[name], parse_rate(suite, answers.get(name))) for name, suite in suites.items()}
@@ -163,6 +200,9 @@ def conclude(
         (folder / RESULTS).write_text(json.dumps(_full(summary, suites, scores, baseline, answers), ensure_ascii=False))
         if probes:
             (folder / PROBES).write_text(json.dumps([probe.model_dump(mode="json", by_alias=True) for probe in probes], ensure_ascii=False))
+        if (page := written_report(config, candidate, summary, told)) is not None:
+            (folder / REPORT).write_text(page, encoding="utf-8")
+            summary = summary.model_copy(update={"page": REPORT})
         result = StageResult(
             stage=Stage.EVALUATE, exit_code=ExitCode.DONE, uri=str(target / RESULTS), sha256=sha256_file(folder / RESULTS), evaluate=summary
         )

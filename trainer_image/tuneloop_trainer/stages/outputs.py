@@ -25,9 +25,13 @@ LATER: dict[str, Any] = {"personal_data": "Keep", "quality": "None", "languages"
 it says something, so that it changes no key of a run that was made before it."""
 
 
+NO_PART = frozenset({"paths", "threads", "stall_seconds", "checkpoint", "image", "origins", "push", "estimate"})
+"""Fields that change no output."""
+
+
 def run_key(config: RunConfig) -> str:
     """Hash of what the run's outputs depend on; an output of another key is made anew. Where they lie is no part of it."""
-    content = config.model_dump(mode="json", exclude={"paths", "threads", "stall_seconds", "checkpoint", "image", "origins", "push"})
+    content = config.model_dump(mode="json", exclude=set(NO_PART))
     content["training"].pop("micro_batch_size")
     content["evaluation"].pop("baseline")
     return _hash(_without_silent_fields(content))

@@ -236,10 +236,12 @@ def tokenize(
 
 def write_card(config: RunConfig, card: dict[str, object], observed: Observed, counts: TokenCounts, folder: Path) -> None:
     """The data card, for programs and for people."""
-    (folder / CARD).write_text(json.dumps(card, indent=1))
     about = {"name": config.name, "objective": config.objective, "method": config.method.type, "base": config.base.uri}
     shown = {"supervised_share": counts.supervised_share, "limit": config.training.max_sequence_length}
-    (folder / PAGE).write_text(page.render(card | about | shown, counts.histogram, observed.samples.rendered(observed.tokenizer)))
+    samples = {"samples": [asdict(sample) for sample in observed.samples.rendered(observed.tokenizer)]}
+    whole = card | about | shown | samples
+    (folder / CARD).write_text(json.dumps(whole, indent=1))
+    (folder / PAGE).write_text(page.render(whole))
 
 
 def _card(

@@ -133,6 +133,7 @@ def assemble(
     trainer.remove_callback(PrinterCallback)
     spike_ratio = config.training.loss_spike_ratio
     report = ReportProgress(progress, checkpoints, plan.global_batch, trainer.tokens_trained, spike_ratio)
+    trainer.figures = report.figures
     for callback in filter(None, (stop_early, report, DecideCheckpoints(config.checkpoint, interrupts, checkpoints, progress))):
         trainer.add_callback(callback)
     if stop_early is not None:

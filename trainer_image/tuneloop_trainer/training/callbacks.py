@@ -113,6 +113,12 @@ class ReportProgress(TrainerCallback):
         (start, _, first), (end, _, last) = self._marks[0], self._marks[-1]
         return (last - first) / (end - start) if end > start else None
 
+    def figures(self) -> dict[str, float]:
+        """The speed up to now, for the log of a step that has just ended."""
+        start, _, first = self._marks[0]
+        spent = time.monotonic() - start
+        return {"tokens_per_second": round((self._tokens() - first) / spent, 1)} if spent > 0 else {}
+
     def _seconds_per_step(self) -> float:
         (start, first, _), (end, last, _) = self._marks[0], self._marks[-1]
         return (end - start) / max(last - first, 1)

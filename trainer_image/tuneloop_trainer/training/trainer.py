@@ -45,6 +45,8 @@ class Resumable(Trainer):
         self.columns = columns
         self.first_steps = 0
         self.best_step: int | None = None
+        self.figures: Callable[[], dict[str, float]] = dict
+        """What is logged beside the loss of a step."""
         self._random_state_of: str | None = None
         super().__init__(*args, **kwargs)
         _complete_token_wrappers(self.model)
@@ -59,6 +61,9 @@ class Resumable(Trainer):
             super()._set_signature_columns_if_needed()
         else:
             self._signature_columns = list(self.columns)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        super().log(logs | self.figures() if "loss" in logs else logs, *args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return OrderSampler(self.order, self.consumed)

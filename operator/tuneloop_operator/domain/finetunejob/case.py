@@ -9,6 +9,7 @@ from typing import Any
 from tuneloop_operator.api.conditions import JobReason
 from tuneloop_operator.api.finetunejob import FineTuneJob, FineTuneJobStatus, Resolved
 from tuneloop_operator.domain.decision import Manifest, Target
+from tuneloop_operator.domain.finetunejob import findings
 from tuneloop_operator.domain.finetunejob.attempts import Done, Verdict, judge, out_of_memory_attempts
 from tuneloop_operator.domain.finetunejob.snapshot import FineTuneJobSnapshot, StageRun
 from tuneloop_operator.render import names, together, training
@@ -75,7 +76,8 @@ class Case:
     def config_text(self, micro_batch: int | None = None) -> str:
         """What a stage reads: once training has begun, what it began with, whatever this version of the operator would render."""
         began_with = self.snapshot.began_with or training.config_text(self.config())
-        return training.edited_text(began_with, micro_batch, self.config().evaluation.baseline)
+        estimate = findings.estimated(self.status.estimate) if self.status.started_at is not None else None
+        return training.edited_text(began_with, micro_batch, self.config().evaluation.baseline, estimate)
 
     def input_hash(self, stage: Stage) -> str:
         """What an attempt of the stage is asked to do. Training and packaging cannot be asked for anything else once they have begun."""

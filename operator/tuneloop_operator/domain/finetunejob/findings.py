@@ -20,6 +20,7 @@ from tuneloop_operator.api.finetunejob import (
 from tuneloop_operator.domain import times
 from tuneloop_operator.render import names
 from tuneloop_trainer.contract import (
+    Estimated,
     EvaluateSummary,
     GateResult,
     PackageSummary,
@@ -73,6 +74,19 @@ def measured_estimate(estimate: Estimate, summary: TrainSummary) -> Estimate:
     """Beside what was estimated, what the training took."""
     hours = optional(summary.seconds / 3600)
     return estimate.model_copy(update={"measured_peak_memory_bytes": summary.peak_memory_bytes, "measured_hours": hours})
+
+
+def estimated(estimate: Estimate | None) -> Estimated | None:
+    """As the trainer is told, for its report."""
+    if estimate is None:
+        return None
+    return Estimated(
+        device=estimate.device,
+        peak_memory_bytes=estimate.peak_memory_bytes,
+        micro_batch_size=estimate.micro_batch_size,
+        hours_from=float(estimate.hours_from) if estimate.hours_from is not None else None,
+        hours_to=float(estimate.hours_to) if estimate.hours_to is not None else None,
+    )
 
 
 def with_digests(resolved: Resolved, summary: PrepareSummary) -> Resolved:
@@ -170,6 +184,12 @@ def push_statuses(summary: EvaluateSummary, targets: tuple[PushTarget, ...]) -> 
 def _report_uri(result: StageResult) -> str | None:
     uri = names.pvc_uri(result.uri)
     return uri[:512] if uri is not None else None
+
+
+def page_uri(summary: EvaluateSummary, result: StageResult) -> str | None:
+    """The run's report lies beside the full results."""
+    results = _report_uri(result)
+    return f"{results.rpartition('/')[0]}/{summary.page}"[:512] if results is not None and summary.page is not None else None
 
 
 def verdict_sentence(evaluation: EvaluationStatus) -> str:

@@ -99,6 +99,7 @@ def _evaluated(case: Case) -> None:
         evaluation = findings.evaluation_status(verdict.result.evaluate, verdict.result)
         of_model = [version for version in case.snapshot.versions if version.spec.model == case.job.spec.output.model]
         case.learn(evaluation=with_uses(evaluation, case.resolved.suite_digests, of_model, case.job.metadata.uid))
+        case.learn(report_uri=findings.page_uri(verdict.result.evaluate, verdict.result))
         case.learn(pushed=findings.push_statuses(verdict.result.evaluate, case.job.spec.output.push))
     elif isinstance(verdict, Active):
-        case.learn(evaluation=None)  # of another baseline
+        case.learn(evaluation=None, report_uri=None)  # of another baseline
