@@ -87,6 +87,23 @@ def test_the_artifacts_place_is_where_it_was_told_to_go_whatever_the_pod_says() 
     assert artifact.uri.startswith("pvc://models/models/sentiment/tweets-")
 
 
+def test_the_report_lies_beside_the_results() -> None:
+    world = World().up_to(Stage.EVALUATE)
+    result = evaluated()
+    assert result.evaluate is not None
+    uri = "/volumes/models/runs/x/evaluate/results.json"
+    world.ends(result.model_copy(update={"uri": uri, "evaluate": result.evaluate.model_copy(update={"page": "report.html"})}))
+    world.settle()
+    assert world.job.status.report_uri == "pvc://models/runs/x/evaluate/report.html"
+
+
+def test_a_trainer_without_a_report_has_none() -> None:
+    world = World().up_to(Stage.EVALUATE)
+    world.ends(evaluated().model_copy(update={"uri": "/volumes/models/runs/x/evaluate/results.json"}))
+    world.settle()
+    assert world.job.status.report_uri is None
+
+
 @pytest.mark.parametrize("path", ["/etc/passwd", "/volumes/other/probes.json", "/volumes/models/runs/tweets-0f0e0d0c/../../x"])
 def test_probes_outside_of_the_run_are_not_believed(path: str) -> None:
     world = World().up_to(Stage.EVALUATE)

@@ -164,6 +164,17 @@ def test_the_training_takes_the_estimated_micro_batch_and_half_of_it_after_too_l
     assert world.config(world.current())["training"]["microBatchSize"] == 2
 
 
+def test_the_trainer_is_told_the_first_estimate_for_its_report() -> None:
+    world = after_prepare(make_world(), longest=100)
+    told, estimate = world.config(world.current())["estimate"], world.job.status.estimate
+    assert estimate is not None
+    assert (told["device"], told["peakMemoryBytes"], told["microBatchSize"]) == ("cpu", estimate.peak_memory_bytes, 4)
+    assert told["hoursFrom"] == float(estimate.hours_from or 0)
+    world.ends(None, 137)
+    world.settle()
+    assert world.config(world.current())["estimate"] == told
+
+
 def test_a_smaller_micro_batch_is_chosen_where_it_fits() -> None:
     roomy = after_prepare(make_world("8Gi", training={"maxSequenceLength": 32}), longest=32).job.status.estimate
     assert roomy is not None
