@@ -21,7 +21,7 @@ POD: Manifest = {
     "env": [{"name": "HF_HOME", "value": "/tmp"}],
 }
 SOURCE: Manifest = {"uri": "hf://org/name", "revision": "abc", "secretRef": {"name": "hf-token"}}
-ROWS: Manifest = {"uri": "s3://datasets/rows.jsonl", "secretRef": {"name": "bucket-keys"}}
+ROWS = SOURCE | {"uri": "hf://organisation/rows/data/train-*.parquet"}
 COLUMNS: Manifest = {"prompt": "p", "completion": "c", "text": "t", "label": "l", "document": "d"}
 TEMPLATE: Manifest = {"prompt": "Sentiment of: {{ text }}", "completion": "{{ label }}"}
 DIGEST = "sha256:" + "0" * 64

@@ -144,18 +144,28 @@ REFUSED: dict[str, list[Manifest]] = {
         changed(FINE_TUNE_JOB, "spec.baseModel.uri", "s3://bucket/key"),
         changed(MODEL_VERSION, "spec.base.source.uri", "file:///base"),
     ],
-    "uri must start with pvc:// (pvc://claim/path) or s3:// (s3://bucket/prefix).": [
-        changed(FINE_TUNE_JOB, "spec.data.train.0.source.uri", "hf://organisation/dataset"),
+    "uri must start with pvc:// (pvc://claim/path), s3:// (s3://bucket/prefix) or hf:// (hf://organisation/name).": [
+        changed(FINE_TUNE_JOB, "spec.data.train.0.source.uri", "https://example.com/rows.csv"),
         changed(FINE_TUNE_JOB, "spec.evaluation.suites.0.dataset.source.uri", "/etc/passwd"),
     ],
     "uri must name a bucket: s3://bucket/prefix, or s3://bucket/key.": [
-        changed(FINE_TUNE_JOB, "spec.data.train.0.source.uri", "s3:///rows.jsonl"),
-        changed(FINE_TUNE_JOB, "spec.evaluation.suites.0.dataset.source.uri", "s3://Bucket/rows"),
+        changed(FINE_TUNE_JOB, "spec.data.train.0.source", {"uri": "s3:///rows.jsonl", "secretRef": {"name": "keys"}}),
+        changed(FINE_TUNE_JOB, "spec.evaluation.suites.0.dataset.source", {"uri": "s3://Bucket/rows", "secretRef": {"name": "keys"}}),
     ],
-    "s3:// needs secretRef, with the keys to the bucket; rows on a claim have none.": [
-        changed(FINE_TUNE_JOB, "spec.data.train.0.source.secretRef", ...),
+    "uri must name a data set: hf://organisation/name, or hf://organisation/name/path.": [
+        changed(FINE_TUNE_JOB, "spec.data.train.0.source.uri", "hf://organisation"),
+        changed(FINE_TUNE_JOB, "spec.evaluation.suites.0.dataset.source.uri", "hf://organisation/-name"),
+    ],
+    "s3:// needs secretRef, with the keys to the bucket.": [
+        changed(FINE_TUNE_JOB, "spec.data.train.0.source", {"uri": "s3://bucket/rows"}),
         changed(FINE_TUNE_JOB, "spec.evaluation.suites.0.dataset.source", {"uri": "s3://bucket/rows"}),
-        changed(FINE_TUNE_JOB, "spec.data.train.0.source.uri", "pvc://datasets/rows.jsonl"),
+    ],
+    "secretRef is for s3:// and hf://; a claim needs none.": [
+        changed(FINE_TUNE_JOB, "spec.data.train.0.source", {"uri": "pvc://datasets/rows.jsonl", "secretRef": {"name": "keys"}}),
+    ],
+    "revision is for hf:// alone.": [
+        changed(FINE_TUNE_JOB, "spec.data.train.0.source", {"uri": "pvc://datasets/rows.jsonl", "revision": "main"}),
+        changed(FINE_TUNE_JOB, "spec.evaluation.suites.0.dataset.source.uri", "s3://bucket/rows"),
     ],
     "uri must not contain '..'.": [
         changed(FINE_TUNE_JOB, "spec.data.train.0.source.uri", "pvc://claim/../other"),

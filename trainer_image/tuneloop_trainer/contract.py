@@ -128,14 +128,27 @@ class Bucket(Model):
     """Folder with the keys of a Secret, one file each."""
 
 
+class Repository(Model):
+    """Data files of a data set on the hub."""
+
+    name: str
+    """organisation/name."""
+    path: str = ""
+    """A file, a folder, or a folder's files by a pattern; empty: what the repository trains on."""
+    revision: str | None = None
+    credentials: str | None = None
+    """Folder with the key `token` of a Secret."""
+
+
 class DataSource(Model):
-    """One source of rows: a file (or folder) at `path`, objects of a bucket, or a feedback export."""
+    """One source of rows: a file (or folder) at `path`, objects of a bucket, a repository of the hub, or a feedback export."""
 
     uri: str
     """As the user wrote it, for messages and lineage."""
     path: str | None = None
     feedback: FeedbackExport | None = None
     bucket: Bucket | None = None
+    repository: Repository | None = None
     columns: dict[str, str] = {}
     """Role -> column in the file. Roles: prompt, completion, chosen, rejected, desirable, text, label, document, system.
     A role that is absent is read from the column of the same name."""
@@ -145,8 +158,8 @@ class DataSource(Model):
 
     @model_validator(mode="after")
     def _one_place(self) -> DataSource:
-        if sum(place is not None for place in (self.path, self.feedback, self.bucket)) != 1:
-            raise ValueError("exactly one of path, feedback and bucket must be set")
+        if sum(place is not None for place in (self.path, self.feedback, self.bucket, self.repository)) != 1:
+            raise ValueError("exactly one of path, feedback, bucket and repository must be set")
         return self
 
 
@@ -582,6 +595,8 @@ class PrepareSummary(Model):
     base_revision: str | None = None
     dataset_digests: dict[str, str] = {}
     """Source URI -> sha256 of what was read of it (at most 16)."""
+    dataset_revisions: dict[str, str] = {}
+    """Source URI -> the commit that was read, of sources on the hub."""
     suite_digests: dict[str, str] = {}
     """Suite name -> sha256 over its items (at most 8)."""
     shards_digest: str

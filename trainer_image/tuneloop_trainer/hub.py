@@ -1,4 +1,4 @@
-"""The model hub: which commit a revision is, and a snapshot of it. What it refuses is named; while it is down, it is asked a few times."""
+"""The hub: which commit a revision is, and a snapshot of a model. What it refuses is named; while it is down, it is asked a few times."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,16 @@ DENIED = (401, 403)
 TRY_AGAIN = (408, 429)
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What is asked for, for messages: `kind` is Model or Dataset, `missing` the reason where there is no such one."""
+
+    uri: str
+    kind: str
+    revision: str | None
+    missing: Reason
 
 
 def resolve(base: Base) -> str:
@@ -45,7 +56,7 @@ def download(base: Base, commit: str, folder: Path, patterns: Iterable[str]) -> 
     for name in _look_up(base, commit)[1]:
         if "/" not in name and any(fnmatch(name, pattern) for pattern in patterns):
             fetch = partial(api.hf_hub_download, base.repository or "", name, revision=commit, local_dir=folder)
-            _ask(base, fetch)
+            ask(_asked(base), fetch)
     # The hub's client keeps notes below a local folder; they are no part of the model.
     shutil.rmtree(folder / ".cache", ignore_errors=True)
 
@@ -54,45 +65,50 @@ def _look_up(base: Base, revision: str | None) -> tuple[str, list[str]]:
     """(commit, names of its files)"""
     from huggingface_hub import HfApi
 
-    info = _ask(base, lambda: HfApi().model_info(base.repository or "", revision=revision, timeout=TIMEOUT_SECONDS))
+    info = ask(_asked(base), lambda: HfApi().model_info(base.repository or "", revision=revision, timeout=TIMEOUT_SECONDS))
     if info.sha is None or not COMMIT.match(info.sha):
         raise Unavailable(f"The hub does not say which commit {base.uri} is.", Reason.SOURCE_UNAVAILABLE)
     return info.sha, [sibling.rfilename for sibling in info.siblings or ()]
 
 
-def _ask(base: Base, ask: Callable[[], T]) -> T:
+def _asked(base: Base) -> Asked:
+    return Asked(base.uri, "Model", base.revision, Reason.MODEL_NOT_FOUND)
+
+
+def ask(asked: Asked, call: Callable[[], T]) -> T:
+    """What the hub answers, asked a few times. Raises Invalid or Unavailable."""
     from httpx2 import TransportError
     from huggingface_hub.errors import HFValidationError
 
     for delay in (*DELAYS, None):
         try:
-            return ask()
+            return call()
         except HFValidationError as error:
-            raise Invalid(f"{base.uri} names no repository of the hub.", Reason.MODEL_NOT_FOUND) from error
+            raise Invalid(f"{asked.uri} names no repository of the hub.", asked.missing) from error
         except (OSError, TransportError) as error:
-            if (refused := _refusal(base, error)) is not None:
+            if (refused := _refusal(asked, error)) is not None:
                 raise refused from error
             if not _is_transient(error):
                 raise
             if delay is None:
-                raise Unavailable(f"The hub does not answer for {base.uri}: {_kind(error)}.", Reason.SOURCE_UNAVAILABLE) from error
+                raise Unavailable(f"The hub does not answer for {asked.uri}: {_kind(error)}.", Reason.SOURCE_UNAVAILABLE) from error
             log.warning("the hub does not answer (%s); again in %.0f s", _kind(error), delay)
             time.sleep(delay)
     raise AssertionError("the last attempt returns or raises")
 
 
-def _refusal(base: Base, error: Exception) -> Invalid | None:
+def _refusal(asked: Asked, error: Exception) -> Invalid | None:
     """What the hub says no to."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     status = _status(error)
     if isinstance(error, GatedRepoError):
-        return Invalid(f"Model {base.uri} is gated: the token may not read it.", Reason.ACCESS_DENIED)
+        return Invalid(f"{asked.kind} {asked.uri} is gated: the token may not read it.", Reason.ACCESS_DENIED)
     if status in DENIED:
         # The hub answers 401 for what does not exist too, to whoever may not know.
-        return Invalid(f"Model {base.uri} may not be read with this token, or does not exist.", Reason.ACCESS_DENIED)
+        return Invalid(f"{asked.kind} {asked.uri} may not be read with this token, or does not exist.", Reason.ACCESS_DENIED)
     if isinstance(error, (RepositoryNotFoundError, RevisionNotFoundError)) or status == 404:
-        return Invalid(f"Model {base.uri} does not exist at revision {base.revision or 'main'}.", Reason.MODEL_NOT_FOUND)
+        return Invalid(f"{asked.kind} {asked.uri} does not exist at revision {asked.revision or 'main'}.", asked.missing)
     return None
 
 

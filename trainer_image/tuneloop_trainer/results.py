@@ -90,7 +90,7 @@ def _with_one_data_digest(result: StageResult) -> StageResult:
         return result
     joined = "".join(f"{uri}={digest};" for uri, digest in sorted(result.prepare.dataset_digests.items()))
     digests = {"*": hashlib.sha256(joined.encode()).hexdigest()}
-    return result.model_copy(update={"prepare": result.prepare.model_copy(update={"dataset_digests": digests})})
+    return result.model_copy(update={"prepare": result.prepare.model_copy(update={"dataset_digests": digests, "dataset_revisions": {}})})
 
 
 def _without_warnings(result: StageResult) -> StageResult:

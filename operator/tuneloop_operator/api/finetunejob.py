@@ -88,7 +88,7 @@ class DataSource(Model):
 
     model_config = ConfigDict(json_schema_extra=ONE_PLACE)
 
-    source: RowSource | None = Field(default=None, description="Files of a claim or a bucket.")
+    source: RowSource | None = Field(default=None, description="Files of a claim, a bucket or the hub.")
     feedback: FeedbackRef | None = Field(default=None, description="The training half of a deployment's curated feedback.")
     columns: Columns = Field(default=Columns(), description="Which column plays which role.")
     template: RowTemplate | None = Field(
@@ -222,7 +222,7 @@ class SuiteDataset(Model):
 
     model_config = ConfigDict(json_schema_extra=ONE_PLACE)
 
-    source: RowSource | None = Field(default=None, description="Files of a claim or a bucket, as in data.train.")
+    source: RowSource | None = Field(default=None, description="Files of a claim, a bucket or the hub, as in data.train.")
     feedback: FeedbackRef | None = Field(default=None, description="The gate half of a deployment's reviewer-labelled traffic.")
     columns: Columns = Field(default=Columns(), description="Which column plays which role.")
     template: RowTemplate | None = Field(default=None, description="As in data.train.")
@@ -430,6 +430,7 @@ class Resolved(Model):
     base_revision: str | None = Field(default=None, max_length=64, description="Commit of the base model.")
     base_digest: str | None = Field(default=None, max_length=80, description="sha256 over the base model's files.")
     dataset_digests: Annotated[dict[str, str], Field(max_length=16)] = Field(default={}, description="sha256 of each source.")
+    dataset_revisions: Annotated[dict[str, str], Field(max_length=16)] = Field(default={}, description="Commit of each source on the hub.")
     suite_digests: Annotated[dict[str, str], Field(max_length=8)] = Field(
         default={}, description="sha256 of the items of each suite: the version of the suite."
     )

@@ -8,7 +8,7 @@ from tuneloop_gateway.contract import INTERNAL_PORT
 from tuneloop_operator.api import finetunejob as api
 from tuneloop_operator.api.methods import LoRA, Method, Vocabulary
 from tuneloop_operator.api.objectives import DPO, KTO, SFT, Objective, SequenceClassification, default_format, prompt_format
-from tuneloop_operator.api.rowsources import BUCKET, RowSource
+from tuneloop_operator.api.rowsources import BUCKET, HUB, RowSource
 from tuneloop_operator.api.types import Source
 from tuneloop_operator.render import names
 from tuneloop_operator.render.rewards import rollouts
@@ -188,7 +188,17 @@ def _files(source: RowSource) -> contract.DataSource:
     if source.uri.startswith(BUCKET):
         bucket = contract.Bucket(path=source.uri.removeprefix(BUCKET), credentials=credentials_folder(source))
         return contract.DataSource(uri=source.uri, bucket=bucket)
+    if source.uri.startswith(HUB):
+        return contract.DataSource(uri=source.uri, repository=_repository(source))
     return contract.DataSource(uri=source.uri, path=names.pvc_path(source.uri))
+
+
+def _repository(source: RowSource) -> contract.Repository:
+    """`hf://datasets/…`, as the hub's own tools write it, is the same as without `datasets`."""
+    parts = [part for part in source.uri.removeprefix(HUB).split("/") if part]
+    parts = parts[1:] if len(parts) > 2 and parts[0] == "datasets" else parts
+    place = {"name": "/".join(parts[:2]), "path": "/".join(parts[2:])}
+    return contract.Repository(**place, revision=source.revision, credentials=credentials_folder(source))
 
 
 def row_sources(spec: api.FineTuneJobSpec) -> list[RowSource]:

@@ -141,10 +141,10 @@ def test_training_pins_what_prepare_found_and_the_spec_from_then_on() -> None:
 
 
 def test_rows_of_elsewhere_are_refused_whatever_the_schema_let_through() -> None:
-    world = World(job=make_job(make_spec(data={"train": [{"source": {"uri": "hf://org/data"}}]})))
+    world = World(job=make_job(make_spec(data={"train": [{"source": {"uri": "https://host/rows.csv"}}]})))
     world.settle()
     assert world.condition("Stalled") == ("True", "DataInvalid")
-    assert world.message() == "Rows are read from pvc://claim/path and s3://bucket/prefix, not from hf://org/data."
+    assert world.message() == "Rows are read from pvc://, s3://, hf:// only, not from https://host/rows.csv."
     assert world.runs == {}
 
 

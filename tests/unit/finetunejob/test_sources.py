@@ -1,4 +1,4 @@
-"""Rows of a bucket are read by prepare alone, with keys that come as files."""
+"""Rows of a bucket and of the hub are read by prepare alone, with keys that come as files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from tests.unit.finetunejob.builders import World, make_job, make_spec
+from tests.unit.finetunejob.builders import World, make_job, make_spec, prepared
 from tests.unit.finetunejob.test_pushing import secrets_of
 
 from tuneloop_operator.api.finetunejob import Resolved
@@ -51,6 +51,32 @@ def test_the_configuration_names_bucket_and_folder_of_the_keys() -> None:
     assert told["evaluation"]["suites"][0]["source"]["bucket"]["path"] == "datasets/gate.csv"
 
 
+@pytest.mark.parametrize(
+    ("uri", "name", "path"),
+    [
+        ("hf://org/tiny", "org/tiny", ""),
+        ("hf://org/tiny/data/test-*.parquet", "org/tiny", "data/test-*.parquet"),
+        ("hf://datasets/org/tiny/de/", "org/tiny", "de"),
+        ("hf://datasets/tiny", "datasets/tiny", ""),
+    ],
+)
+def test_a_repository_is_named_as_the_hub_names_it(uri: str, name: str, path: str) -> None:
+    source = {"uri": uri, "revision": "main", "secretRef": {"name": "hub-token"}}
+    config = run_config(make_job(make_spec(data={"train": [{"source": source, "template": TEMPLATE}]})), Resolved())
+    told = contract.Repository(name=name, path=path, revision="main", credentials="/etc/tuneloop/sources/hub-token")
+    assert config.train[0].repository == told
+
+
+def test_the_commit_that_was_read_is_pinned_in_the_status() -> None:
+    world = make_world().up_to(Stage.PREPARE)
+    said = prepared()
+    assert said.prepare is not None
+    found = {"hf://org/tiny": "f" * 40}
+    world.ends(said.model_copy(update={"prepare": said.prepare.model_copy(update={"dataset_revisions": found})}))
+    world.settle()
+    assert world.job.status.resolved.dataset_revisions == found
+
+
 def test_a_bucket_is_no_claim() -> None:
     world = make_world().up_to(Stage.PREPARE)
     volumes = world.current().manifest["spec"]["template"]["spec"]["volumes"]
@@ -63,6 +89,7 @@ def test_a_bucket_is_no_claim() -> None:
 def test_every_example_of_data_is_rendered_and_judged(path: Path) -> None:
     config = run_config(make_job(yaml.safe_load(path.read_text())["spec"]), Resolved())
     assert config.evaluation.gates
-    assert any(source.bucket for source in config.train) == (path.stem == "s3")
+    places = {"s3": "bucket", "hub": "repository", "curated": "path"}
+    assert all(getattr(source, places[path.stem]) for source in config.train)
     curated = {name for name, value in config.curation if value != getattr(contract.Curation(), name)}
     assert curated == ({"deduplicate", "personal_data", "quality", "languages", "max_toxicity"} if path.stem == "curated" else set())

@@ -1,4 +1,4 @@
-"""A model hub on this machine: one repository, whose every answer a test can change."""
+"""A hub on this machine: one repository, of a model or a data set, whose every answer a test can change."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPOSITORY = "org/tiny"
@@ -18,8 +19,13 @@ REPOSITORY = "org/tiny"
 class Hub:
     """Serves the files of a folder as `org/tiny`; `main` is at `commit`."""
 
-    def __init__(self, folder: Path) -> None:
-        self.files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    def __init__(self, folder: Path, kind: str = "models") -> None:
+        self.files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        self.changed: dict[str, bytes] = {}
+        """What is sent instead of a file, which its description does not tell."""
+        self.kind = kind
+        self.tokens: set[str | None] = set()
+        """Of the `Authorization` headers that came."""
         self.commit = COMMIT
         self.failures: list[int] = []
         """Statuses of the next answers; 0 closes the connection without one."""
@@ -29,18 +35,28 @@ class Hub:
     def answer(self, handler: BaseHTTPRequestHandler) -> None:
         path = handler.path.split("?")[0]
         self.asked.append(f"{handler.command} {path}")
+        self.tokens.add(handler.headers.get("Authorization"))
+        root = "" if self.kind == "models" else "/datasets"
         if self.failures:
             self._fail(handler, self.failures.pop(0))
-        elif path == f"/api/models/{REPOSITORY}" or path in self._revisions():
-            siblings = [{"rfilename": name} for name in sorted(self.files)]
+        elif path == f"/api/{self.kind}/{REPOSITORY}" or path in self._revisions():
+            siblings = [self._sibling(name) for name in sorted(self.files)]
             self._send(handler, json.dumps({"id": REPOSITORY, "sha": self.commit, "siblings": siblings}).encode())
-        elif path.startswith(f"/{REPOSITORY}/resolve/{self.commit}/"):
-            self._send(handler, self.files[path.rsplit("/", 1)[1]])
+        elif path.startswith(tuple(f"{root}/{REPOSITORY}/resolve/{name}/" for name in ("main", self.commit))):
+            name = unquote(path.partition("/resolve/")[2].partition("/")[2])
+            self._send(handler, self.changed.get(name, self.files[name]))
         else:
             self._fail(handler, 404)
 
     def _revisions(self) -> tuple[str, ...]:
-        return tuple(f"/api/models/{REPOSITORY}/revision/{name}" for name in ("main", self.commit))
+        return tuple(f"/api/{self.kind}/{REPOSITORY}/revision/{name}" for name in ("main", self.commit))
+
+    def _sibling(self, name: str) -> dict[str, Any]:
+        content = self.files[name]
+        about: dict[str, Any] = {"rfilename": name, "size": len(content)}
+        if name.endswith(".parquet"):
+            about["lfs"] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
+        return about | {"blobId": hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()}
 
     def _send(self, handler: BaseHTTPRequestHandler, body: bytes) -> None:
         handler.send_response(200)
@@ -65,8 +81,8 @@ class Hub:
 
 
 @contextmanager
-def serving(folder: Path) -> Iterator[Hub]:
-    hub = Hub(folder)
+def serving(folder: Path, kind: str = "models") -> Iterator[Hub]:
+    hub = Hub(folder, kind)
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"

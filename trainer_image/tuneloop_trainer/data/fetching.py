@@ -48,6 +48,8 @@ class Workplace:
 
     folder: Path = field(default_factory=lambda: Path(tempfile.gettempdir()))
     told: Callable[[float], None] = lambda _: None
+    commits: dict[tuple[str, str | None], str] = field(default_factory=dict)
+    """(repository, revision asked for) -> its commit, found once for all sources of a run."""
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Reads the rows of a source: files of a claim or a bucket, or a gateway's export. Everything read is bounded and hashed."""
+"""Reads the rows of a source: files of a claim, a bucket or the hub, or a gateway's export. Everything read is bounded and hashed."""
 
 from __future__ import annotations
 
@@ -43,6 +43,12 @@ class Reading:
     def digest(self) -> str:
         return str(self._intake.hash.hexdigest())
 
+    @property
+    def revision(self) -> str | None:
+        """The commit that was read, of a source on the hub."""
+        asked = self.source.repository
+        return None if asked is None else self.work.commits.get((asked.name, asked.revision))
+
     def rows(self) -> Iterator[Row]:
         number = 0
         for file, values in self._values():
@@ -62,7 +68,7 @@ class Reading:
                 if response.length:
                     raise StageError(f"The export {self.source.uri} broke off {response.length} bytes before its end.")
             return
-        remote = remote_of(self.source)
+        remote = remote_of(self.source, self.work)
         if remote is not None:
             for name, path in fetched(remote, self.source.uri, self.work):
                 for values in read_file(path, self._intake):
@@ -74,12 +80,16 @@ class Reading:
                 yield path.name if len(files) > 1 else "", values
 
 
-def remote_of(source: DataSource) -> Remote | None:
+def remote_of(source: DataSource, work: Workplace) -> Remote | None:
     """Where the source's files are fetched from; None for one that lies on a claim."""
     if source.bucket is not None:
         from tuneloop_trainer.data.objects import Objects
 
         return Objects(source.bucket, source.uri)
+    if source.repository is not None:
+        from tuneloop_trainer.data.repositories import DataFiles
+
+        return DataFiles(source.repository, source.uri, work.commits)
     return None
 
 

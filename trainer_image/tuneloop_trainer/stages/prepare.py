@@ -52,6 +52,7 @@ class Gathered:
     validation: list[Record]
     suites: dict[str, list[Record]]
     digests: dict[str, str]
+    revisions: dict[str, str]
     rows_in: int
     drops: Counter[str]
     filters: Filters
@@ -136,18 +137,21 @@ def gather(config: RunConfig, objective: Objective, curating: curation.Curating,
     suites = read_suites(config, objective, work)
     curating.guard(chain.from_iterable(suites.values()))
     digests: dict[str, str] = {}
+    revisions: dict[str, str] = {}
     rows_in = 0
     for index, source in enumerate(config.train):
         reader = RowReader(source, f"data.train[{index}]", objective.shape, work)
         curating.add(reader.records())
         digests[source.uri] = reader.reading.digest
+        if (revision := reader.reading.revision) is not None:
+            revisions[source.uri] = revision
         rows_in += reader.rows
         curating.drops.update(reader.drops.counts)
     train, validation = curating.divide(config.validation_fraction)
     refuse_if_empty(sum(map(len, train)), rows_in, curating.drops)
     if config.validation_fraction > 0 and not validation:
         raise Invalid("data.validation holds out whole documents, and the data has one document only. Set the column 'document'.")
-    return Gathered(train, objective.judged(validation), suites, digests, rows_in, curating.drops, curating.filters)
+    return Gathered(train, objective.judged(validation), suites, digests, revisions, rows_in, curating.drops, curating.filters)
 
 
 def read_suites(config: RunConfig, objective: Objective, work: Workplace) -> dict[str, list[Record]]:
@@ -228,6 +232,7 @@ def tokenize(
         max_steps=steps,
         base_digest="",
         dataset_digests=gathered.digests,
+        dataset_revisions=gathered.revisions,
         shards_digest=digest,
         longest_row=longest,
         vocabulary=vocabulary.summary,
@@ -258,7 +263,13 @@ def _card(
         "classes": dict(classes.most_common()) if classes is not None and len(classes) > 1 else {},
         "validation_rows": len(gathered.validation),
         "sources": [
-            {"uri": source.uri, "weight": source.weight, "sha256": gathered.digests[source.uri], "rows": rows}
+            {
+                "uri": source.uri,
+                "weight": source.weight,
+                "sha256": gathered.digests[source.uri],
+                "revision": gathered.revisions.get(source.uri),
+                "rows": rows,
+            }
             for source, rows in zip(config.train, sizes, strict=True)
         ],
         "rows_in": gathered.rows_in,

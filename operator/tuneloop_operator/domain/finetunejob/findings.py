@@ -95,6 +95,7 @@ def with_digests(resolved: Resolved, summary: PrepareSummary) -> Resolved:
         "base_revision": summary.base_revision[:64] if summary.base_revision is not None else None,
         "base_digest": summary.base_digest[:80],
         "dataset_digests": {uri[:512]: digest[:80] for uri, digest in sorted(summary.dataset_digests.items())[:16]},
+        "dataset_revisions": {uri[:512]: revision[:64] for uri, revision in sorted(summary.dataset_revisions.items())[:16]},
         "suite_digests": {suite[:63]: digest[:80] for suite, digest in sorted(summary.suite_digests.items())[:MAX_SUITES]},
         "prompt_probe": summary.prompt_probe_sha256[:80] if summary.prompt_probe_sha256 is not None else None,
     }

@@ -10,7 +10,7 @@ from tuneloop_operator.api import modelversion
 from tuneloop_operator.api.conditions import JobReason
 from tuneloop_operator.api.finetunejob import FineTuneJobSpec, PinnedBaseline, Resolved
 from tuneloop_operator.api.modelversion import ModelVersion
-from tuneloop_operator.api.rowsources import BUCKET, CLAIM
+from tuneloop_operator.api.rowsources import PLACES
 from tuneloop_operator.domain.decision import Invalid, WaitingFor
 from tuneloop_operator.domain.finetunejob.snapshot import FineTuneJobSnapshot
 from tuneloop_operator.render import names
@@ -37,8 +37,8 @@ def resolve(snapshot: FineTuneJobSnapshot, settings: Settings) -> Resolved:
 def refuse_unreadable(spec: FineTuneJobSpec) -> None:
     """What the schema refuses by now, of a job that was made under an earlier one. Raises Invalid."""
     for source in row_sources(spec):
-        if not source.uri.startswith((CLAIM, BUCKET)):
-            raise Invalid(JobReason.DATA_INVALID, f"Rows are read from pvc://claim/path and s3://bucket/prefix, not from {source.uri}.")
+        if not source.uri.startswith(PLACES):
+            raise Invalid(JobReason.DATA_INVALID, f"Rows are read from {', '.join(PLACES)} only, not from {source.uri}.")
 
 
 def config_digest(spec: FineTuneJobSpec) -> str:
