@@ -47,12 +47,15 @@ class Shape:
     heads: int
     key_value_heads: int
     vocabulary: int
+    family: str = "Llama"
 
 
 SHAPES = {
     "wide": Shape(1024, 2816, 6, 16, 8, 4_000),
     "deep": Shape(512, 1408, 16, 8, 8, 8_000),
     "wordy": Shape(512, 1536, 6, 8, 2, 48_000),
+    "t5": Shape(512, 1024, 8, 6, 6, 32_000, "T5"),  # the sizes of flan-t5-small
+    "bart": Shape(768, 3072, 6, 12, 12, 16_000, "BART"),
 }
 
 
@@ -82,6 +85,11 @@ GRID = (
     Point("wide", "Full", 256, 4),
     Point("deep", "DoRA", 1024, 1),
     Point("wide", "DoRA", 128, 4),
+    Point("t5", "LoRA", 1024, 1),
+    Point("t5", "Full", 512, 2),
+    Point("bart", "Full", 1024, 1),
+    Point("bart", "LoRA", 1024, 2),
+    Point("bart", "Full", 256, 2, "FP32"),
 )
 
 
@@ -95,6 +103,7 @@ def run_config(root: Path, point: Point) -> RunConfig:
         paths=Paths(work=str(root / "work"), artifact=str(root / "artifact"), cache=str(root / "cache")),
         base=Base(uri=f"pvc://models/{point.shape}", path=str(root.parent / point.shape)),
         method=method,
+        objective="SFT" if SHAPES[point.shape].family == "Llama" else "Seq2Seq",
         loss="FullSequence",
         prompt_format="Text",
         train=(DataSource(uri="pvc://data/rows.jsonl", path=str(root / "rows.jsonl")),),
@@ -130,28 +139,44 @@ def make(root: Path, points: Sequence[Point]) -> None:
 def make_model(folder: Path, shape: Shape) -> None:
     """Random weights, and a tokenizer of one token a word."""
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
 
     words = {("</s>", "<unk>")[number] if number < 2 else f"w{number}": number for number in range(shape.vocabulary)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if shape.family != "Llama":
+        tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 0)])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<unk>", unk_token="<unk>")
     fast.save_pretrained(folder)
-    config = LlamaConfig(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.key_value_heads,
-        tie_word_embeddings=True,
-        eos_token_id=0,
-        bos_token_id=None,
-    )
     torch.set_default_dtype(torch.bfloat16)
-    LlamaForCausalLM(config).save_pretrained(folder)
+    _random_model(shape).save_pretrained(folder)
     torch.set_default_dtype(torch.float32)
+
+
+def _random_model(shape: Shape):  # type: ignore[no-untyped-def]  # of transformers
+    from transformers import BartConfig, BartForConditionalGeneration, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+
+    if shape.family == "Llama":
+        config = LlamaConfig(
+            vocab_size=shape.vocabulary,
+            hidden_size=shape.hidden,
+            intermediate_size=shape.intermediate,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.key_value_heads,
+            tie_word_embeddings=True,
+            eos_token_id=0,
+            bos_token_id=None,
+        )
+        return LlamaForCausalLM(config)
+    tokens = {"vocab_size": shape.vocabulary, "d_model": shape.hidden, "eos_token_id": 0, "pad_token_id": 1, "decoder_start_token_id": 1}
+    if shape.family == "T5":
+        sizes = {"d_ff": shape.intermediate, "d_kv": 64, "num_layers": shape.layers, "num_heads": shape.heads}
+        return T5ForConditionalGeneration(T5Config(feed_forward_proj="gated-gelu", **sizes, **tokens))
+    sizes = {"layers": shape.layers, "ffn_dim": shape.intermediate, "attention_heads": shape.heads}
+    sides = {f"{side}_{name}": size for side in ("encoder", "decoder") for name, size in sizes.items()}
+    return BartForConditionalGeneration(BartConfig(max_position_embeddings=1024, **sides, **tokens))
 
 
 def write_rows(root: Path, point: Point) -> None:
@@ -159,8 +184,9 @@ def write_rows(root: Path, point: Point) -> None:
     draw, shape = random.Random(0), SHAPES[point.shape]
     with (root / "rows.jsonl").open("w") as file:
         for _ in range(point.batch):
-            text = [f"w{draw.randrange(2, shape.vocabulary)}" for _ in range(point.length - 1)]
-            half = point.length // 2
+            ends = 1 if shape.family == "Llama" else 2
+            text = [f"w{draw.randrange(2, shape.vocabulary)}" for _ in range(point.length - ends)]
+            half = (point.length - ends) // 2
             file.write(json.dumps({"prompt": " ".join(text[:half]), "completion": " " + " ".join(text[half:])}) + "\n")
 
 
@@ -245,6 +271,9 @@ def _child(step: str, root: Path, what: object):  # type: ignore[no-untyped-def]
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="bench.estimate", description=__doc__)
     parser.add_argument("--points", type=int, default=len(GRID), help="measure the first so many points (default: all)")
+    parser.add_argument(
+        "--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="measure points of these shapes only (default: all)"
+    )
     parser.add_argument("--workers", type=int, default=2, help="trainings at a time (default: %(default)s)")
     parser.add_argument("--step", choices=("make", "train"), help=argparse.SUPPRESS)
     parser.add_argument("--root", type=Path, help=argparse.SUPPRESS)
@@ -254,7 +283,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return make(arguments.root, [Point(**point) for point in arguments.what])
     if arguments.step == "train":
         return train(arguments.root, Point(**arguments.what))
-    points = GRID[: arguments.points]
+    points = [point for point in GRID[: arguments.points] if point.shape in arguments.shapes]
     found = []
     with tempfile.TemporaryDirectory(prefix="tuneloop-estimate-") as folder, ThreadPoolExecutor(arguments.workers) as pool:
         root = Path(folder)

@@ -144,6 +144,9 @@ MODEL_VERSION: Manifest = {
                     "baselineReward": "0.6",
                     "parseRate": "1",
                     "loss": "0.3",
+                    "chrf": "0.6",
+                    "baselineChrf": "0.4",
+                    "bleu": "0.3",
                 }
             ],
             "reportUri": "pvc://models/report",
@@ -269,6 +272,13 @@ CLASSES = of_objective(
     [suite("texts", "Accuracy", template={"text": "{{ t }}"})],
     {"suite": "texts", "metric": "Accuracy", "rule": "Superior"},
 )
+TRANSLATIONS = of_objective(
+    {"type": "Seq2Seq", "seq2Seq": {"maxAnswerTokens": 64, "beams": 4}},
+    {"prompt": "de", "completion": "en"},
+    {"prompt": "{{ de }}", "completion": "{{ en }}"},
+    [{"name": "split", "type": "Validation", "metrics": ["ChrF", "Loss"]}],
+    {"suite": "split", "metric": "ChrF", "rule": "Superior"},
+)
 TEXTS = of_objective(
     {"type": "Pretraining"},
     {"text": "t"},
@@ -299,6 +309,7 @@ for field in ("earlyStopping", "lossSpikeRatio"):
 LEFT_OUT = changed(PROMPTS, "spec.objective", {"type": "RLOO", "rloo": WRITING | {"rewards": REWARDS}})
 OWN = changed(FINE_TUNE_JOB, "spec.objective", {"type": "Custom", "custom": {"name": "mine", "settings": {"strict": "yes"}}})
 FULL = (
-    FINE_TUNE_JOB, OWN, PREFERENCES, JUDGEMENTS, CLASSES, TEXTS, PROMPTS, LEFT_OUT, MODEL_VERSION, MODEL_DEPLOYMENT, WITH_DATABASE_SECRET
+    FINE_TUNE_JOB, OWN, PREFERENCES, JUDGEMENTS, CLASSES, TRANSLATIONS, TEXTS, PROMPTS, LEFT_OUT, MODEL_VERSION, MODEL_DEPLOYMENT,
+    WITH_DATABASE_SECRET
 )  # fmt: skip
 PLURALS = {"FineTuneJob": "finetunejobs", "ModelVersion": "modelversions", "ModelDeployment": "modeldeployments"}

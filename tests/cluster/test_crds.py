@@ -28,6 +28,7 @@ from tests.cluster.manifests import (
     PROMPTS,
     REWARDS,
     TEXTS,
+    TRANSLATIONS,
     WRITING,
     Manifest,
     changed,
@@ -262,17 +263,23 @@ REFUSED: dict[str, list[Manifest]] = {
     "the rows that GRPO and RLOO hold out are prompts: the metrics of a suite of type Validation must be [Reward].": [
         changed(PROMPTS, "spec.evaluation.suites.1.metrics", ["Reward", "Loss"]),
     ],
+    "seq2Seq may be set only with type: Seq2Seq.": [changed(FINE_TUNE_JOB, "spec.objective.seq2Seq", {})],
+    "Seq2Seq is judged by what it writes: the metrics of its suites must be Loss or ChrF.": [
+        changed(TRANSLATIONS, "spec.evaluation.suites.0.metrics", ["ChrF", metric]) for metric in ("Accuracy", "MacroF1", "Preference")
+    ],
+    "vocabulary gives a decoder new tokens: Seq2Seq cannot have it.": [changed(TRANSLATIONS, "spec.vocabulary", {})],
+    "the metric ChrF is measured with Seq2Seq only.": [changed(TEXTS, "spec.evaluation.suites.0.metrics", ["Loss", "ChrF"])],
     "custom may be set only with type: Custom.": [changed(FINE_TUNE_JOB, "spec.objective.custom", {"name": "mine"})],
     "type: Custom needs custom.name.": [changed(FINE_TUNE_JOB, "spec.objective", {"type": "Custom"})],
-    "Pretraining, SequenceClassification and RewardModel leave no adapter: output.format must be Merged.": [
-        changed(manifest, "spec.output.format", "Adapter") for manifest in (TEXTS, CLASSES)
+    "Pretraining, SequenceClassification, Seq2Seq and RewardModel leave no adapter: output.format must be Merged.": [
+        changed(manifest, "spec.output.format", "Adapter") for manifest in (TEXTS, CLASSES, TRANSLATIONS)
     ],
     "feedback holds labels and corrections, which Pretraining, DPO, KTO and RewardModel do not learn from: set data.train.source.": [
         changed(manifest, "spec.data.train.0", {"feedback": {"deployment": "sentiment"}}) for manifest in (TEXTS, PREFERENCES, JUDGEMENTS)
     ],
-    "a template of SFT, KTO, GRPO and RLOO can render prompt and completion only.": [
+    "a template of SFT, Seq2Seq, KTO, GRPO and RLOO can render prompt and completion only.": [
         changed(manifest, f"spec.data.train.0.template.{text}", "x")
-        for manifest in (FINE_TUNE_JOB, JUDGEMENTS, PROMPTS)
+        for manifest in (FINE_TUNE_JOB, TRANSLATIONS, JUDGEMENTS, PROMPTS)
         for text in ("chosen", "rejected", "text")
     ],
     "a template of DPO and RewardModel can render prompt, chosen and rejected only.": [
@@ -281,8 +288,8 @@ REFUSED: dict[str, list[Manifest]] = {
     "a template of Pretraining and SequenceClassification can render text only.": [
         changed(manifest, f"spec.data.train.0.template.{text}", "x") for manifest in (TEXTS, CLASSES) for text in ("prompt", "chosen")
     ],
-    "rows of SequenceClassification, DPO, KTO, RewardModel, GRPO and RLOO cannot be packed: training.packing must be false.": [
-        changed(manifest, "spec.training.packing", True) for manifest in (CLASSES, PREFERENCES, JUDGEMENTS, PROMPTS, LEFT_OUT)
+    "rows of SequenceClassification, Seq2Seq, DPO, KTO, RewardModel, GRPO and RLOO cannot be packed: training.packing must be false.": [
+        changed(manifest, "spec.training.packing", True) for manifest in (CLASSES, TRANSLATIONS, PREFERENCES, JUDGEMENTS, PROMPTS, LEFT_OUT)
     ],
     "KTO compares each row with another of its batch: training.globalBatchSize must be at least 2.": [
         changed(JUDGEMENTS, "spec.training.globalBatchSize", 1),

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from tests.training.zygote import ENV_SAMPLES
-from tests.unit.trainer.builders import make_base
+from tests.unit.trainer.builders import make_base, make_encoder_decoder
 
 from tuneloop_trainer.contract import RunConfig, Stage, StageResult
 
@@ -118,5 +118,15 @@ def zygote() -> Iterator[Zygote]:
 
 
 @pytest.fixture(scope="session")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_base(tmp_path_factory.mktemp("base") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def encoder_decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_encoder_decoder(tmp_path_factory.mktemp("encoder-decoder") / "tiny")
+
+
+@pytest.fixture
+def base(decoder: Path) -> Path:
+    return decoder

@@ -39,6 +39,7 @@ from tuneloop_trainer.contract import (
     Rollouts,
     RunConfig,
     Scorer,
+    Seq2Seq,
     Stage,
     Suite,
     Training,
@@ -63,6 +64,8 @@ def row(objective: str, number: int) -> dict[str, object]:
             return {"text": f"{prompt} is {answer} because the {THINGS[number % 7]} said so. " * (1 + number % 3)}
         case "SequenceClassification":
             return {"text": prompt, "label": answer}
+        case "Seq2Seq":
+            return {"prompt": prompt, "completion": f"{answer} {THINGS[number // 2 % 10]}"}
         case "DPO" | "RewardModel":
             return {"prompt": prompt, "chosen": answer, "rejected": other}
         case "KTO":
@@ -80,10 +83,12 @@ def source(root: Path, objective: str, name: str, first: int, count: int) -> Dat
 RATES = {"SequenceClassification": 2e-3, "RewardModel": 5e-3}
 BATCHES = {"GRPO": 32, "RLOO": 32}
 WRITING = {"num_generations": 8, "max_completion_length": 4, "beta": 0.001}
+FORMATS = {"Seq2Seq": "Text"}
 SETTINGS: dict[str, dict[str, Any]] = {
     "SFT": {},
     "Pretraining": {},
     "SequenceClassification": {"classification": Classification(class_weights="Balanced")},
+    "Seq2Seq": {"seq2seq": Seq2Seq(max_answer_tokens=12, beams=2)},
     "DPO": {"dpo": Dpo(beta=0.1)},
     "KTO": {"kto": Kto(beta=0.1)},
     "RewardModel": {},
@@ -114,6 +119,7 @@ def make_run(root: Path, base: Path, objective: ObjectiveType, steps: int = 24, 
         "checkpoint": Checkpoint(every_minutes=None, every_steps=10, keep=2),
         "evaluation": Evaluation(suites=(suite,), gates=(gate,)),
         "output_format": "Merged",
+        "prompt_format": FORMATS.get(objective, "Chat"),
         **SETTINGS[objective],
     }
     return make_config(root, base, [source(root, objective, "train", 0, 80)], **(values | fields))
@@ -150,7 +156,7 @@ def run_through(config: RunConfig) -> dict[Stage, Any]:
 def answer(config: RunConfig, base: Path, prompt: str) -> str:
     """What the packaged model says, loaded from its manifest."""
     from tuneloop_trainer import models
-    from tuneloop_trainer.evaluation import scoring
+    from tuneloop_trainer.evaluation import scoring, written
     from tuneloop_trainer.stages.evaluate import load_artifact, packaged
 
     prepared = Path(config.paths.work) / "prepare"
@@ -158,6 +164,8 @@ def answer(config: RunConfig, base: Path, prompt: str) -> str:
     model = load_artifact(objective, packaged(config), base, config.base.uri)
     formatter = objective.formatter(base, models.load_tokenizer(base, "tiny"))
     prompts = [formatter.prompt_ids(prompt)]
+    if config.objective == "Seq2Seq":
+        return formatter.decode(written.answers(model, prompts, 12, 1, lambda _: None)[0])
     if config.objective == "RewardModel":
         options = ("negative", "positive")
         texts = [prompts[0] + formatter.encode(prompt, option).completion for option in options]
@@ -167,6 +175,14 @@ def answer(config: RunConfig, base: Path, prompt: str) -> str:
         scores = scoring.head_outputs(model, prompts, lambda _: None)[0]
         return str(model.config.id2label[scores.index(max(scores))])
     return formatter.decode(scoring.greedy_answers(model, prompts, 12, frozenset([2]), lambda _: None)[0].tokens)
+
+
+@pytest.fixture
+def base(request: pytest.FixtureRequest) -> Path:
+    """The random model that the test's objective starts from."""
+    objective = request.node.callspec.params.get("objective") if hasattr(request.node, "callspec") else None
+    path: Path = request.getfixturevalue("encoder_decoder" if objective == "Seq2Seq" else "decoder")
+    return path
 
 
 def in_unit_tests(*fast: str) -> list[Any]:

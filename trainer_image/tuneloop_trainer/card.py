@@ -128,7 +128,8 @@ def _header(config: RunConfig, licence: str | None) -> list[str]:
 
 def _objective(config: RunConfig) -> str:
     """What was optimised, with the settings that only this objective has."""
-    settings = next((value for value in (config.dpo, config.kto, config.classification, config.rollouts, config.custom) if value), None)
+    blocks = (config.dpo, config.kto, config.classification, config.seq2seq, config.rollouts, config.custom)
+    settings = next((value for value in blocks if value), None)
     values = settings.model_dump(mode="json", exclude={"rewards"}) if settings is not None else {}
     shown = [f"{name} {value}" for name, value in values.items() if value]
     shown += [f"reward {reward.name} x {reward.weight:g}" for reward in config.rollouts.rewards] if config.rollouts is not None else []

@@ -201,7 +201,9 @@ class Vocabulary(Model):
     """A new row begins as the mean of the rows of the tokens that its word was cut into."""
 
 
-ObjectiveType = Literal["SFT", "Pretraining", "SequenceClassification", "DPO", "KTO", "RewardModel", "GRPO", "RLOO", "Custom"]
+ObjectiveType = Literal["SFT", "Pretraining", "SequenceClassification", "Seq2Seq", "DPO", "KTO", "RewardModel", "GRPO", "RLOO", "Custom"]
+Metric = Literal["Accuracy", "MacroF1", "Loss", "Preference", "Reward", "ChrF"]
+GateMetric = Literal["Accuracy", "Loss", "Preference", "Reward", "ChrF"]
 
 
 class Dpo(Model):
@@ -279,6 +281,13 @@ class Classification(Model):
     """Balanced: a row counts by the inverse of its class's share."""
 
 
+class Seq2Seq(Model):
+    """How an encoder-decoder writes the answers that are judged."""
+
+    max_answer_tokens: int = 128
+    beams: int = 1
+
+
 class Custom(Model):
     """An objective that a derived trainer image brings: its name in the entry points `tuneloop.objectives`, and what it is told."""
 
@@ -302,6 +311,8 @@ DEFAULTS: dict[tuple[ObjectiveType, Literal["LoRA", "Full"]], Defaults] = {
     ("Pretraining", "Full"): Defaults(learning_rate=2e-5, weight_decay=0.1),
     ("SequenceClassification", "LoRA"): Defaults(learning_rate=2e-4, warmup_share=0.06, schedule="linear"),
     ("SequenceClassification", "Full"): Defaults(learning_rate=2e-5, warmup_share=0.06, schedule="linear", weight_decay=0.01),
+    ("Seq2Seq", "LoRA"): Defaults(learning_rate=5e-4, schedule="linear"),
+    ("Seq2Seq", "Full"): Defaults(learning_rate=5e-5, schedule="linear", weight_decay=0.01),
     ("DPO", "LoRA"): Defaults(learning_rate=5e-6, warmup_share=0.1),
     ("DPO", "Full"): Defaults(learning_rate=5e-7, warmup_share=0.1),
     ("KTO", "LoRA"): Defaults(learning_rate=5e-6, warmup_share=0.1),
@@ -318,11 +329,11 @@ DEFAULTS: dict[tuple[ObjectiveType, Literal["LoRA", "Full"]], Defaults] = {
 """The one table of defaults by objective and method; LoRA learns at about ten times the rate of all weights."""
 
 
-Metric = Literal["Accuracy", "MacroF1", "Loss", "Preference", "Reward"]
 HELD_OUT_METRICS: dict[ObjectiveType, tuple[Metric, ...]] = {
     "SFT": ("Loss",),
     "Pretraining": ("Loss",),
     "SequenceClassification": ("Accuracy", "MacroF1", "Loss"),
+    "Seq2Seq": ("Loss", "ChrF"),
     "DPO": ("Preference",),
     "KTO": ("Loss",),
     "RewardModel": ("Preference",),
@@ -380,12 +391,13 @@ class Suite(Model):
     """Completions that are scored by summed log-probability; empty: the distinct completions of the suite (at most 64)."""
     metrics: tuple[Metric, ...]
     """Preference: the share of items whose chosen answer the model finds likelier than the rejected one. Reward: the mean reward, by
-    the run's own rewards, of the model's most likely answers."""
+    the run's own rewards, of the model's most likely answers. ChrF: how like the items'
+    completions those are, 0 to 1."""
 
 
 class Gate(Model):
     suite: str
-    metric: Literal["Accuracy", "Loss", "Preference", "Reward"]
+    metric: GateMetric
     rule: Literal["Superior", "NonInferior"]
     margin: float = 0.03
     alpha: float = 0.05
@@ -465,6 +477,7 @@ class RunConfig(Model):
     classification: Classification | None = None
     rollouts: Rollouts | None = None
     """Of GRPO and RLOO."""
+    seq2seq: Seq2Seq | None = None
     custom: Custom | None = None
     loss: Literal["CompletionOnly", "FullSequence"] = "CompletionOnly"
     prompt_format: Literal["Chat", "Text"] = "Chat"
@@ -523,7 +536,7 @@ class Progress(Model):
 
 
 class ModelShape(Model):
-    """What the memory and the time of training follow from: at most 200 bytes as JSON."""
+    """What the memory and the time of training follow from: at most 210 bytes as JSON."""
 
     parameters: int = Field(ge=1, le=10**13)
     hidden_size: int = Field(ge=1, le=10**6)
@@ -533,6 +546,11 @@ class ModelShape(Model):
     key_value_heads: int = Field(ge=1, le=10**4)
     head_size: int = Field(ge=1, le=10**4)
     vocabulary: int = Field(ge=1, le=10**7)
+    encoder_layers: int | None = Field(default=None, ge=1, le=10**4)
+    """Of an encoder-decoder, whose `layers` are its decoder's. None: there is no encoder."""
+    pairs: Literal["Biased", "Dropped"] | None = None
+    """Of an encoder-decoder: why training keeps the scores of all pairs of positions. Biased: positions are a bias upon them (T5).
+    Dropped: some of them are dropped, which only some devices do without keeping them."""
 
     @classmethod
     def of(cls, config: Mapping[str, Any], headers: Iterable[Mapping[str, Any]]) -> ModelShape | None:
@@ -544,19 +562,23 @@ class ModelShape(Model):
             found = (text.get(name) for name in names)
             return next((value for value in found if isinstance(value, int) and not isinstance(value, bool)), None)
 
-        hidden, heads = read("hidden_size", "d_model", "n_embd"), read("num_attention_heads", "n_head", "num_heads")
+        hidden = read("hidden_size", "d_model", "n_embd")
+        heads = read("decoder_attention_heads", "num_attention_heads", "n_head", "num_heads")
         if hidden is None or not heads:
             return None
-        given = {
+        given: dict[str, Any] = {
             "parameters": _count(headers),
             "hidden_size": hidden,
-            "intermediate_size": read("intermediate_size", "d_ff", "ffn_dim", "n_inner") or 4 * hidden,
-            "layers": read("num_hidden_layers", "n_layer", "num_layers"),
+            "intermediate_size": read("intermediate_size", "d_ff", "decoder_ffn_dim", "ffn_dim", "n_inner") or 4 * hidden,
+            "layers": read("decoder_layers", "num_decoder_layers", "num_hidden_layers", "n_layer", "num_layers"),
             "heads": heads,
             "key_value_heads": read("num_key_value_heads") or heads,
             "head_size": read("head_dim", "d_kv") or hidden // heads,
             "vocabulary": read("vocab_size"),
         }
+        if text.get("is_encoder_decoder") is True:
+            pairs = "Biased" if read("relative_attention_num_buckets") else "Dropped" if text.get("attention_dropout") else None
+            given |= {"encoder_layers": read("encoder_layers", "num_layers"), "pairs": pairs}
         try:
             return cls.model_validate(given)
         except ValidationError:
@@ -668,6 +690,10 @@ class SuiteScore(Model):
     loss: float | None = None
     reward: float | None = None
     baseline_reward: float | None = None
+    chrf: float | None = None
+    baseline_chrf: float | None = None
+    bleu: float | None = None
+    """Of the whole suite at once, 0 to 1."""
     n: int
 
 

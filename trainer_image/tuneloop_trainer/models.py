@@ -25,12 +25,24 @@ def load_tokenizer(folder: Path, uri: str) -> Tokenizer:
 
 def load_model(folder: Path, uri: str, dtype: Literal["bfloat16", "float32"]) -> Model:
     """The causal language model on the device, in evaluation mode. Raises Invalid, also where a weight would have to be drawn."""
-    import torch
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    return _load(AutoModelForCausalLM, folder, uri, dtype, "a causal language model")
+
+
+def load_seq2seq(folder: Path, uri: str, dtype: Literal["bfloat16", "float32"]) -> Model:
+    """As load_model, an encoder-decoder."""
+    from transformers import AutoModelForSeq2SeqLM
+
+    return _load(AutoModelForSeq2SeqLM, folder, uri, dtype, "an encoder-decoder")
+
+
+def _load(kind: Any, folder: Path, uri: str, dtype: Literal["bfloat16", "float32"], words: str) -> Model:
+    import torch
+    from safetensors import SafetensorError
+
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = kind.from_pretrained(
             folder,
             dtype=getattr(torch, dtype),
             local_files_only=True,
@@ -43,7 +55,7 @@ def load_model(folder: Path, uri: str, dtype: Literal["bfloat16", "float32"]) ->
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        raise Invalid(f"Model {uri} does not load as a causal language model: {error}", Reason.MODEL_NOT_FOUND) from error
+        raise Invalid(f"Model {uri} does not load as {words}: {error}", Reason.MODEL_NOT_FOUND) from error
     return model.to(device()).eval()
 
 

@@ -29,6 +29,7 @@ from tuneloop_operator.api.types import (
     rules,
     sentence,
 )
+from tuneloop_trainer.contract import GateMetric, Metric
 
 KIND = "FineTuneJob"
 PLURAL = "finetunejobs"
@@ -250,12 +251,11 @@ class Suite(Model):
         default="Dataset", description="Dataset: own items. Validation: the rows that data.validation holds out."
     )
     dataset: SuiteDataset | None = Field(default=None, description="The items.")
-    metrics: Annotated[tuple[Literal["Accuracy", "MacroF1", "Loss", "Preference", "Reward"], ...], Field(min_length=1, max_length=4)] = (
-        Field(
-            default=("Accuracy",),
-            description="What is measured. Preference: the share of items whose chosen answer is likelier than the rejected one. "
-            "Reward: the mean reward of the likeliest answers.",
-        )
+    metrics: Annotated[tuple[Metric, ...], Field(min_length=1, max_length=4)] = Field(
+        default=("Accuracy",),
+        description="What is measured. Preference: the share of items whose chosen answer is likelier than the rejected one. ChrF: how "
+        "like the items' completions the model's own answers are, letter by letter, 0 to 1; on the first 500 items. "
+        "Reward: the mean reward of the likeliest answers.",
     )
 
 
@@ -268,7 +268,7 @@ class Gate(Model):
     """A test that the candidate must pass against the baseline, on the same items."""
 
     suite: Name = Field(description="Name of a suite.")
-    metric: Literal["Accuracy", "Loss", "Preference", "Reward"] = Field(default="Accuracy", description="What is compared.")
+    metric: GateMetric = Field(default="Accuracy", description="What is compared.")
     rule: Literal["Superior", "NonInferior"] = Field(
         description="Superior: better than the baseline. NonInferior: worse by less than margin."
     )
@@ -526,6 +526,9 @@ class ScoreStatus(Model):
     loss: str | None = Field(default=None, max_length=16, description="The candidate's held-out loss.")
     reward: str | None = Field(default=None, max_length=16, description="The candidate's mean reward.")
     baseline_reward: str | None = Field(default=None, max_length=16, description="The baseline's mean reward.")
+    chrf: str | None = Field(default=None, max_length=16, description="How like the expected ones the candidate's answers are.")
+    baseline_chrf: str | None = Field(default=None, max_length=16, description="The same of the baseline's answers.")
+    bleu: str | None = Field(default=None, max_length=16, description="BLEU of the candidate's answers, 0 to 1, over the whole suite.")
 
 
 class EvaluationStatus(Model):

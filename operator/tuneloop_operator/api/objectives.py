@@ -26,6 +26,8 @@ class Traits:
     """Whether LoRA may leave an adapter instead of whole weights."""
     servable: bool = True
     packs: bool = False
+    turns: bool = True
+    """Whether a prompt may be a user's turn of a chat."""
     feedback: bool = True
     """Whether the gateway's labels and corrections have what its rows need."""
     block: str | None = None
@@ -37,6 +39,14 @@ TRAITS: dict[ObjectiveType, Traits] = {
     "Pretraining": Traits("goes on to learn texts, every token of them", ("text",), adapter=False, packs=True, feedback=False),
     "SequenceClassification": Traits(
         "gives a text one of a few labels", ("text", "label"), adapter=False, servable=False, block="sequenceClassification"
+    ),
+    "Seq2Seq": Traits(
+        "learns to turn one text into another, by a base with an encoder and a decoder",
+        ("prompt", "completion"),
+        adapter=False,
+        servable=False,
+        turns=False,
+        block="seq2Seq",
     ),
     "DPO": Traits("learns to prefer one answer to another", ("prompt", "chosen", "rejected"), feedback=False, block="dpo"),
     "KTO": Traits("learns from answers that were found good or bad", ("prompt", "completion", "desirable"), feedback=False, block="kto"),
@@ -76,6 +86,13 @@ class SequenceClassification(Model):
     class_weights: Literal["None", "Balanced"] = Field(
         default="None", description="Balanced: a row counts by the inverse of its label's share, so that rare labels are learned."
     )
+
+
+class Seq2Seq(Model):
+    """How the answers are written that the metric ChrF is measured on."""
+
+    max_answer_tokens: int = Field(default=128, ge=1, le=4096, description="Tokens of an answer; what goes on longer is cut.")
+    beams: int = Field(default=1, ge=1, le=16, description="Answers that are pursued at a time; 1 takes the likeliest token after token.")
 
 
 class DPO(Model):
@@ -123,6 +140,7 @@ class Objective(Model):
     type: ObjectiveType = Field(default="SFT", description=" ".join(f"{name}: {traits.meaning}." for name, traits in TRAITS.items()))
     sft: SFT | None = Field(default=None, description="Settings of SFT.")
     sequence_classification: SequenceClassification | None = Field(default=None, description="Settings of SequenceClassification.")
+    seq2seq: Seq2Seq | None = Field(default=None, alias="seq2Seq", description="Settings of Seq2Seq.")
     dpo: DPO | None = Field(default=None, description="Settings of DPO.")
     kto: KTO | None = Field(default=None, description="Settings of KTO.")
     grpo: GRPO | None = Field(default=None, description="Settings of GRPO.")
@@ -132,7 +150,7 @@ class Objective(Model):
 
 def spec_rules() -> tuple[tuple[str, str], ...]:
     """The rules between the objective and the rest of a FineTuneJob's spec."""
-    return (*_output_rules(), *_data_rules(), *_training_rules(), *_rollout_rules(), *_metric_rules())
+    return (*_output_rules(), *_data_rules(), *_training_rules(), *_rollout_rules(), *_vocabulary_rules(), *_metric_rules())
 
 
 def _only(names: list[str]) -> str:
@@ -207,6 +225,10 @@ def _rollout_rules() -> Iterator[tuple[str, str]]:
     )
 
 
+def _vocabulary_rules() -> Iterator[tuple[str, str]]:
+    yield "!has(self.vocabulary) || self.objective.type != 'Seq2Seq'", "vocabulary gives a decoder new tokens: Seq2Seq cannot have it."
+
+
 def _metric_rules() -> Iterator[tuple[str, str]]:
     yield (
         "self.objective.type in ['DPO', 'RewardModel'] || !has(self.evaluation) || !has(self.evaluation.suites)"
@@ -234,6 +256,16 @@ def _metric_rules() -> Iterator[tuple[str, str]]:
         " || self.evaluation.suites.all(s, s.metrics.all(m, m == 'Preference'))",
         "RewardModel scores answers and writes none: the metrics of its suites must be [Preference].",
     )
+    yield (
+        "self.objective.type != 'Seq2Seq' || !has(self.evaluation) || !has(self.evaluation.suites)"
+        " || self.evaluation.suites.all(s, s.metrics.all(m, m in ['Loss', 'ChrF']))",
+        "Seq2Seq is judged by what it writes: the metrics of its suites must be Loss or ChrF.",
+    )
+    yield (
+        "self.objective.type == 'Seq2Seq' || !has(self.evaluation) || !has(self.evaluation.suites)"
+        " || !self.evaluation.suites.exists(s, 'ChrF' in s.metrics)",
+        "the metric ChrF is measured with Seq2Seq only.",
+    )
 
 
 # --- what is read from the table elsewhere -----------------------------------
@@ -246,13 +278,18 @@ def default_format(objective: ObjectiveType, leaves_adapter: bool) -> Format:
 
 def prompt_format(objective: ObjectiveType, asked: Literal["Chat", "Text"]) -> Literal["Chat", "Text"]:
     """How the model is prompted: what has learned texts, not turns, is not asked in turns."""
-    return asked if "prompt" in TRAITS[objective].texts else "Text"
+    return asked if TRAITS[objective].turns and "prompt" in TRAITS[objective].texts else "Text"
+
+
+def objective_name(lineage_spec: dict[str, Any]) -> str:
+    """What a job of this spec optimised."""
+    objective = lineage_spec.get("objective")
+    return str(objective.get("type", "SFT")) if isinstance(objective, dict) else "SFT"
 
 
 def is_servable(lineage_spec: dict[str, Any]) -> bool:
     """Whether an engine can serve what a job of this spec trained. Unknown objectives can: they were trained elsewhere."""
-    objective = lineage_spec.get("objective")
-    name = objective.get("type", "SFT") if isinstance(objective, dict) else "SFT"
+    name = objective_name(lineage_spec)
     return name not in TRAITS or TRAITS[name].servable
 
 

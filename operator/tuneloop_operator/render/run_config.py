@@ -7,7 +7,7 @@ from typing import Any, Literal
 from tuneloop_gateway.contract import INTERNAL_PORT
 from tuneloop_operator.api import finetunejob as api
 from tuneloop_operator.api.methods import LoRA, Method, Vocabulary
-from tuneloop_operator.api.objectives import DPO, KTO, SFT, Objective, SequenceClassification, default_format, prompt_format
+from tuneloop_operator.api.objectives import DPO, KTO, SFT, Objective, Seq2Seq, SequenceClassification, default_format, prompt_format
 from tuneloop_operator.api.rowsources import BUCKET, HUB, RowSource
 from tuneloop_operator.api.types import Source
 from tuneloop_operator.render import names
@@ -114,6 +114,9 @@ def _objective(asked: Objective) -> dict[str, Any]:
             parts["classification"] = contract.Classification(labels=classes.labels, class_weights=classes.class_weights)
         case "GRPO" | "RLOO":
             parts["rollouts"] = rollouts(asked)
+        case "Seq2Seq":
+            writing = asked.seq2seq or Seq2Seq()
+            parts["seq2seq"] = contract.Seq2Seq(max_answer_tokens=writing.max_answer_tokens, beams=writing.beams)
         case "Custom" if asked.custom is not None:
             parts["custom"] = contract.Custom(name=asked.custom.name, settings=dict(asked.custom.settings))
     return parts

@@ -29,6 +29,7 @@ from tuneloop_trainer.contract import (
     Rollouts,
     RunConfig,
     Scorer,
+    Seq2Seq,
     Stage,
     Vocabulary,
 )
@@ -222,6 +223,8 @@ OBJECTIVES = [
     ("KTO", "LoRA", 5e-6, "Adapter", "Loss"),
     ("Pretraining", "LoRA", 2e-4, "Merged", "Loss"),
     ("SequenceClassification", "LoRA", 2e-4, "Merged", "Accuracy"),
+    ("Seq2Seq", "LoRA", 5e-4, "Merged", "Loss"),
+    ("Seq2Seq", "Full", 5e-5, "Merged", "Loss"),
     ("RewardModel", "LoRA", 1e-4, "Merged", "Preference"),
 ]
 
@@ -310,6 +313,10 @@ def test_settings_of_an_objective_reach_the_trainer() -> None:
     assert dpo.dpo == Dpo(beta=0.3, loss="IPO")
     assert classification.classification == Classification(labels=("a", "b"), class_weights="Balanced")
     assert classification.prompt_format == "Text", "a text is not asked in turns of a chat"
+    writing = {"type": "Seq2Seq", "seq2Seq": {"maxAnswerTokens": 64, "beams": 4}}
+    translation = run_config(make_job(make_spec(objective=writing)), Resolved())
+    assert translation.seq2seq == Seq2Seq(max_answer_tokens=64, beams=4)
+    assert translation.prompt_format == "Text", "an encoder reads no turns"
 
 
 SPECS = st.builds(

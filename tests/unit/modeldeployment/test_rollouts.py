@@ -376,8 +376,8 @@ def test_the_record_of_idle_revisions_is_cut() -> None:
     assert sum(kind == "ControllerRevision" for kind, _ in world.objects) == 21
 
 
-@pytest.mark.parametrize("objective", ["SequenceClassification", "RewardModel"])
-def test_a_model_that_writes_no_answers_is_not_served(objective: str) -> None:
+@pytest.mark.parametrize("objective", ["SequenceClassification", "RewardModel", "Seq2Seq"])
+def test_a_model_that_no_engine_knows_is_not_served(objective: str) -> None:
     spec = LINEAGE_SPEC | {"objective": {"type": objective}}
     lineage = {"fineTuneJob": "tune", "fineTuneJobUid": "1", "spec": spec, "configDigest": DIGEST}
     world = World(versions=[make_version(1, lineage=lineage)])
@@ -385,6 +385,7 @@ def test_a_model_that_writes_no_answers_is_not_served(objective: str) -> None:
 
     assert world.condition("Stalled") == ("True", "NotServable")
     assert world.message("Stalled") == (
-        "ModelVersion sentiment-v1 was trained to judge texts and writes no answers. Set spec.model to a version of another objective."
+        f"ModelVersion sentiment-v1 was trained with {objective}, and no engine here serves "
+        "what that makes. Set spec.model to a version of another objective."
     )
     assert not world.engines()

@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tuneloop_trainer.contract import (
     Base,
@@ -70,6 +70,35 @@ def make_base(folder: Path, template: str | None = CHAT_TEMPLATE, **config: Any)
             **({"tie_word_embeddings": True} | config),
         )
     )
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def make_encoder_decoder(folder: Path, kind: Literal["T5", "BART"] = "T5") -> Path:
+    """A random T5 or BART with some 100,000 weights. T5 ends its texts with </s>; BART puts them between <s> and </s>."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import BartConfig, BartForConditionalGeneration, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special, alphabet = ["<pad>", "</s>", "<s>"], pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([f"sunny rainy positive negative {thing}" for thing in THINGS], trainer)
+    shape = "$A </s>" if kind == "T5" else "<s> $A </s>"
+    tokenizer.post_processor = processors.TemplateProcessing(single=shape, special_tokens=[("</s>", 1), ("<s>", 2)])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>").save_pretrained(folder)
+    torch.manual_seed(0)
+    if kind == "T5":
+        sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0, "decoder_start_token_id": 0}
+        model = T5ForConditionalGeneration(T5Config(vocab_size=400, feed_forward_proj="gated-gelu", **sizes))
+    else:
+        layers = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in (("layers", 2), ("ffn_dim", 64))}
+        heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+        tokens = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0, "decoder_start_token_id": 1, "forced_eos_token_id": 1}
+        config = BartConfig(vocab_size=400, d_model=32, max_position_embeddings=64, dropout=0.0, init_std=0.2, **layers, **heads, **tokens)
+        model = BartForConditionalGeneration(config)
     model.to(torch.bfloat16).save_pretrained(folder)
     return folder
 

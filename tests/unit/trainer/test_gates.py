@@ -87,6 +87,19 @@ def test_reward_gate(gain: float, verdict: str) -> None:
     assert result.difference == pytest.approx(gain, abs=0.05), "more is better"
 
 
+@pytest.mark.parametrize(("gain", "verdict"), [(0.05, "Pass"), (-0.05, "Fail")])
+def test_gate_of_likeness_wants_answers_that_are_more_like_the_expected(gain: float, verdict: str) -> None:
+    random = np.random.default_rng(3)
+    baseline = random.uniform(0.2, 0.7, 500)
+    paired = Paired(baseline + random.normal(gain, 0.1, 500), baseline, np.ones(500), [str(number) for number in range(500)])
+
+    result, _ = decide(Gate(suite="split", metric="ChrF", rule="Superior"), paired, promotions=5, seed=1)
+
+    assert result.verdict == verdict
+    assert result.difference == pytest.approx(gain, abs=0.02)
+    assert result.lower <= result.difference <= result.upper
+
+
 def test_level_is_shared_by_the_promotions_of_a_suite() -> None:
     paired = make_paired(40, 22, 320, 18)
 

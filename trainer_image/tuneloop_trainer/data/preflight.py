@@ -22,7 +22,7 @@ from tuneloop_trainer.data.shards import TokenRow
 from tuneloop_trainer.data.tokens import TokenCounts
 from tuneloop_trainer.errors import Invalid
 
-EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
+EMBEDDINGS = ("shared.weight", "embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 EMBEDDINGS_LOOKED_AT = 128
 UNTRAINED_SHARE = 0.01
 MIN_END_SHARE = 0.99
@@ -38,6 +38,7 @@ MAX_LORA_BATCH = 64
 LEARNING_RATES = {
     "SFT": (1e-5, 5e-5),
     "Pretraining": (1e-5, 3e-4),
+    "Seq2Seq": (2e-5, 3e-4),
     "DPO": (5e-7, 1e-6),
     "KTO": (5e-7, 1e-6),
     "GRPO": (5e-7, 5e-6),
@@ -105,6 +106,8 @@ class Preflight:
     vocabulary: Vocabulary
     whole: int = 0
     ended: int = 0
+    endless: int = 0
+    """Targets of an encoder-decoder that were cut, and with them their end."""
     ends: set[int] = field(default_factory=set)
     classes: Counter[str] | None = field(default_factory=Counter)
 
@@ -117,6 +120,8 @@ class Preflight:
             self.whole += 1
             self.ended += rows[-1].labels[-1] in self.vocabulary.stop_ids
             self.ends.add(rows[-1].labels[-1])
+        if self.config.objective == "Seq2Seq":
+            self.endless += rows[-1].labels[-1] not in self.vocabulary.stop_ids
         self._count_class(record)
 
     def judge(self, counts: TokenCounts, steps: int) -> list[str]:
@@ -173,9 +178,10 @@ class Preflight:
             )
 
     def _refuse_mostly_truncated(self, counts: TokenCounts) -> None:
-        if self.config.objective == "SFT" and counts.truncated > MAX_TRUNCATED_SHARE * counts.rows:
+        endless = {"SFT": counts.truncated, "Seq2Seq": self.endless}.get(self.config.objective, 0)
+        if endless > MAX_TRUNCATED_SHARE * counts.rows:
             raise Invalid(
-                f"{counts.truncated} of {counts.rows} rows are cut at training.maxSequenceLength "
+                f"{endless} of {counts.rows} rows are cut at training.maxSequenceLength "
                 f"{self.config.training.max_sequence_length}, and with them the end of the answer. Raise it, or shorten the rows."
             )
 
@@ -195,7 +201,8 @@ class Preflight:
     def _truncation(self, counts: TokenCounts) -> str | None:
         if counts.truncated <= FEW_TRUNCATED_SHARE * counts.rows:
             return None
-        return f"{counts.truncated} of {counts.rows} rows are cut at training.maxSequenceLength: their answers have no end."
+        lost = f"{self.endless} answers have no end" if self.config.objective == "Seq2Seq" else "their answers have no end"
+        return f"{counts.truncated} of {counts.rows} rows are cut at training.maxSequenceLength: {lost}."
 
     def _supervision(self, counts: TokenCounts) -> str | None:
         if not self.whole or counts.supervised_share >= MIN_SUPERVISED_SHARE:

@@ -27,6 +27,9 @@ class SuiteScores(BaseModel):
     rewards: tuple[float, ...] = ()
     """Per item the reward of the most likely answer."""
 
+    texts: tuple[str, ...] = ()
+    """The model's own answers to the first items."""
+
     def chosen(self) -> list[int]:
         """Per item the label with the highest score; the first of equals."""
         return [scores.index(max(scores)) for scores in self.label_scores]

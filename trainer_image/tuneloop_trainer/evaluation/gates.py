@@ -18,6 +18,8 @@ from tuneloop_trainer.evaluation import statistics
 from tuneloop_trainer.evaluation.statistics import Floats, Interval
 
 MIN_POWER = 0.5
+MEANS = ("Loss", "Reward", "ChrF")
+"""Metrics whose items have any value; of the others an item is right or wrong."""
 Verdict = Literal["Pass", "Fail", "Inconclusive"]
 
 
@@ -54,8 +56,8 @@ def decide(gate: Gate, paired: Paired, promotions: int, seed: int) -> tuple[Gate
     """The gate's result, and what would make an Inconclusive one conclusive ("" otherwise)."""
     alpha = gate.alpha / promotions
     sign = -1.0 if gate.metric == "Loss" else 1.0
-    if gate.metric in ("Loss", "Reward"):
-        finding = _compare_means(paired, gate.rule, alpha, seed, sign)
+    if gate.metric in MEANS:
+        finding = _compare_means(paired, sign, gate.rule, alpha, seed)
     else:
         finding = _compare_accuracy(paired, gate.rule, alpha, seed)
     verdict, advice = _verdict(gate, paired.n, finding, alpha)
@@ -126,8 +128,8 @@ def _compare_accuracy(paired: Paired, rule: str, alpha: float, seed: int) -> Fin
     return Finding((wins - losses) / n, interval, p, error, wins + losses)
 
 
-def _compare_means(paired: Paired, rule: str, alpha: float, seed: int, sign: float) -> Finding:
-    """Paired bootstrap over documents; with a sign of -1 less is better."""
+def _compare_means(paired: Paired, sign: float, rule: str, alpha: float, seed: int) -> Finding:
+    """Paired bootstrap over documents; improvement is a higher mean, or with a negative sign a lower one."""
     improvements = sign * (paired.candidate - paired.baseline)
     means = statistics.bootstrap_means(improvements, paired.weights, paired.documents, seed)
     p = statistics.bootstrap_p(means) if rule == "Superior" else None

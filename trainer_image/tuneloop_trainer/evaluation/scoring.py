@@ -31,7 +31,7 @@ def label_scores(model: Model, prompts: Sequence[list[int]], labels: Sequence[Se
     prefix = _prefix_cache(model, prompts[0][:shared]) if shared else None
     scores: list[list[float]] = [[] for _ in prompts]
     finished = 0
-    for batch in _batches([len(prompt) - shared for prompt in prompts], model.device.type):
+    for batch in batches([len(prompt) - shared for prompt in prompts], model.device.type):
         rows = _label_batch(model, prefix, shared, [prompts[index][shared:] for index in batch], [labels[index] for index in batch])
         for index, row in zip(batch, rows, strict=True):
             scores[index] = row
@@ -75,11 +75,11 @@ def _label_batch(model: Model, prefix: Any, shared: int, prompts: list[list[int]
 def _later_tokens(model: Model, cache: Any, mask: Tensor, labels: list[list[int]], count: int) -> Tensor:
     """Log-probability of each label behind its first token, over the prompts' keys and values."""
     cache.batch_repeat_interleave(count)
-    inputs, real = _right_padded([label[:-1] for label in labels], model.device)
+    inputs, real = right_padded([label[:-1] for label in labels], model.device)
     whole = torch.cat([mask.repeat_interleave(count, 0), real], dim=1)
     positions = mask.sum(1, keepdim=True).repeat_interleave(count, 0) + torch.arange(inputs.shape[1], device=model.device)
     out = model(input_ids=inputs, attention_mask=whole, position_ids=positions, past_key_values=cache, use_cache=True)
-    targets, kept = _right_padded([label[1:] for label in labels], model.device)
+    targets, kept = right_padded([label[1:] for label in labels], model.device)
     chances = torch.log_softmax(out.logits.float(), dim=-1).gather(2, targets.unsqueeze(2)).squeeze(2)
     return (chances * kept).sum(1)
 
@@ -89,8 +89,8 @@ def head_outputs(model: Model, texts: Sequence[list[int]], done: Done) -> list[l
     """What a classification head says to each text: one number a class."""
     scores: list[list[float]] = [[] for _ in texts]
     finished = 0
-    for batch in _batches([len(text) for text in texts], model.device.type):
-        ids, mask = _right_padded([texts[index] for index in batch], model.device)
+    for batch in batches([len(text) for text in texts], model.device.type):
+        ids, mask = right_padded([texts[index] for index in batch], model.device)
         ids = ids.masked_fill(mask == 0, model.config.pad_token_id)
         rows = model(input_ids=ids, attention_mask=mask).logits.float().tolist()
         for index, row in zip(batch, rows, strict=True):
@@ -105,7 +105,7 @@ def held_out_losses(model: Model, items: Sequence[Encoded], limit: int, done: Do
     losses: list[tuple[float, int]] = [(0.0, 0)] * len(items)
     rows = [(item.prompt + item.completion)[:limit] for item in items]
     finished = 0
-    for batch in _batches([len(row) for row in rows], model.device.type):
+    for batch in batches([len(row) for row in rows], model.device.type):
         counts = [min(len(rows[index]) - len(items[index].prompt), len(rows[index]) - 1) for index in batch]
         for index, loss in zip(batch, _loss_batch(model, [rows[index] for index in batch], counts), strict=True):
             losses[index] = loss
@@ -141,7 +141,7 @@ def greedy_answers(model: Model, prompts: Sequence[list[int]], max_tokens: int, 
     settings = GenerationConfig(max_new_tokens=max_tokens, do_sample=False, num_beams=1, eos_token_id=stop_list, pad_token_id=stop_list[0])
     answers: list[Greedy] = [Greedy([], [])] * len(prompts)
     finished = 0
-    for batch in _batches([len(prompt) + max_tokens for prompt in prompts], model.device.type):
+    for batch in batches([len(prompt) + max_tokens for prompt in prompts], model.device.type):
         ids, mask = _left_padded([prompts[index] for index in batch], model.device)
         steps: list[list[float]] = []
         note = functools.partial(_note_leads, steps)
@@ -162,7 +162,7 @@ def _note_leads(steps: list[list[float]], _: Tensor, logits: Tensor) -> Tensor:
     return logits
 
 
-def _batches(lengths: Sequence[int], device: str) -> Iterator[list[int]]:
+def batches(lengths: Sequence[int], device: str) -> Iterator[list[int]]:
     """Indices in batches of at most so many padded tokens, longest first: what does not fit fails at once."""
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
@@ -181,7 +181,7 @@ def _left_padded(rows: Sequence[list[int]], device: Any) -> tuple[Tensor, Tensor
     return ids, mask
 
 
-def _right_padded(rows: Sequence[list[int]], device: Any) -> tuple[Tensor, Tensor]:
+def right_padded(rows: Sequence[list[int]], device: Any) -> tuple[Tensor, Tensor]:
     width = max(1, *map(len, rows)) if len(rows) > 1 else max(1, len(rows[0]))
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)

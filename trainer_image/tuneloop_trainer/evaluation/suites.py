@@ -13,7 +13,7 @@ import numpy as np
 from tuneloop_trainer.chat import Encoded, Formatter
 from tuneloop_trainer.contract import RunConfig, Suite, SuiteScore
 from tuneloop_trainer.data.suites import Item, labels_of, needs_labels, read_items
-from tuneloop_trainer.evaluation import scoring
+from tuneloop_trainer.evaluation import scoring, written
 from tuneloop_trainer.evaluation.baselines import SuiteScores, cache_key
 from tuneloop_trainer.evaluation.gates import Paired
 from tuneloop_trainer.evaluation.statistics import macro_f1
@@ -61,7 +61,8 @@ class PreparedSuite:
     def key(self, model_digest: str, dtype: str) -> str:
         return cache_key(
             model=model_digest, suite=self.digest, prompt=self.prompt_hash, dtype=dtype, rule=scoring.LABEL_SCORING,
-            metrics=",".join(sorted(self.suite.metrics)), limit=self.limit, **({"unit": "byte"} if self.by_bytes else {}),
+            metrics=",".join(sorted(self.suite.metrics)), limit=self.limit,
+            **self.objective.scoring, **({"unit": "byte"} if self.by_bytes else {}),
             **({"rewards": self.objective.reward_key()} if "Reward" in self.suite.metrics else {}),
         )  # fmt: skip
 
@@ -81,14 +82,20 @@ class PreparedSuite:
         if "Reward" in self.suite.metrics:
             done = progress.counter(f"Rewarding {who}", len(self.items))
             rewards = self.objective.rewards(model, self, done)
+        texts: list[str] = []
+        if "ChrF" in self.suite.metrics:
+            texts = self.objective.texts(model, self, self.formatter, progress.counter(f"Answering {who}", len(self.items)))
         scores = tuple(map(tuple, label_scores))
-        return SuiteScores(labels=self.labels, label_scores=scores, losses=tuple(losses), rewards=tuple(rewards))
+        return SuiteScores(labels=self.labels, label_scores=scores, losses=tuple(losses), rewards=tuple(rewards), texts=tuple(texts))
 
     def paired(self, metric: str, candidate: SuiteScores, baseline: SuiteScores) -> Paired:
         """Both models' values for a gate, item by item. Items without a token to predict are left out of Loss."""
         documents = [item.document for item in self.items]
         if metric == "Reward":
             return Paired(np.array(candidate.rewards), np.array(baseline.rewards), np.ones(len(documents)), documents)
+        if metric == "ChrF":
+            likeness = [np.array(self.chrf(scores)) for scores in (candidate, baseline)]
+            return Paired(likeness[0], likeness[1], np.ones(len(likeness[0])), documents[: len(likeness[0])])
         if metric != "Loss":
             hits = [np.equal(scores.chosen(), self.expected).astype(float) for scores in (candidate, baseline)]
             return Paired(hits[0], hits[1], np.ones(len(documents)), documents)
@@ -96,6 +103,14 @@ class PreparedSuite:
         kept = np.nonzero(tokens)[0]
         values = [np.array([loss for loss, _ in scores.losses])[kept] / tokens[kept] for scores in (candidate, baseline)]
         return Paired(values[0], values[1], tokens[kept].astype(float), [documents[place] for place in kept])
+
+    def chrf(self, scores: SuiteScores) -> list[float]:
+        return written.chrf(scores.texts, self.written[: len(scores.texts)])
+
+    @property
+    def written(self) -> list[str]:
+        """What the items' answers should be."""
+        return [item.completion for item in self.items]
 
     def summary(self, candidate: SuiteScores, baseline: SuiteScores, parse_rate: float | None) -> SuiteScore:
         """The point estimates that stand beside the gates."""
@@ -116,6 +131,12 @@ class PreparedSuite:
         if candidate.rewards:
             means = {"reward": _rounded(fmean(candidate.rewards)), "baseline_reward": _rounded(fmean(baseline.rewards))}
             score = score.model_copy(update=means)
+        if candidate.texts:
+            chrf = {
+                name: _rounded(float(np.mean(self.chrf(scores)))) for name, scores in (("chrf", candidate), ("baseline_chrf", baseline))
+            }
+            bleu = _rounded(written.bleu(candidate.texts, self.written[: len(candidate.texts)]))
+            score = score.model_copy(update={**chrf, "bleu": bleu})
         return score
 
 

@@ -19,6 +19,7 @@ MODULES = {
     "SFT": "sft",
     "Pretraining": "pretraining",
     "SequenceClassification": "classification",
+    "Seq2Seq": "seq2seq",
     "DPO": "dpo",
     "KTO": "kto",
     "RewardModel": "reward",

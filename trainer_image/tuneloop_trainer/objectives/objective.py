@@ -190,6 +190,15 @@ class Objective:
         """Weights of models that stand beside the model while it is trained."""
         return 0
 
+    def texts(self, model: models.Model, suite: PreparedSuite, formatter: Formatter, done: Done) -> list[str]:
+        """The model's own answers to the first items, for the metric ChrF. Those that a causal model is probed by are others."""
+        raise NotImplementedError
+
+    @property
+    def scoring(self) -> dict[str, int]:
+        """What scores depend on beside the suite: scores that were made by other settings are not taken from the cache."""
+        return {}
+
     def base_scores(self, suite: PreparedSuite) -> SuiteScores | None:
         """The base's scores where the base itself cannot be asked; None: it can."""
         return None

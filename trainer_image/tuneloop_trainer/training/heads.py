@@ -29,7 +29,7 @@ def select_positions(model: Module, temperature: float = 1.0) -> bool:
     """
     core = model.get_base_model() if hasattr(model, "get_base_model") else model
     routed = getattr(core.config.get_text_config(), "output_router_logits", False)
-    if core.device.type in TRITON or routed or not has_plain_head(core):
+    if core.device.type in TRITON or routed or core.config.is_encoder_decoder or not has_plain_head(core):
         return False
     whole = core.forward
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from tuneloop_operator.domain.finetunejob import sides
 from tuneloop_trainer.contract import ModelShape
 
 MIB = 1 << 20
@@ -81,21 +82,25 @@ def trained_parameters(work: Workload) -> int:
     shape = work.shape
     if work.method == "Full":
         return shape.parameters
+    if shape.encoder_layers is not None:
+        return sides.adapted_parameters(shape, work.rank, work.only_attention)
     hidden, wide = shape.hidden_size, shape.intermediate_size
     query, key = shape.heads * shape.head_size, shape.key_value_heads * shape.head_size
-    sides = 2 * (hidden + query) + 2 * (hidden + key)
+    ends = 2 * (hidden + query) + 2 * (hidden + key)
     if not work.only_attention:
-        sides += 3 * (hidden + wide)
+        ends += 3 * (hidden + wide)
     rows = 2 * work.new_tokens * hidden
-    return shape.layers * (work.rank * sides + (_adapted_outputs(work) if work.dora else 0)) + rows
+    return shape.layers * (work.rank * ends + (_adapted_outputs(work) if work.dora else 0)) + rows
 
 
 def peak_memory(work: Workload) -> int:
     """Bytes at the highest point of a step: on a CPU the resident set of the process, on CUDA what the allocator holds."""
     kept = _kept_by_layers(work)
+    # Scores of pairs are so large that they are in mappings of their own, which leave no holes.
+    holes = HOLES["Full"] if work.shape.pairs == "Biased" else HOLES[work.method]
     beside, writing = work.reward_bytes, _static(work) + _writing(work)
     if work.device == "cpu":
-        highest = max(_static(work) + kept * (1 + HOLES[work.method]) + _top(work), _end_of_backward(work), writing)
+        highest = max(_static(work) + kept * (1 + holes) + _top(work), _end_of_backward(work), writing)
         return int(IMPORTS + STARTED + beside + highest)
     return int(beside + max(_static(work) + kept + _top(work), _end_of_backward(work), writing))
 
@@ -115,6 +120,8 @@ def flops_per_token(work: Workload) -> float:
     """Full: 6 for each weight (2 forward, 4 backward). LoRA: 4, since no frozen weight has a gradient. 2 more where the forward pass is
     made again. Attention by the mean length of the keys, half the row."""
     per_weight = (6 if work.method == "Full" else 4) + (2 if work.checkpointing else 0)
+    if work.shape.encoder_layers is not None:
+        return per_weight * sides.weights_of_a_token(work.shape, work.supervised_share)
     attention = 6 * work.shape.layers * work.shape.heads * work.shape.head_size * work.longest
     return float(per_weight * work.shape.parameters + attention)
 
@@ -179,11 +186,21 @@ def _writing(work: Workload) -> int:
 
 def _kept_by_layers(work: Workload) -> int:
     """With gradient checkpointing each layer's input and one layer as a whole, else all of all layers."""
+    if work.shape.encoder_layers is not None:
+        return sides.kept_by_layers(
+            work.shape, work.method, work.precision, work.device, work.micro_batch, _sides(work), checkpointing=work.checkpointing
+        )
     layer = _kept_by_layer(work) * work.tokens
     if not work.checkpointing:
         return layer * work.shape.layers
     stream = 2 if work.method == "LoRA" and work.precision == "BF16" else 4
     return layer + work.shape.layers * stream * work.shape.hidden_size * work.tokens
+
+
+def _sides(work: Workload) -> tuple[int, int]:
+    """Tokens of a row's source and target. Those of the target are the supervised ones."""
+    target = min(work.longest, max(1, round(work.longest * work.supervised_share)))
+    return work.longest - target, target
 
 
 def _kept_by_layer(work: Workload) -> int:
@@ -233,6 +250,8 @@ def _head(work: Workload) -> int:
     if not work.predicts_tokens:
         return 0
     positions = max(1, round(work.tokens * min(max(work.supervised_share, 0.0), 1.0)))
+    if work.shape.encoder_layers is not None:  # the trainer's head for labelled positions alone is a decoder's
+        return 16 * positions * work.shape.vocabulary + (6 * work.shape.vocabulary * work.shape.hidden_size if work.method == "Full" else 0)
     vocabulary = work.shape.vocabulary
     gradient = 6 * vocabulary * work.shape.hidden_size if work.method == "Full" else 0
     if work.device == "cuda":

@@ -233,4 +233,7 @@ def _score(suite: str, score: SuiteScore) -> ScoreStatus:
         loss=optional(score.loss),
         reward=optional(score.reward),
         baseline_reward=optional(score.baseline_reward),
+        chrf=optional(score.chrf),
+        baseline_chrf=optional(score.baseline_chrf),
+        bleu=optional(score.bleu),
     )

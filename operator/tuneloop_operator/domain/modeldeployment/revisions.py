@@ -9,7 +9,7 @@ from tuneloop_operator.api.conditions import DeploymentReason
 from tuneloop_operator.api.engineoptions import option_problem
 from tuneloop_operator.api.modeldeployment import ModelDeployment
 from tuneloop_operator.api.modelversion import ModelVersion
-from tuneloop_operator.api.objectives import is_servable
+from tuneloop_operator.api.objectives import is_servable, objective_name
 from tuneloop_operator.domain.decision import Invalid
 from tuneloop_operator.render import names
 from tuneloop_operator.render.engine import model_id, render_template
@@ -103,7 +103,8 @@ def _check(deployment: ModelDeployment, version: ModelVersion) -> None:
         raise Invalid(DeploymentReason.INVALID_OPTION.value, problem)
     if version.spec.lineage is not None and not is_servable(version.spec.lineage.spec):
         message = (
-            f"ModelVersion {version.metadata.name} was trained to judge texts and writes no answers. "
+            f"ModelVersion {version.metadata.name} was trained with {objective_name(version.spec.lineage.spec)}, and no engine here serves "
+            "what that makes. "
             "Set spec.model to a version of another objective."
         )
         raise Invalid(DeploymentReason.NOT_SERVABLE.value, message)
