@@ -10,14 +10,16 @@ import argparse
 import json
 import os
 import random
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from tuneloop_operator.domain.finetunejob import estimates
 from tuneloop_trainer.contract import (
@@ -68,6 +70,8 @@ class Point:
     length: int
     batch: int
     precision: str = "BF16"
+    processes: int = 1
+    """More than one divide the model among them (FSDP)."""
 
 
 GRID = (
@@ -90,6 +94,10 @@ GRID = (
     Point("bart", "Full", 1024, 1),
     Point("bart", "LoRA", 1024, 2),
     Point("bart", "Full", 256, 2, "FP32"),
+    Point("wordy", "Full", 64, 8, processes=2),
+    Point("wide", "Full", 256, 4, processes=4),
+    Point("deep", "Full", 1024, 2, processes=2),
+    Point("deep", "LoRA", 512, 2, processes=2),
 )
 
 
@@ -108,7 +116,12 @@ def run_config(root: Path, point: Point) -> RunConfig:
         prompt_format="Text",
         train=(DataSource(uri="pvc://data/rows.jsonl", path=str(root / "rows.jsonl")),),
         training=Training(
-            max_steps=STEPS, global_batch_size=point.batch, max_sequence_length=point.length, warmup_steps=0, precision=point.precision
+            max_steps=STEPS,
+            global_batch_size=point.batch,
+            max_sequence_length=point.length,
+            warmup_steps=0,
+            precision=point.precision,
+            parallelism="FSDP" if point.processes > 1 else None,
         ),
         curation=Curation(deduplicate="None", decontaminate=False),
         checkpoint=Checkpoint(every_minutes=None),
@@ -224,7 +237,11 @@ def _resident(name: str) -> int:
 
 
 def measure(root: Path, point: Point, made: dict[str, object]) -> dict[str, object]:
-    trained = _child("train", root, asdict(point))
+    with ThreadPoolExecutor(point.processes) as pool:
+        places = [_place(rank, point.processes) for rank in range(point.processes)]
+        port = {"MASTER_PORT": str(_free_port())}
+        each = list(pool.map(lambda place: _child("train", root, asdict(point), place | port), places))
+    trained = max(each, key=lambda one: one["measured"])
     workload = workload_of(point, made)
     if trained["micro_batch"] != workload.micro_batch:
         raise SystemExit(f"{point}: the trainer took micro-batches of {trained['micro_batch']}, not {workload.micro_batch}")
@@ -243,7 +260,8 @@ def measure(root: Path, point: Point, made: dict[str, object]) -> dict[str, obje
 def workload_of(point: Point, made: dict[str, object]) -> estimates.Workload:
     """As the operator would make it of the job and of what prepare told."""
     limit = max(1, TOKENS_PER_MICRO_BATCH["cpu"] // point.length)
-    micro = max(size for size in range(1, point.batch + 1) if point.batch % size == 0 and size <= limit)
+    of_process = point.batch // point.processes
+    micro = max(size for size in range(1, of_process + 1) if of_process % size == 0 and size <= limit)
     return estimates.Workload(
         shape=estimates.ModelShape.model_validate(made["shape"]),
         method="Full" if point.method == "Full" else "LoRA",
@@ -253,16 +271,31 @@ def workload_of(point: Point, made: dict[str, object]) -> estimates.Workload:
         precision="FP32" if point.precision == "FP32" else "BF16",
         device="cpu",
         micro_batch=micro,
-        accumulation=point.batch // micro,
+        accumulation=of_process // micro,
         longest=point.length,
         supervised_share=float(str(made["supervised_share"])),
         checkpointing=False,
+        shares=point.processes,
     )
 
 
-def _child(step: str, root: Path, what: object):  # type: ignore[no-untyped-def]  # JSON of the step
+def _place(rank: int, size: int) -> dict[str, str]:
+    """As the launcher tells its workers."""
+    if size == 1:
+        return {}
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
+    return dict(zip(names, (str(rank), str(rank), str(size), str(size), "127.0.0.1"), strict=True))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _child(step: str, root: Path, what: object, more: Mapping[str, str] = MappingProxyType({})):  # type: ignore[no-untyped-def]  # JSON of the step
     command = [sys.executable, "-m", "bench.estimate", "--step", step, "--root", str(root), "--what", json.dumps(what)]
-    done = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=os.environ | ENVIRONMENT | more, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{step} of {what} failed:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -274,6 +307,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="measure points of these shapes only (default: all)"
     )
+    parser.add_argument("--divided", action="store_true", help="measure only points of several processes")
     parser.add_argument("--workers", type=int, default=2, help="trainings at a time (default: %(default)s)")
     parser.add_argument("--step", choices=("make", "train"), help=argparse.SUPPRESS)
     parser.add_argument("--root", type=Path, help=argparse.SUPPRESS)
@@ -283,7 +317,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return make(arguments.root, [Point(**point) for point in arguments.what])
     if arguments.step == "train":
         return train(arguments.root, Point(**arguments.what))
-    points = [point for point in GRID[: arguments.points] if point.shape in arguments.shapes]
+    points = [point for point in GRID if point.processes > 1 or not arguments.divided]
+    points = [point for point in points[: arguments.points] if point.shape in arguments.shapes]
     found = []
     with tempfile.TemporaryDirectory(prefix="tuneloop-estimate-") as folder, ThreadPoolExecutor(arguments.workers) as pool:
         root = Path(folder)

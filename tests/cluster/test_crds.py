@@ -307,6 +307,16 @@ REFUSED: dict[str, list[Manifest]] = {
         changed(changed(FINE_TUNE_JOB, "spec.compute.nodes", 3), "spec.training.globalBatchSize", 16),
         changed(changed(FINE_TUNE_JOB, "spec.compute.acceleratorsPerNode", 3), "spec.training.globalBatchSize", 16),
     ],
+    "compute.parallelism: FSDP divides the model among several processes: set compute.nodes or acceleratorsPerNode above 1.": [
+        changed(changed(FINE_TUNE_JOB, "spec.compute.acceleratorsPerNode", 1), "spec.compute.parallelism", "FSDP"),
+        changed(changed(FINE_TUNE_JOB, "spec.compute.acceleratorsPerNode", 0), "spec.compute.parallelism", "FSDP"),
+    ],
+    "compute.parallelism: FSDP is for SFT, Pretraining, SequenceClassification, DPO, KTO, RewardModel and Custom.": [
+        changed(changed(FINE_TUNE_JOB, "spec.objective", {"type": "GRPO"}), "spec.compute.parallelism", "FSDP"),
+    ],
+    "vocabulary trains single rows of a whole matrix: compute.parallelism must not be FSDP.": [
+        changed(changed(FINE_TUNE_JOB, "spec.vocabulary", {}), "spec.compute.parallelism", "FSDP"),
+    ],
     "training.earlyStopping needs data.validation.": [WITHOUT_VALIDATION],
     "a suite of type Validation needs data.validation.": [changed(FINE_TUNE_JOB, "spec.data.validation", ...)],
     "evaluation.artifactDigest must equal artifact.manifestDigest: what is evaluated is what is shipped.": [

@@ -1,4 +1,4 @@
-"""Two pods train one model; one of them is evicted on the way, and they go on together."""
+"""Two pods train one model, each with the whole of it or with a part; one of them is evicted on the way, and they go on together."""
 
 from __future__ import annotations
 
@@ -13,32 +13,50 @@ from dev.demo.story import QUICKSTART, Story
 
 pytestmark = pytest.mark.long
 
-JOB = "together"
 STEPS = 6
-PODS = f"tuneloop.dev/finetunejob={JOB},tuneloop.dev/stage=train"
 
 
-def test_two_pods_train_together_and_outlive_the_loss_of_one(installed: Story) -> None:
+@pytest.fixture(scope="module")
+def loss_alone(installed: Story) -> float:
+    """Of the last step of one pod with the same global batch."""
+    return loss(train(installed, "alone", nodes=1))
+
+
+@pytest.mark.parametrize("parallelism", ["DataParallel", "FSDP"])
+def test_two_pods_train_together_and_outlive_the_loss_of_one(installed: Story, loss_alone: float, parallelism: str) -> None:
+    name = f"together-{parallelism.lower()}"
+    finished = train(installed, name, nodes=2, parallelism=parallelism, lose_one=True)
+
+    status = finished["status"]
+    assert status["estimate"]["parallelism"] == parallelism
+    assert (status["progress"]["step"], status["attempts"]) == (STEPS, 2)
+    assert status.get("stepsLost", 0) <= 2
+    assert loss(finished) == pytest.approx(loss_alone, rel=0.02)
+
+
+def train(installed: Story, name: str, nodes: int, parallelism: str = "Auto", *, lose_one: bool = False) -> dict[str, Any]:
+    """The job once it has succeeded."""
     space = installed.space
     job = yaml.safe_load((QUICKSTART / "finetunejob.yaml").read_text())
-    job["metadata"]["name"] = job["spec"]["output"]["model"] = JOB
-    job["spec"]["compute"]["nodes"] = 2
+    job["metadata"]["name"] = job["spec"]["output"]["model"] = name
+    job["spec"]["compute"] |= {"nodes": nodes, "parallelism": parallelism}
     job["spec"]["training"]["maxSteps"] = STEPS
     job["spec"]["checkpoint"] = {"everySteps": 2}
     del job["spec"]["evaluation"]
     space.apply(json.dumps(job))
-
-    space.wait_until("finetunejob", JOB, lambda found: step(found) >= 2)
-    training = space.list("pods", PODS)
-    assert sorted(pod["spec"]["hostname"] for pod in training) == [f"{JOB}-train-1-0", f"{JOB}-train-1-1"]
-    space.kubectl("delete", "pod", next(pod["metadata"]["name"] for pod in training if pod["spec"]["hostname"].endswith("-1")))
-    finished = space.wait_until("finetunejob", JOB, tale._is_finished)
-
+    if lose_one:
+        space.wait_until("finetunejob", name, lambda found: step(found) >= 2)
+        training = space.list("pods", f"tuneloop.dev/finetunejob={name},tuneloop.dev/stage=train")
+        assert sorted(pod["spec"]["hostname"] for pod in training) == [f"{name}-train-1-0", f"{name}-train-1-1"]
+        space.kubectl("delete", "pod", next(pod["metadata"]["name"] for pod in training if pod["spec"]["hostname"].endswith("-1")))
+    finished = space.wait_until("finetunejob", name, tale._is_finished)
     assert condition(finished, "Succeeded").get("status") == "True", condition(finished, "Succeeded").get("message")
-    status = finished["status"]
-    assert (status["progress"]["step"], status["attempts"]) == (STEPS, 2)
-    assert status.get("stepsLost", 0) <= 2
+    return finished
 
 
 def step(found: dict[str, Any]) -> int:
     return int((found.get("status", {}).get("progress") or {}).get("step") or 0)
+
+
+def loss(finished: dict[str, Any]) -> float:
+    return float(finished["status"]["progress"]["loss"])

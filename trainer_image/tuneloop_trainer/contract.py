@@ -352,6 +352,8 @@ class Training(Model):
     global_batch_size: int = 16
     micro_batch_size: int | None = None
     """None: chosen by the trainer. The operator halves it after an out-of-memory attempt."""
+    parallelism: Literal["FSDP"] | None = None
+    """FSDP: weights, gradients and optimiser are divided over the processes. None: each holds them all."""
     learning_rate: float = 2e-4
     warmup_steps: int | None = None
     max_sequence_length: int = 512

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
+_loaded_to: ContextVar[str | None] = ContextVar("loaded_to", default=None)
 
 
 def cpu_threads(configured: int | None = None, cgroup: Path = CGROUP) -> int:
@@ -54,3 +58,17 @@ def device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def loaded_to() -> str:
+    """Where models are loaded to: the device, unless `loading_to` says otherwise."""
+    return _loaded_to.get() or device()
+
+
+@contextmanager
+def loading_to(place: str) -> Iterator[None]:
+    token = _loaded_to.set(place)
+    try:
+        yield
+    finally:
+        _loaded_to.reset(token)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from tuneloop_trainer.contract import Reason
 from tuneloop_trainer.errors import Invalid
-from tuneloop_trainer.hardware import device
+from tuneloop_trainer.hardware import loaded_to
 
 Model = Any  # transformers and torch are followed by no type checker here
 Tokenizer = Any
@@ -56,7 +56,7 @@ def _load(kind: Any, folder: Path, uri: str, dtype: Literal["bfloat16", "float32
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise Invalid(f"Model {uri} does not load as {words}: {error}", Reason.MODEL_NOT_FOUND) from error
-    return model.to(device()).eval()
+    return model.to(loaded_to()).eval()
 
 
 def load_classifier(folder: Path, uri: str, dtype: Literal["bfloat16", "float32"], labels: Sequence[str] | None) -> Model:
@@ -92,7 +92,7 @@ def load_classifier(folder: Path, uri: str, dtype: Literal["bfloat16", "float32"
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise Invalid(f"Model {uri} does not load as a classification model: {error}", Reason.MODEL_NOT_FOUND) from error
-    return model.to(device()).eval()
+    return model.to(loaded_to()).eval()
 
 
 def _refuse_drawn(names: Iterable[str]) -> None:

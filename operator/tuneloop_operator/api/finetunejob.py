@@ -200,6 +200,11 @@ class Compute(Model):
     )
     accelerators_per_node: int = Field(default=1, ge=0, le=16, description="Devices of a training pod; 0 trains on the CPU.")
     accelerator_resource: str = Field(default="nvidia.com/gpu", max_length=128, description="Resource name of the devices.")
+    parallelism: Literal["Auto", "DataParallel", "FSDP"] = Field(
+        default="Auto",
+        description="How several processes, one for each device or each pod on CPUs, share the training. DataParallel: each holds the "
+        "whole model. FSDP: weights, gradients and optimiser are divided among them. Auto: FSDP where the model does not fit otherwise.",
+    )
     cost_per_accelerator_hour: Number | None = Field(
         default=None, description="Price of one device for an hour, in any currency; status.estimate then tells the cost."
     )
@@ -376,6 +381,14 @@ class FineTuneJobSpec(Model):
                 " ? self.compute.acceleratorsPerNode : 1)) == 0",
                 "training.globalBatchSize must be a multiple of compute.nodes x compute.acceleratorsPerNode: each takes an equal share.",
             ),
+            (
+                "self.compute.parallelism != 'FSDP' || self.compute.nodes > 1 || self.compute.acceleratorsPerNode > 1",
+                "compute.parallelism: FSDP divides the model among several processes: set compute.nodes or acceleratorsPerNode above 1.",
+            ),
+            (
+                "self.compute.parallelism != 'FSDP' || !has(self.vocabulary)",
+                "vocabulary trains single rows of a whole matrix: compute.parallelism must not be FSDP.",
+            ),
             ("!has(self.training.earlyStopping) || has(self.data.validation)", "training.earlyStopping needs data.validation."),
             (
                 "has(self.data.validation) || !has(self.evaluation) || !has(self.evaluation.suites)"
@@ -468,6 +481,9 @@ class Estimate(Model):
     micro_batch_size: int = Field(description="Rows that a device takes at a time.")
     accumulation_steps: int = Field(description="Micro-batches of one optimiser step.")
     gradient_checkpointing: bool = Field(description="Whether activations are computed again in the backward pass.")
+    parallelism: str | None = Field(
+        default=None, max_length=16, description="DataParallel or FSDP, as asked for or chosen; absent where one process trains."
+    )
     hours_from: Number | None = Field(default=None, description="Shortest training time.")
     hours_to: Number | None = Field(default=None, description="Longest training time.")
     hours_basis: str | None = Field(

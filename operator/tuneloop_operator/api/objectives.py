@@ -65,6 +65,8 @@ TRAITS: dict[ObjectiveType, Traits] = {
 }
 ROLLING_OUT = ["GRPO", "RLOO"]
 """Objectives whose model writes the completions that it learns from."""
+DIVIDED = ["SFT", "Pretraining", "SequenceClassification", "DPO", "KTO", "RewardModel"]
+"""Objectives whose losses with a model divided among processes were compared with those of one process."""
 TEMPLATES = ("prompt", "completion", "chosen", "rejected", "text")
 """Texts that a template may render."""
 
@@ -200,6 +202,8 @@ def _training_rules() -> Iterator[tuple[str, str]]:
         "self.objective.type != 'KTO' || self.training.globalBatchSize >= 2",
         "KTO compares each row with another of its batch: training.globalBatchSize must be at least 2.",
     )
+    names = [*DIVIDED, "Custom"]
+    yield f"self.compute.parallelism != 'FSDP' || {_in(names)}", f"compute.parallelism: FSDP is for {_only(names)}."
 
 
 def _rollout_rules() -> Iterator[tuple[str, str]]:

@@ -56,19 +56,24 @@ def config_text(config: RunConfig) -> str:
     return config.model_dump_json(by_alias=True)
 
 
-def edited_text(text: str, micro_batch: int | None, baseline: Baseline, estimate: Estimated | None = None) -> str:
+def edited_text(
+    text: str, micro_batch: int | None, baseline: Baseline, estimate: Estimated | None = None, *, is_sharded: bool = False
+) -> str:
     """The configuration that a run began with, but for what may differ between its attempts, and the first estimate.
 
     Edited as JSON: the run's image is pinned, and a trainer of then refuses fields that this operator's contract has gained since.
     """
     content = json.loads(text)
+    training, parallelism = content["training"], "FSDP" if is_sharded else None
     lacks_estimate = estimate is not None and "estimate" in content and content["estimate"] is None
-    is_same = content["training"]["microBatchSize"] == micro_batch and content["evaluation"]["baseline"]["name"] == baseline.name
-    if is_same and not lacks_estimate:
+    is_same = training["microBatchSize"] == micro_batch and training.get("parallelism") == parallelism
+    if is_same and content["evaluation"]["baseline"]["name"] == baseline.name and not lacks_estimate:
         return text
     if estimate is not None and lacks_estimate:
         content["estimate"] = estimate.model_dump(mode="json", by_alias=True)
-    content["training"]["microBatchSize"] = micro_batch
+    training["microBatchSize"] = micro_batch
+    if training.get("parallelism") != parallelism:
+        training["parallelism"] = parallelism
     if content["evaluation"]["baseline"]["name"] != baseline.name:
         content["evaluation"]["baseline"] = baseline.model_dump(mode="json", by_alias=True)
     return json.dumps(content, separators=(",", ":"), ensure_ascii=False)

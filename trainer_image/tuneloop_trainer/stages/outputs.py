@@ -32,7 +32,8 @@ NO_PART = frozenset({"paths", "threads", "stall_seconds", "checkpoint", "image",
 def run_key(config: RunConfig) -> str:
     """Hash of what the run's outputs depend on; an output of another key is made anew. Where they lie is no part of it."""
     content = config.model_dump(mode="json", exclude=set(NO_PART))
-    content["training"].pop("micro_batch_size")
+    for name in ("micro_batch_size", "parallelism"):
+        content["training"].pop(name)
     content["evaluation"].pop("baseline")
     return _hash(_without_silent_fields(content))
 

@@ -113,19 +113,15 @@ def assemble(
     stop_early = _stop_early(config, resumed)
     settings = resolve(config, plan, objective.defaults, hardware.device())
     log.info("settings: %s", settings.described())
-    parts = Parts(
-        base=base,
-        model=load(objective, base),
-        tokenizer=models.load_tokenizer(base, config.base.uri),
-        arguments=settings.values | surroundings(plan, writing, stop_early is not None, hardware.device()),
-        train=_dataset(data, "train"),
-        validation=_dataset(data, "validation") if stop_early is not None else None,
-        resuming={"order": plan.order, "consumed": resumed.samples if resumed else 0, "checkpoints": checkpoints},
-    )
-    try:
-        trainer = objective.trainer(parts)
-    except ValueError as error:
-        raise Invalid(f"{config.base.uri} cannot be trained so: {error}", Reason.MODEL_NOT_FOUND) from error
+    validation = _dataset(data, "validation") if stop_early is not None else None
+    resuming = {
+        "order": plan.order,
+        "consumed": resumed.samples if resumed else 0,
+        "checkpoints": checkpoints,
+        "is_sharded": plan.is_sharded,
+    }
+    arguments = settings.values | surroundings(plan, writing, stop_early is not None, hardware.device())
+    trainer = make_trainer(objective, base, arguments, _dataset(data, "train"), validation, resuming)
     if objective.new_tokens:
         trainer.learn_rows_first(objective.new_tokens, first_steps(plan.max_steps))
         settings = settings.beside("new_rows_first_steps", trainer.first_steps)
@@ -142,6 +138,19 @@ def assemble(
     lost = checkpoints.take_up(resumed.step if resumed else 0)
     progress.update(checkpoint_step=resumed.step if resumed else None, steps_lost=lost)
     return Attempt(trainer, report, plan, checkpoints, resumed, lost, stop_early, settings)
+
+
+def make_trainer(
+    objective: Objective, base: Path, arguments: dict[str, Any], rows: Any, validation: Any, resuming: dict[str, Any]
+) -> Any:  # Any: Trainer is imported only where torch is needed
+    """The objective's trainer. A model that will be divided stays in the host's memory: each device takes its part, layer by layer."""
+    uri = objective.config.base.uri
+    with hardware.loading_to("cpu" if arguments.get("fsdp") else hardware.device()):
+        model, tokenizer = load(objective, base), models.load_tokenizer(base, uri)
+        try:
+            return objective.trainer(Parts(base, model, tokenizer, arguments, rows, validation, resuming))
+        except ValueError as error:
+            raise Invalid(f"{uri} cannot be trained so: {error}", Reason.MODEL_NOT_FOUND) from error
 
 
 def load(objective: Objective, base: Path) -> models.Model:
@@ -179,7 +188,11 @@ def finish(config: RunConfig, attempt: Attempt, summary: TrainSummary, folder: P
     state = attempt.trainer.state
     step = attempt.best.best_step if attempt.best is not None and attempt.best.best_step else state.global_step
     with staging(folder) as temporary:
-        attempt.checkpoints.link_weights(attempt.checkpoints.get(step), temporary)
+        checkpoint = attempt.checkpoints.get(step)
+        if attempt.plan.is_sharded:
+            attempt.trainer.write_weights(checkpoint.folder, temporary)
+        else:
+            attempt.checkpoints.link_weights(checkpoint, temporary)
         (temporary / "log.json").write_text(json.dumps(state.log_history, indent=1))
         (temporary / SETTINGS).write_text(json.dumps(attempt.settings.record(), indent=1))
         result = StageResult(stage=Stage.TRAIN, exit_code=ExitCode.DONE, uri=str(folder / "log.json"), train=summary)

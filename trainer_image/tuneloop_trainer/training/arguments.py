@@ -17,6 +17,15 @@ Origin = Literal["spec", "default", "derived", "extraArguments"]
 """Who set a value: the job's spec (the schema's defaults included), the table of defaults by objective and method, the trainer
 from the data and the device, or `training.extraArguments`."""
 
+SHARDED: dict[str, Any] = {
+    "fsdp": True,
+    "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "reshard_after_forward": True},
+    "accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}},
+}
+"""FSDP2, a unit for each layer. Gradients are divided after each micro-batch: else all of them would be whole on each device until the
+last one. Activations are computed again by the model's own gradient checkpointing: accelerate's keeps no state of random numbers, so that
+dropout would differ in the backward pass."""
+
 Value = str | int | float | bool
 ALLOWED: dict[str, type] = {
     "adam_beta1": float,
@@ -123,4 +132,4 @@ def surroundings(plan: Plan, folder: Path, evaluates: bool, device: str) -> dict
         "disable_tqdm": True,
         "ddp_backend": "gloo" if plan.processes > 1 and device == "cpu" else None,
         "ddp_find_unused_parameters": False if plan.processes > 1 else None,
-    }
+    } | (SHARDED if plan.is_sharded and plan.processes > 1 else {})

@@ -20,16 +20,16 @@ POSITIONS_AT_ONCE = 1024
 OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")
 
 
-def select_positions(model: Module, temperature: float = 1.0) -> bool:
+def select_positions(model: Module, temperature: float = 1.0, device: str | None = None) -> bool:
     """Lets `model(..., fused_lm_head=True)` of a model that TRL gave a fused head compute its head on labelled positions alone.
 
     On devices with Triton TRL does so itself. Elsewhere it computes all positions and masks them, which doubles the time of a step
     where few tokens are learned. Models whose logits are more than their head over the last hidden state (soft-capping, a logit
-    scale) keep TRL's way. Returns whether the model's forward was replaced.
+    scale) keep TRL's way. `device` is where it will be trained, if it is not there yet. Returns whether the model's forward was replaced.
     """
     core = model.get_base_model() if hasattr(model, "get_base_model") else model
     routed = getattr(core.config.get_text_config(), "output_router_logits", False)
-    if core.device.type in TRITON or routed or core.config.is_encoder_decoder or not has_plain_head(core):
+    if (device or core.device.type) in TRITON or routed or core.config.is_encoder_decoder or not has_plain_head(core):
         return False
     whole = core.forward
 

@@ -22,6 +22,8 @@ class Plan:
     micro_batch: int
     key: str
     processes: int = 1
+    is_sharded: bool = False
+    """Whether weights, gradients and optimiser are divided over the processes, and checkpoints written in parts."""
 
     @property
     def accumulation(self) -> int:
@@ -48,10 +50,13 @@ def make_plan(
     order = sample_order(rows_per_source, weights, steps * rows, config.training.seed)
     order = np.repeat(by_length_within_batches(order, lengths, rows), repeats)
     content = f"{run_key(config)} {prepared.prepare.shards_digest} {prepared.prepare.base_digest}".encode() + order.tobytes()
+    is_sharded = config.training.parallelism == "FSDP"
+    if is_sharded:
+        content += b"FSDP"  # neither kind of checkpoint is taken for the other
     if batch % processes:
         raise Invalid(f"training.globalBatchSize {batch} cannot be shared by {processes} processes: make it a multiple.")
     micro = micro_batch(batch // processes, config.training.micro_batch_size, int(lengths[order].max()), device, least)
-    return Plan(order, steps, batch, micro, hashlib.sha256(content).hexdigest(), processes)
+    return Plan(order, steps, batch, micro, hashlib.sha256(content).hexdigest(), processes, is_sharded)
 
 
 def micro_batch(global_batch: int, configured: int | None, longest: int, device: str, least: int = 1) -> int:

@@ -13,9 +13,12 @@ from torch.utils.data import Sampler
 from transformers import Trainer
 
 from tuneloop_trainer.data.schedule import Order
+from tuneloop_trainer.training import parts
 from tuneloop_trainer.training.checkpoints import FAREWELL_SECONDS, OUTAGE_SECONDS, Checkpoints, Saves
 from tuneloop_trainer.training.heads import select_positions
 from tuneloop_trainer.training.rows import NewRowsFirst, in_two_parts
+
+SCHEDULER = "scheduler.pt"
 
 
 class OrderSampler(Sampler[int]):
@@ -36,13 +39,23 @@ class Resumable(Trainer):
     and the language-model head only where a token is learned."""
 
     def __init__(
-        self, *args: Any, order: Order, consumed: int, checkpoints: Checkpoints, columns: Sequence[str] | None = None, **kwargs: Any
-    ) -> None:  # Any: TRL's
+        self,
+        *args: Any,  # Any: TRL's
+        order: Order,
+        consumed: int,
+        checkpoints: Checkpoints,
+        is_sharded: bool = False,
+        columns: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
         self.order = order
         self.consumed = consumed
         self.checkpoints = checkpoints
         self.saves = Saves()
+        self.is_sharded = is_sharded
         self.columns = columns
+        if is_sharded:
+            parts.keep_precision(kwargs["args"])
         self.first_steps = 0
         self.best_step: int | None = None
         self.figures: Callable[[], dict[str, float]] = dict
@@ -50,7 +63,10 @@ class Resumable(Trainer):
         self._random_state_of: str | None = None
         super().__init__(*args, **kwargs)
         _complete_token_wrappers(self.model)
-        select_positions(self.model, getattr(self, "temperature", 1.0))
+        select_positions(self.model, getattr(self, "temperature", 1.0), self.args.device.type)
+        if self.is_fsdp_enabled and self.args.bf16:
+            for model in filter(None, (self.model, getattr(self, "ref_model", None))):
+                parts.compute_in_half(model, self.args.device.type)
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         """TRL would tokenise here; prepare has."""
@@ -91,6 +107,40 @@ class Resumable(Trainer):
         finally:
             if world.is_first:
                 shutil.rmtree(written, ignore_errors=True)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp_plugin_args is not None:
+            parts.divide_on_any_device(self.accelerator, self.args.fsdp_plugin_args)
+            self.is_fsdp_enabled = True
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Of a sharded model each process writes its part, with the optimiser's."""
+        if not self.is_sharded:
+            super().save_model(output_dir, _internal_call)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_sharded:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        parts.save(self.model, self.optimizer, Path(output_dir))
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not self.is_sharded:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.is_sharded or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        parts.load(self.model, self.optimizer, Path(checkpoint))
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER, weights_only=True))
+
+    def write_weights(self, checkpoint: Path, folder: Path) -> None:
+        """A sharded checkpoint's weights as one model, or one adapter. For one process: nothing is asked of the others."""
+        self.model.save_pretrained(folder, state_dict=parts.weights(checkpoint))
 
     def _together(self, part: Callable[[], Any]) -> None:
         """Do one's part; raises in every process where it failed in one."""

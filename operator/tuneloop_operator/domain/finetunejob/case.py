@@ -73,11 +73,11 @@ class Case:
             self._config = run_config(self.job, self.resolved)
         return self._config
 
-    def config_text(self, micro_batch: int | None = None) -> str:
+    def config_text(self, micro_batch: int | None = None, *, is_sharded: bool = False) -> str:
         """What a stage reads: once training has begun, what it began with, whatever this version of the operator would render."""
         began_with = self.snapshot.began_with or training.config_text(self.config())
         estimate = findings.estimated(self.status.estimate) if self.status.started_at is not None else None
-        return training.edited_text(began_with, micro_batch, self.config().evaluation.baseline, estimate)
+        return training.edited_text(began_with, micro_batch, self.config().evaluation.baseline, estimate, is_sharded=is_sharded)
 
     def input_hash(self, stage: Stage) -> str:
         """What an attempt of the stage is asked to do. Training and packaging cannot be asked for anything else once they have begun."""
@@ -94,6 +94,11 @@ class Case:
                 baseline = [pinned.name, pinned.manifest_digest] if pinned is not None else None
                 return [baseline, artifact.manifest_digest if artifact is not None else None]
         return stage.value
+
+    def is_sharded(self) -> bool:
+        """As estimated, or as asked for where nothing could be."""
+        asked = self.job.spec.compute.parallelism == "FSDP" and together.processes(self.job) > 1
+        return self.status.estimate.parallelism == "FSDP" if self.status.estimate is not None else asked
 
     def micro_batch(self) -> int | None:
         """What was estimated to fit; half of it, or of what the trainer would take itself, after an attempt that was out of memory."""
@@ -155,7 +160,7 @@ class Case:
     def start(self, stage: Stage, *, with_devices: bool = True) -> None:
         """Make the next attempt of a stage."""
         number = self.next_number(stage)
-        text = self.config_text(self.micro_batch() if stage is Stage.TRAIN else None)
+        text = self.config_text(self.micro_batch(), is_sharded=self.is_sharded()) if stage is Stage.TRAIN else self.config_text()
         manifest = training.stage_job(
             self.job,
             self.resolved,

@@ -65,6 +65,8 @@ class Workload:
     """Tokens that the model writes itself to each row of a global batch, at most; the longest row has them."""
     reward_bytes: int = 0
     """Weights of reward models beside the model."""
+    shares: int = 1
+    """Processes that weights, gradients and optimiser are divided among (FSDP); 1: each holds them all."""
 
     @property
     def tokens(self) -> int:
@@ -95,14 +97,16 @@ def trained_parameters(work: Workload) -> int:
 
 def peak_memory(work: Workload) -> int:
     """Bytes at the highest point of a step: on a CPU the resident set of the process, on CUDA what the allocator holds."""
-    kept = _kept_by_layers(work)
+    kept, least = _kept_by_layers(work), _end_of_backward(work)
     # Scores of pairs are so large that they are in mappings of their own, which leave no holes.
     holes = HOLES["Full"] if work.shape.pairs == "Biased" else HOLES[work.method]
     beside, writing = work.reward_bytes, _static(work) + _writing(work)
     if work.device == "cpu":
-        highest = max(_static(work) + kept * (1 + holes) + _top(work), _end_of_backward(work), writing)
+        # Before it is divided, each process has loaded the whole model.
+        least = max(least, _weights(work)) if work.shares > 1 else least
+        highest = max(_static(work) + kept * (1 + holes) + _top(work), least, writing)
         return int(IMPORTS + STARTED + beside + highest)
-    return int(beside + max(_static(work) + kept + _top(work), _end_of_backward(work), writing))
+    return int(beside + max(_static(work) + kept + _top(work), least, writing))
 
 
 def needed_of_limit(work: Workload) -> int:
@@ -145,14 +149,12 @@ def _optimizer_bytes(work: Workload) -> int:
 
 def _static(work: Workload) -> int:
     """What is there when the backward pass begins: weights, moments, gradients of earlier micro-batches, autocast's bf16 weights."""
-    shape, trained = work.shape, trained_parameters(work)
-    casts = 2 * trained if work.precision == "BF16" else 0
+    trained = trained_parameters(work)
     moments = trained * _optimizer_bytes(work)
-    if work.method == "Full":
-        gradients = 4 * trained if work.accumulation > 1 else 0
-        return 4 * shape.parameters + moments + gradients + casts + _reference(work)
-    weights = shape.parameters * (2 if work.precision == "BF16" else 4)
-    return weights + 4 * trained + moments + 4 * trained + casts + _copies_for_rows(work)
+    gradients = 4 * trained if work.method == "LoRA" or work.accumulation > 1 else 0
+    return (
+        (_weights(work) + moments + gradients + _reference(work)) // work.shares + _casts(work) + _gathered(work) + _copies_for_rows(work)
+    )
 
 
 def _copies_for_rows(work: Workload) -> int:
@@ -164,9 +166,43 @@ def _copies_for_rows(work: Workload) -> int:
 
 def _end_of_backward(work: Workload) -> int:
     """Weights, moments and all gradients; the activations are gone."""
-    trained = trained_parameters(work)
+    held = _weights(work) + trained_parameters(work) * (4 + _optimizer_bytes(work)) + _reference(work)
+    return held // work.shares + _gathered(work)
+
+
+def _weights(work: Workload) -> int:
+    """All of them, as they are held: what is trained in fp32."""
     frozen = work.shape.parameters * (2 if work.precision == "BF16" else 4) if work.method == "LoRA" else 0
-    return frozen + trained * (4 + 4 + _optimizer_bytes(work)) + _reference(work)
+    return frozen + 4 * trained_parameters(work)
+
+
+def _casts(work: Workload) -> int:
+    """bf16 copies of trained weights. Where the model is divided and the forward pass made again, those of a layer at a time."""
+    if work.precision == "FP32":
+        return 0
+    if work.shares > 1 and work.checkpointing:
+        return 2 * sum(_units(work)) if work.method == "Full" else 0
+    return 2 * trained_parameters(work)
+
+
+def _units(work: Workload) -> tuple[int, int]:
+    """Weights of a layer, and of what lies outside of the layers: embeddings, head, the last norm."""
+    shape = work.shape
+    query, key = shape.heads * shape.head_size, shape.key_value_heads * shape.head_size
+    layer = shape.hidden_size * (2 * query + 2 * key + 3 * shape.intermediate_size)
+    return layer, max(0, shape.parameters - shape.layers * layer)
+
+
+def _gathered(work: Workload) -> int:
+    """Of a divided model what a process has whole for a while: the layer it is at and the next one, each as it comes and as it is used, and
+    gradients as they are made and sent; all the time what lies outside of the layers."""
+    if work.shares == 1:
+        return 0
+    layer, outside = _units(work)
+    each = 2 if work.method == "LoRA" and work.precision == "BF16" else 4
+    gradients = max(12 * layer, 8 * outside) if work.method == "Full" else 0
+    reference = (2 if work.precision == "BF16" else 4) * (layer + outside) if work.has_reference else 0
+    return each * (4 * layer + outside) + gradients + reference
 
 
 def _reference(work: Workload) -> int:

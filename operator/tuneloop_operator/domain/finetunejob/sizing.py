@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from tuneloop_operator.api.finetunejob import Estimate, FineTuneJob
+from tuneloop_operator.api.objectives import DIVIDED
 from tuneloop_operator.domain.finetunejob import estimates
 from tuneloop_operator.domain.finetunejob.devices import CPU_CORE, Device, device_of
 from tuneloop_operator.domain.finetunejob.estimates import Workload
@@ -78,11 +79,21 @@ def size(job: FineTuneJob, config: RunConfig, facts: Facts, settings: Settings) 
         return None
     device = _device(job, settings)
     limit = _limit(job, device)
-    choices = list(_smaller(_workload(job, config, facts), _fewest(config)))
+    whole = _workload(job, config, facts)
+    choices = [work for shares in _shares(job, config) for work in _smaller(replace(whole, shares=shares), _fewest(config))]
     fitting = next((work for work in choices if limit is None or estimates.needed_of_limit(work) <= limit), None)
     work = fitting or choices[-1]
     problem = _problem(job, work, limit) if fitting is None and limit is not None else None
     return Sizing(_estimate(job, config, work, facts, device, limit), problem)
+
+
+def _shares(job: FineTuneJob, config: RunConfig) -> tuple[int, ...]:
+    """Among how many processes the model is divided, in the order in which it is tried."""
+    processes, asked = together.processes(job), job.spec.compute.parallelism
+    is_compared = config.objective in DIVIDED and config.vocabulary is None
+    if processes == 1 or asked == "DataParallel" or (asked == "Auto" and not is_compared):
+        return (1,)
+    return (processes,) if asked == "FSDP" else (1, processes)
 
 
 # --- the work -----------------------------------------------------------------
@@ -189,6 +200,7 @@ def _estimate(job: FineTuneJob, config: RunConfig, work: Workload, facts: Facts,
         micro_batch_size=work.micro_batch,
         accumulation_steps=work.accumulation,
         gradient_checkpointing=work.checkpointing,
+        parallelism=None if together.processes(job) == 1 else "DataParallel" if work.shares == 1 else "FSDP",
         hours_from=number(hours[0]) if hours is not None else None,
         hours_to=number(hours[1]) if hours is not None else None,
         hours_basis="DeviceTable" if hours is not None else None,
@@ -228,7 +240,9 @@ def cost(job: FineTuneJob, hours: float) -> str | None:
 def _problem(job: FineTuneJob, work: Workload, limit: int) -> str:
     needed = estimates.needed_of_limit(work)
     where = "the pod's memory limit" if work.device == "cpu" else "the device's memory"
-    remedy = next((words for words, smaller in _remedies(work) if estimates.needed_of_limit(smaller) <= limit), None)
+    remedy = next(
+        (words for words, smaller in _remedies(work, together.processes(job)) if estimates.needed_of_limit(smaller) <= limit), None
+    )
     more = "raise compute.pod.resources.limits.memory" if work.device == "cpu" else "take a larger device"
     what = f"{remedy}, or {more}" if remedy is not None else f"No single change makes it fit: {more}"
     return (
@@ -237,9 +251,11 @@ def _problem(job: FineTuneJob, work: Workload, limit: int) -> str:
     )
 
 
-def _remedies(work: Workload) -> Iterator[tuple[str, Workload]]:
+def _remedies(work: Workload, processes: int) -> Iterator[tuple[str, Workload]]:
     """From the smallest change on. The micro-batch is one row already."""
     checkpointed = replace(work, checkpointing=True)
+    if work.shares < processes and not work.new_tokens:
+        yield "Set compute.parallelism to FSDP", replace(work, shares=processes)
     if not work.checkpointing:
         yield "Set training.extraArguments.gradient_checkpointing to 'true'", checkpointed
     lengths = [length for halvings in range(1, 12) if (length := work.longest >> halvings) >= SHORTEST]
