@@ -17,6 +17,7 @@ from tuneloop_gateway.configuration import Configuration
 from tuneloop_gateway.contract import ForgetReceipt, ForgetRequest
 from tuneloop_gateway.curation import Curation
 from tuneloop_gateway.database import Database, database_url
+from tuneloop_gateway.drift.comparing import Comparing
 from tuneloop_gateway.drift.monitor import Monitor
 from tuneloop_gateway.endpoints import Endpoints
 from tuneloop_gateway.feedback import Feedback
@@ -53,13 +54,14 @@ class Gateway:
         self.database = Database(url, f"{config.namespace}/{config.deployment}")
         self.endpoints = Endpoints(config.namespace, settings.endpoints)
         self.router = Router(configuration, self.endpoints, settings.wait_seconds)
-        self.monitor = Monitor(configuration, self.database, settings.pod_uid)
+        self.proxy = Proxy(configuration, self.router, self.metrics, secrets.engine_key, self._ended)
+        self.prober = Prober(configuration, self.endpoints, self.router, self.proxy.session, secrets.engine_key)
+        comparing = Comparing(configuration, self.prober.training_inputs)
+        self.monitor = Monitor(configuration, self.database, settings.pod_uid, comparing)
         self.capture = Capture(configuration, self.database, self.metrics, self.monitor.take)
         self.curation = Curation(self.database)
         self.retention = Retention(configuration, self.database, self.metrics)
         self._feedback_key = secrets.feedback_key
-        self.proxy = Proxy(configuration, self.router, self.metrics, secrets.engine_key, self._ended)
-        self.prober = Prober(configuration, self.endpoints, self.router, self.proxy.session, secrets.engine_key)
         self.allowances = SharedAllowances(self.database) if self.database.is_shared else OwnAllowances()
         feedback = Feedback(configuration, self.curation, self.metrics, secrets.feedback_key)
         self.public = Public(

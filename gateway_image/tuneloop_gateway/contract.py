@@ -33,6 +33,8 @@ INTERNAL_PORT = 8081
 ENGINE_PORT = 8000
 ENGINE_PROBES_PATH = "/tuneloop/probes"
 """Answered by the engine's guard (with the engine key): JSON list of the trainer's `Probe` items recorded for its artifact."""
+ENGINE_REFERENCE_PATH = "/tuneloop/reference"
+"""Likewise: JSON list of texts, a sample of the inputs that its artifact was trained on."""
 FEEDBACK_HEADER = "x-tuneloop-feedback"
 REVISION_HEADER = "x-tuneloop-revision"
 TOKEN_HEADER = "x-tuneloop-token"
@@ -99,6 +101,8 @@ class Revision(Model):
     """Ask the probe items recorded with the artifact, and report the agreement."""
     probe_text: str | None = None
     """Said by a user; `RevisionReport.prompt_digest` tells which prompt the engine reads then."""
+    reference: bool = False
+    """The engine has a sample of the inputs that the model was trained on: live ones are compared with it."""
 
 
 class Capture(Model):
@@ -204,6 +208,20 @@ class DriftReport(Model):
     """RFC 3339, UTC."""
 
 
+class SkewReport(Model):
+    """The live inputs of the stable version beside those that it was trained on."""
+
+    version: int | None
+    status: Literal["Comparing", "Differ", "Alike"]
+    """Differ: with evidence that chance does not give once in a hundred versions. Alike: all of the sample was used without that."""
+    log_evidence: float = 0.0
+    log_threshold: float = 0.0
+    effect: float = 0.0
+    """As of drift."""
+    pairs: int = 0
+    reference_rows: int = 0
+
+
 class FeedbackReport(Model):
     up: int = 0
     down: int = 0
@@ -231,6 +249,8 @@ class GatewayState(Model):
     revisions: tuple[RevisionReport, ...] = ()
     drift: DriftReport | None = None
     """None: its saved state has not been read yet, so there may be an alarm or none."""
+    skew: SkewReport | None = None
+    """None: nothing is compared, or the saved state has not been read yet."""
     feedback: FeedbackReport = FeedbackReport()
     capture: CaptureReport = CaptureReport()
 
@@ -334,4 +354,10 @@ class Metric:
     DRIFT_REFERENCE_REMAINING = "tuneloop_drift_reference_remaining_rows"
     DRIFT_PAIRS = "tuneloop_drift_pairs"
     """gauge: pairs tested in this epoch"""
+    SKEW_LOG_EVIDENCE = "tuneloop_skew_log_evidence"
+    SKEW_LOG_THRESHOLD = "tuneloop_skew_log_threshold"
+    SKEW_EFFECT = "tuneloop_skew_effect"
+    SKEW_DETECTED = "tuneloop_skew_detected"
+    """gauge, 0 or 1: live inputs differ from those of the training"""
+    SKEW_PAIRS = "tuneloop_skew_pairs"
     CONFIG_GENERATION = "tuneloop_gateway_config_generation"

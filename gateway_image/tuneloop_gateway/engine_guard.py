@@ -20,13 +20,15 @@ from typing import Any
 KEY_FILE_VARIABLE = "TUNELOOP_ENGINE_KEY_FILE"
 PROBES_FILE_VARIABLE = "TUNELOOP_PROBES_FILE"
 OPEN_PATHS = {("GET", "/health"), ("GET", "/metrics")}
+REFERENCE_FILE_VARIABLE = "TUNELOOP_REFERENCE_FILE"
 PROBES_PATH = "/tuneloop/probes"
-ALLOWED_PATHS = {"/v1/chat/completions", "/v1/completions", "/v1/models", "/tokenize", PROBES_PATH}
+REFERENCE_PATH = "/tuneloop/reference"
+ALLOWED_PATHS = {"/v1/chat/completions", "/v1/completions", "/v1/models", "/tokenize"}
 MANIFEST = "manifest.json"
 BASE_FILES = (".safetensors", ".json", ".jinja", ".txt", ".model", ".tiktoken")
 """What the trainer's digest of a base model is made of; files below subfolders are left out."""
 MAX_MANIFEST_BYTES = 16 << 20
-MAX_PROBES_BYTES = 2 << 20
+MAX_RECORDED_BYTES = 2 << 20
 
 Scope = MutableMapping[str, Any]  # the three shapes of ASGI
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -40,7 +42,10 @@ class Guard:
     def __init__(self, app: App) -> None:
         self._app = app
         self._key_file = os.environ.get(KEY_FILE_VARIABLE)
-        self._probes_file = os.environ.get(PROBES_FILE_VARIABLE)
+        self._recorded = {
+            PROBES_PATH: os.environ.get(PROBES_FILE_VARIABLE),
+            REFERENCE_PATH: os.environ.get(REFERENCE_FILE_VARIABLE),
+        }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         kind = scope["type"]
@@ -52,8 +57,8 @@ class Guard:
             await self._app(scope, receive, send)
         elif not self._has_key(scope):
             await _answer(send, 401, b'{"error":"unauthorized"}')
-        elif scope["path"] == PROBES_PATH:
-            await self._answer_probes(scope, send)
+        elif scope["path"] in self._recorded:
+            await self._answer_recorded(scope, send)
         elif scope["path"] in ALLOWED_PATHS:
             await self._app(scope, receive, send)
         else:
@@ -68,10 +73,10 @@ class Guard:
             return False
         return hmac.compare_digest(given[0], b"Bearer " + key)
 
-    async def _answer_probes(self, scope: Scope, send: Send) -> None:
-        body = _read(self._probes_file, MAX_PROBES_BYTES) if scope["method"] == "GET" else None
+    async def _answer_recorded(self, scope: Scope, send: Send) -> None:
+        body = _read(self._recorded[scope["path"]], MAX_RECORDED_BYTES) if scope["method"] == "GET" else None
         if body is None:
-            await _answer(send, 404, b'{"error":"no probes are recorded for this model"}')
+            await _answer(send, 404, b'{"error":"nothing of this kind is recorded for this model"}')
         else:
             await _answer(send, 200, body)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 
-from tuneloop_gateway.contract import DriftReport, DriftStatus, GatewayConfig, GatewayState, Metric
+from tuneloop_gateway.contract import DriftReport, DriftStatus, GatewayConfig, GatewayState, Metric, SkewReport
 
 disable_created_metrics()  # type: ignore[no-untyped-call]
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -46,6 +46,13 @@ class Metrics:
         self._alarm = gauge(Metric.DRIFT_ALARM, "1 from the alarm on until the detector starts afresh.")
         self._remaining = gauge(Metric.DRIFT_REFERENCE_REMAINING, "Reference rows not used yet.")
         self._pairs = gauge(Metric.DRIFT_PAIRS, "Pairs tested since the detector started.")
+        self._skew = (
+            gauge(Metric.SKEW_LOG_EVIDENCE, "Natural logarithm of the evidence that users' inputs are unlike those of the training."),
+            gauge(Metric.SKEW_LOG_THRESHOLD, "Inputs are said to be unlike where the evidence reaches this."),
+            gauge(Metric.SKEW_EFFECT, "Prequential AUC over the last 500 pairs, minus 0.5."),
+            gauge(Metric.SKEW_PAIRS, "Pairs of a live and a training input that were compared."),
+            gauge(Metric.SKEW_DETECTED, "1 where users' inputs are unlike those that the version was trained on."),
+        )
         self._generation = gauge(Metric.CONFIG_GENERATION, "Generation of the configuration that is applied.")
         for reason in ("queue_full", "database"):
             self._dropped.labels(**self.own, reason=reason)
@@ -117,7 +124,17 @@ class Metrics:
         self._labelled.labels(**self.own, split="train").set(state.feedback.labelled_train)
         self._labelled.labels(**self.own, split="gate").set(state.feedback.labelled_gate)
         self._render_drift(state.drift)
+        self._render_skew(state.skew)
         return generate_latest(self.registry)
+
+    def _render_skew(self, skew: SkewReport | None) -> None:
+        if skew is None:
+            for gauge in self._skew:
+                gauge.clear()
+            return
+        values = (skew.log_evidence, skew.log_threshold, skew.effect, float(skew.pairs), float(skew.status == "Differ"))
+        for gauge, value in zip(self._skew, values, strict=True):
+            gauge.labels(**self.own).set(value)
 
     def _render_drift(self, drift: DriftReport | None) -> None:
         gauges = (self._evidence, self._threshold, self._effect, self._alarm, self._remaining, self._pairs)

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from tuneloop_gateway.answers import ABORT, read_answer
 from tuneloop_gateway.canonical import normalise
 from tuneloop_gateway.configuration import Configuration
-from tuneloop_gateway.contract import ENGINE_PROBES_PATH, ProbeState, Revision, RevisionState, tokens_digest
+from tuneloop_gateway.contract import ENGINE_PROBES_PATH, ENGINE_REFERENCE_PATH, ProbeState, Revision, RevisionState, tokens_digest
 from tuneloop_gateway.endpoints import Endpoint, Endpoints
 from tuneloop_gateway.errors import Refused
 from tuneloop_gateway.inbound import CHAT_PATH, COMPLETION_PATH, Inbound, Json
@@ -24,7 +24,8 @@ from tuneloop_gateway.routing import Router
 logger = logging.getLogger(__name__)
 CONCURRENCY = 8
 MAX_PROBES = 200
-MAX_PROBES_BYTES = 2 << 20
+MAX_TEXTS = 2000
+MAX_RECORDED_BYTES = 2 << 20
 TRIES = 3
 AGAIN_SECONDS = 5.0
 LOOK_SECONDS = 1.0
@@ -44,6 +45,7 @@ class ProbeItem(BaseModel):
 
 
 _ITEMS = TypeAdapter(list[ProbeItem])
+_TEXTS = TypeAdapter(list[str])
 
 
 class _Tokenized(BaseModel):
@@ -172,24 +174,37 @@ class Prober:
                 task.cancel()
         return ProbeState(status="Done", asked=asked, agreed=agreed, message=disagreement[:300])
 
+    async def training_inputs(self, revision: Revision) -> list[str] | None:
+        """A sample of the inputs that the model was trained on; None where the engine has none. Raises one of FAILURES."""
+        raw = await self._recorded(revision, ENGINE_REFERENCE_PATH)
+        try:
+            return None if raw is None else _TEXTS.validate_json(raw)[:MAX_TEXTS] or None
+        except ValidationError:
+            raise ValueError("the sample of training inputs is not as expected") from None
+
     async def _fetch(self, revision: Revision) -> list[ProbeItem] | None:
         """The recorded items; None where the engine has none. Raises one of FAILURES."""
+        raw = await self._recorded(revision, ENGINE_PROBES_PATH)
+        try:
+            return None if raw is None else _ITEMS.validate_json(raw)[:MAX_PROBES] or None
+        except ValidationError:
+            raise ValueError("the list of probes is not as expected") from None
+
+    async def _recorded(self, revision: Revision, path: str) -> bytes | None:
+        """What the engine's guard hands out; None where there is no such thing. Raises one of FAILURES."""
         endpoint = await self._endpoint(revision)
-        timeout = aiohttp.ClientTimeout(total=15)
-        async with self._session.get(f"http://{endpoint.address}{ENGINE_PROBES_PATH}", headers=self._headers, timeout=timeout) as response:
+        url, timeout = f"http://{endpoint.address}{path}", aiohttp.ClientTimeout(total=15)
+        async with self._session.get(url, headers=self._headers, timeout=timeout) as response:
             if response.status == 404:
                 return None
             if response.status != 200:
-                raise ValueError(f"{ENGINE_PROBES_PATH} was answered {response.status}")
+                raise ValueError(f"{path} was answered {response.status}")
             raw = b""
             while chunk := await response.content.readany():
                 raw += chunk
-                if len(raw) > MAX_PROBES_BYTES:
-                    raise ValueError("the list of probes is too large")
-        try:
-            return _ITEMS.validate_json(raw)[:MAX_PROBES] or None
-        except ValidationError:
-            raise ValueError("the list of probes is not as expected") from None
+                if len(raw) > MAX_RECORDED_BYTES:
+                    raise ValueError(f"the answer to {path} is too large")
+        return raw
 
     async def _ask_patiently(self, revision: Revision, item: ProbeItem) -> str:
         for attempt in range(TRIES):

@@ -53,6 +53,7 @@ class State:
             generation=self._configuration.current.generation,
             revisions=tuple(self._revision(r) for r in self._configuration.current.revisions),
             drift=self._monitor.report(),
+            skew=self._monitor.skew(),
             feedback=self._curation.last_report,
             capture=self._capture.report(),
         )

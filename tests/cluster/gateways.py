@@ -36,6 +36,7 @@ class FakeGateway:
     drift: dict[str, object] = field(default_factory=dict)
     feedback: dict[str, int] = field(default_factory=dict)
     in_flight: int = 0
+    skew: dict[str, object] | None = None
     prompt_digest: str = ""
     """Of the prompt that engines read, where the operator wants it told."""
     frozen: GatewayConfig | None = None
@@ -88,5 +89,6 @@ class FakeGateway:
             "generation": config.generation if config else 0,
             "revisions": revisions,
             "drift": {"status": "Monitoring", "epoch": epoch, "logThreshold": 11.5} | self.drift,
+            "skew": self.skew,
             "feedback": self.feedback,
         }

@@ -97,6 +97,35 @@ def test_the_loop_closes(operator: OperatorProcess, stage: Stage, api: Api, name
     assert len(jobs(stage)) == 1
 
 
+def test_live_inputs_unlike_those_of_the_training_are_told_and_retrain_nothing(
+    operator: OperatorProcess, stage: Stage, api: Api, namespace: str
+) -> None:
+    lineage = {"fineTuneJob": "tune", "fineTuneJobUid": "1", "spec": LINEAGE, "configDigest": digest(7)}
+    api.create(version(namespace, 1, lineage=lineage, referenceUri="pvc://models/runs/1/reference.json"))
+    api.create(deployment(namespace, **SPEC))
+    stage.start_engine(1)
+    stage.start_gateway()
+    label(stage)
+    stage.wait("Ready", "True", "Serving")
+    report = {
+        "version": 1,
+        "status": "Comparing",
+        "logEvidence": 14.0,
+        "logThreshold": 11.5,
+        "effect": 0.3,
+        "pairs": 350,
+        "referenceRows": 1000,
+    }
+    stage.gateway.skew = report
+    stage.wait("TrainingServingSkew", "Unknown", "Comparing")
+    stage.gateway.skew = report | {"status": "Differ"}
+    found = stage.wait("TrainingServingSkew", "True", "InputsDiffer")
+    assert "Live inputs are unlike those that version 1 was trained on" in found["message"]
+    wait_for(lambda: "InputsDiffer" in [e["reason"] for e in api.list("Event", namespace) if e["involvedObject"]["name"] == NAME])
+    stage.wait("RetrainingNeeded", "False", "NotNeeded")
+    assert not jobs(stage)
+
+
 def test_manual_approval_makes_the_job_suspended(operator: OperatorProcess, stage: Stage) -> None:
     serve(stage, retraining={**SPEC["retraining"], "approval": "Manual"})
     label(stage)

@@ -39,6 +39,10 @@ PROBE_TEXT = "Is the sky blue?"
 generation prompt (Chat), as token ids."""
 
 
+REFERENCE_FILE = "reference.json"
+"""JSON list of what users would have said, had they sent the training rows: a sample, beside `EvaluateSummary`'s full result."""
+
+
 def tokens_digest(tokens: list[int]) -> str:
     """Of token ids in order; the gateway computes the same of what the engine reads."""
     return "sha256:" + hashlib.sha256(json.dumps(tokens, separators=(",", ":")).encode()).hexdigest()
@@ -710,6 +714,8 @@ class EvaluateSummary(Model):
     """Path of the probe items (JSON list of `Probe`), at most 50."""
     page: str | None = Field(default=None, pattern=r"^[a-z0-9]+\.html$", max_length=32)
     """Name of the run's report, a page of HTML beside the full results."""
+    has_reference: bool = False
+    """There is a REFERENCE_FILE beside the full result."""
     message: str = Field(default="", max_length=300)
 
 

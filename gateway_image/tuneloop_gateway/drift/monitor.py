@@ -16,8 +16,9 @@ from sqlalchemy import func, insert, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tuneloop_gateway.configuration import Configuration
-from tuneloop_gateway.contract import Drift, DriftReport, DriftStatus
+from tuneloop_gateway.contract import Drift, DriftReport, DriftStatus, SkewReport
 from tuneloop_gateway.database import Database, Unavailable, captured, drift_parts, drift_state, upsert
+from tuneloop_gateway.drift.comparing import PART, Comparing
 from tuneloop_gateway.drift.features import Features, features
 from tuneloop_gateway.drift.process import Process, Progress, pack, parse_progress
 
@@ -45,12 +46,13 @@ class _Saved:
 class Monitor:
     """Owner: feeds the process and saves it. Follower: reports what the owner saved."""
 
-    def __init__(self, configuration: Configuration, database: Database, name: str) -> None:
-        self._configuration, self._database, self._name = configuration, database, name
+    def __init__(self, configuration: Configuration, database: Database, name: str, comparing: Comparing) -> None:
+        self._configuration, self._database, self._name, self._comparing = configuration, database, name, comparing
         self._process: Process | None = None
         self._saved = _Saved()
         self._followed: DriftReport | None = None
         self._followed_at: float | None = None
+        self._followed_skew: SkewReport | None = None
         self._wake = asyncio.Event()
         self._rng = random.Random()
         configuration.on_change(self._wake.set)
@@ -68,6 +70,8 @@ class Monitor:
     def take(self, text: str, now: float) -> None:
         """One canonical input. Cheap: most of its work is done for sampled rows only."""
         process = self._process
+        if process is not None:
+            self._comparing.take(text, time.time())
         if process is not None and self.settings is not None and process.progress.epoch == self.settings.epoch:
             was = process.status
             process.take(text, time.time())
@@ -87,6 +91,12 @@ class Monitor:
         if self._process is None:
             return None
         return DriftReport(status=DriftStatus.COLLECTING, epoch=settings.epoch, log_threshold=math.log(settings.false_alarm_every_requests))
+
+    def skew(self) -> SkewReport | None:
+        """None where nothing is compared, or before the saved state has been read."""
+        if self.settings is None:
+            return None
+        return self._comparing.report() if self._process is not None else self._followed_skew
 
     @property
     def alarmed_since(self) -> float | None:
@@ -126,6 +136,7 @@ class Monitor:
         if self._process is None:
             self._process = await self._load(settings)
         await self._enter_epoch(settings)
+        self._comparing.step()
         await self.save()
 
     async def _hold(self) -> bool:
@@ -147,6 +158,7 @@ class Monitor:
         if raw:
             meta = json.loads(raw)
             self._followed, self._followed_at = DriftReport.model_validate(meta["report"]), meta.get("detected_at")
+            self._followed_skew = SkewReport.model_validate(meta["skew"]) if meta.get("skew") else None
 
     async def _load(self, settings: Drift) -> Process:
         """The process as it was saved, or a new one."""
@@ -154,6 +166,7 @@ class Monitor:
             raw = (await connection.execute(select(drift_state.c.meta).where(drift_state.c.id == ROW))).scalar()
             rows = (await connection.execute(select(drift_parts.c.name, drift_parts.c.data))).all()
         self._saved = _Saved()
+        self._comparing.load(next((bytes(data) for name, data in rows if name == PART), None))
         if raw:
             try:
                 meta = json.loads(raw)
@@ -205,17 +218,21 @@ class Monitor:
         process, saved = self._process, self._saved
         if process is None:
             return
-        meta = {**process.save(), "report": process.report().model_dump(mode="json")}
+        skew = self._comparing.report()
+        meta = {**process.save(), "report": process.report().model_dump(mode="json"), "skew": skew and skew.model_dump(mode="json")}
         state = json.dumps(meta, separators=(",", ":"))
         now = time.monotonic()
         changes, urgent = process.reference_changes, everything or process.status is not saved.status
-        if state == saved.state or not (urgent or now - saved.detector_at > DETECTOR_SECONDS):
+        compared = self._comparing.due(now, everything=everything)
+        if (state == saved.state and compared is None) or not (urgent or now - saved.detector_at > DETECTOR_SECONDS):
             return
         parts: dict[str, Any] = {"detector": process.copy_detector()}
         if changes != saved.reference_changes and (urgent or now - saved.reference_at > REFERENCE_SECONDS):
             parts["reference"] = process.copy_reference()
         if process.settings.mix_over_seconds > BUFFER_SECONDS and (everything or now - saved.buffer_at > BUFFER_SECONDS):
             parts["buffer"] = process.copy_buffer()
+        if compared is not None:
+            parts[PART], pairs = compared.save(), compared.detector.pairs
         packed = {name: await asyncio.to_thread(pack, arrays) for name, arrays in parts.items()}
         async with self._database.begin() as connection:
             await self._write(connection, state, packed)
@@ -224,6 +241,8 @@ class Monitor:
             saved.reference_changes, saved.reference_at = changes, now
         if "buffer" in parts:
             saved.buffer_at = now
+        if compared is not None:
+            self._comparing.saved(pairs, now)
 
     async def _write(self, connection: AsyncConnection, state: str, parts: dict[str, bytes]) -> None:
         """Only while the lease is ours: another owner's state is not overwritten."""
@@ -238,6 +257,7 @@ class Monitor:
         """Saves everything and gives the lease away."""
         try:
             await self.save(everything=True)
+            self._comparing.stop()
             async with self._database.begin() as connection:
                 mine = (drift_state.c.id == ROW, drift_state.c.owner == self._name)
                 await connection.execute(update(drift_state).where(*mine).values(owner=None, lease_until=0.0))

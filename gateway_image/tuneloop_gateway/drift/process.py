@@ -212,31 +212,31 @@ class Process:
     def copy_reference(self) -> Arrays:
         """Hashed rows only, no text."""
         rows = self.reservoir.rows if self.progress.collecting else self.reference
-        return {**_rows(rows), "seen": np.array(self.reservoir.seen)}
+        return {**rows_to_arrays(rows), "seen": np.array(self.reservoir.seen)}
 
     def copy_buffer(self) -> Arrays:
         waiting = list(self.buffer.rows)
-        return {**_rows([w.row for w in waiting]), "at": np.array([(w.at, w.share) for w in waiting] or np.zeros((0, 2)))}
+        return {**rows_to_arrays([w.row for w in waiting]), "at": np.array([(w.at, w.share) for w in waiting] or np.zeros((0, 2)))}
 
     def restore(self, meta: dict[str, Any], parts: dict[str, bytes]) -> None:
         """Raises KeyError, ValueError or TypeError where the parts are not what was saved."""
         detector = self.detector
         detector.log_m = [-math.inf if m is None else float(m) for m in meta["log_m"]]
         detector.pairs = int(meta["pairs"])
-        arrays = _unpack(parts["detector"])
+        arrays = unpack(parts["detector"])
         detector.weights, detector.squares = arrays["weights"].copy(), arrays["squares"].copy()
         detector.scores.extend((float(a), float(b)) for a, b in arrays["scores"])
         if "reference" in parts:
-            arrays = _unpack(parts["reference"])
-            rows = _unrows(arrays)
+            arrays = unpack(parts["reference"])
+            rows = rows_of(arrays)
             if self.progress.collecting:
                 self.reservoir.rows, self.reservoir.seen = rows[: self.settings.size], int(arrays["seen"])
             else:
                 self.reference = rows
         if "buffer" in parts:
-            arrays = _unpack(parts["buffer"])
+            arrays = unpack(parts["buffer"])
             self.buffer.rows = deque(
-                Waiting(row, float(at), float(share)) for row, (at, share) in zip(_unrows(arrays), arrays["at"], strict=True)
+                Waiting(row, float(at), float(share)) for row, (at, share) in zip(rows_of(arrays), arrays["at"], strict=True)
             )
 
 
@@ -249,12 +249,12 @@ def parse_progress(meta: dict[str, Any]) -> Progress:
     return Progress(**{name: meta[name] for name in Progress.__dataclass_fields__})
 
 
-def _rows(rows: list[Features]) -> Arrays:
+def rows_to_arrays(rows: list[Features]) -> Arrays:
     lengths = np.array([len(r) for r in rows], np.uint32)
     return {"buckets": np.concatenate(rows) if rows else np.zeros(0, np.uint16), "lengths": lengths}
 
 
-def _unrows(arrays: Arrays) -> list[Features]:
+def rows_of(arrays: Arrays) -> list[Features]:
     ends = np.cumsum(arrays["lengths"], dtype=np.int64)
     if (ends[-1] if len(ends) else 0) != len(arrays["buckets"]):
         raise ValueError("the saved rows are of another length than their index")
@@ -268,6 +268,6 @@ def pack(arrays: Arrays) -> bytes:
     return zlib.compress(buffer.getvalue(), 1)
 
 
-def _unpack(data: bytes) -> Arrays:
+def unpack(data: bytes) -> Arrays:
     with np.load(BytesIO(zlib.decompress(data)), allow_pickle=False) as loaded:
         return dict(loaded)

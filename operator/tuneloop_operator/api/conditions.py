@@ -31,6 +31,7 @@ class DeploymentCondition(StrEnum):
     AVAILABLE = "Available"
     READY = "Ready"
     DRIFT_DETECTED = "DriftDetected"
+    TRAINING_SERVING_SKEW = "TrainingServingSkew"
     RETRAINING_NEEDED = "RetrainingNeeded"
     DEGRADED = "Degraded"
     RECONCILING = "Reconciling"
@@ -126,6 +127,11 @@ class DeploymentReason(StrEnum):
     REFERENCE_EXHAUSTED = "ReferenceExhausted"
     NO_DATA = "NoData"
     NOT_MONITORED = "NotMonitored"
+    # training-serving skew
+    NO_REFERENCE = "NoReference"
+    COMPARING = "Comparing"
+    INPUTS_DIFFER = "InputsDiffer"
+    INPUTS_ALIKE = "InputsAlike"
     # retraining
     NOT_NEEDED = "NotNeeded"
     EFFECT_TOO_SMALL = "EffectTooSmall"

@@ -105,6 +105,7 @@ class ModelVersionSpec(Model):
     lineage: Lineage | None = Field(default=None, description="Where it came from; absent = trained elsewhere.")
     evaluation: EvaluationStatus | None = Field(default=None, description="What its gates said.")
     probes_uri: str | None = Field(default=None, max_length=512, description="Items with the evaluator's answers, asked before traffic.")
+    reference_uri: str | None = Field(default=None, max_length=512, description="A sample of the training inputs, for live ones.")
     prompt: VersionPrompt = Field(default=VersionPrompt(), description="The prompt it was trained with.")
     approval: Literal["Pending", "Approved", "Rejected", "Withdrawn"] = Field(
         default="Pending", description="Approved versions may be served as the latest."

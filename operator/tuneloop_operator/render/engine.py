@@ -73,7 +73,7 @@ def engine_image(engine: Engine, settings: Settings) -> str:
 
 
 def _claims(version: ModelVersion) -> list[str]:
-    uris = [version.spec.artifact.uri, version.spec.probes_uri, base_uri(version)]
+    uris = [version.spec.artifact.uri, version.spec.probes_uri, version.spec.reference_uri, base_uri(version)]
     return [names.parse_pvc(uri)[0] for uri in uris if uri is not None and uri.startswith("pvc://")]
 
 
@@ -199,6 +199,8 @@ def _environment(version: ModelVersion, startup_seconds: int, *, on_cpu: bool) -
     ]
     if version.spec.probes_uri is not None:
         variables.append(pods.value("TUNELOOP_PROBES_FILE", names.pvc_path(version.spec.probes_uri)))
+    if version.spec.reference_uri is not None:
+        variables.append(pods.value("TUNELOOP_REFERENCE_FILE", names.pvc_path(version.spec.reference_uri)))
     if not from_hub:
         variables.append(pods.value("HF_HUB_OFFLINE", "1"))
     elif version.spec.base is not None and version.spec.base.source.secret_ref is not None:

@@ -46,6 +46,8 @@ class Pinned(Model):
     """The version has items to ask before traffic, and they hold for this prompt."""
     prompt_probe: str | None = None
     """Digest of the prompt that training made of PROBE_TEXT, where the version tells."""
+    has_reference: bool = False
+    """The version has a sample of its training inputs."""
     startup_timeout_seconds: int
     gateway_image: str
     template: dict[str, Any]
@@ -58,7 +60,7 @@ def encoded(pinned: Pinned) -> Json:
     The API server holds `data` fast byte by byte, and its own re-encoding of an object (key order, escapes, nulls) counts as a change.
     What is written here has one encoding only.
     """
-    absent = {"prompt_probe"} if pinned.prompt_probe is None else set()  # as an earlier release wrote it, and reads it
+    absent = {name for name in ("prompt_probe", "has_reference") if not getattr(pinned, name)}  # as an earlier release writes and reads it
     whole = json.dumps(pinned.model_dump(mode="json", by_alias=True, exclude=absent), sort_keys=True).encode()
     return {
         "artifactDigest": pinned.artifact_digest,

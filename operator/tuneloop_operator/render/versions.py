@@ -18,7 +18,13 @@ Approval = Literal["Pending", "Approved", "Rejected"]
 
 
 def model_version(
-    job: api.FineTuneJob, spec: dict[str, Any], resolved: api.Resolved, number: int, approval: Approval, probes_uri: str | None
+    job: api.FineTuneJob,
+    spec: dict[str, Any],
+    resolved: api.Resolved,
+    number: int,
+    approval: Approval,
+    probes_uri: str | None,
+    reference_uri: str | None = None,
 ) -> Json:
     """`spec` is the job's, as it goes into the lineage; artifact and evaluation are those of the job's status."""
     artifact, evaluation = job.status.artifact, job.status.evaluation
@@ -45,6 +51,7 @@ def model_version(
         lineage=lineage,
         evaluation=evaluation,
         probes_uri=probes_uri,
+        reference_uri=reference_uri,
         prompt=versions.VersionPrompt(
             format=prompt_format(job.spec.objective.type, job.spec.prompt_format),
             template=_template(job.spec),

@@ -104,8 +104,8 @@ def evaluated(verdict: Any = "Pass", digest: str = DIGEST) -> StageResult:
     )
     gates = () if verdict == "NoGates" else (gate,)
     probes = f"/volumes/models/runs/tweets-{UID[:8]}/evaluate/probes.json"
-    summary = EvaluateSummary(verdict=verdict, artifact_digest=digest, gates=gates, probes=probes)
-    return StageResult(stage=Stage.EVALUATE, exit_code=0, evaluate=summary)
+    summary = EvaluateSummary(verdict=verdict, artifact_digest=digest, gates=gates, probes=probes, has_reference=True)
+    return StageResult(stage=Stage.EVALUATE, exit_code=0, uri=probes.replace("probes", "results"), evaluate=summary)
 
 
 def failed(stage: Stage, code: int, reason: Reason | None = None, message: str = "") -> StageResult:

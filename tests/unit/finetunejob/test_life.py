@@ -49,6 +49,7 @@ def test_stages_follow_one_another_and_end_in_an_approved_version() -> None:
     assert version.artifact.uri == f"pvc://models/models/sentiment/tweets-{UID[:8]}"
     assert version.artifact.manifest_digest == DIGEST
     assert version.probes_uri == f"pvc://models/runs/tweets-{UID[:8]}/evaluate/probes.json"
+    assert version.reference_uri == f"pvc://models/runs/tweets-{UID[:8]}/evaluate/reference.json"
     assert version.lineage is not None
     assert version.lineage.fine_tune_job_uid == UID
     assert version.lineage.dataset_digests == status.resolved.dataset_digests

@@ -109,6 +109,16 @@ def test_probes_outside_of_the_run_are_not_believed(path: str) -> None:
     world = World().up_to(Stage.EVALUATE)
     result = evaluated()
     assert result.evaluate is not None
-    world.ends(result.model_copy(update={"evaluate": result.evaluate.model_copy(update={"probes": path})}))
+    world.ends(result.model_copy(update={"uri": path, "evaluate": result.evaluate.model_copy(update={"probes": path})}))
     world.settle()
     assert world.versions["sentiment-v1"].spec.probes_uri is None
+    assert world.versions["sentiment-v1"].spec.reference_uri is None
+
+
+def test_a_sample_of_training_inputs_is_recorded_where_there_is_one() -> None:
+    world = World().up_to(Stage.EVALUATE)
+    result = evaluated()
+    assert result.evaluate is not None
+    world.ends(result.model_copy(update={"evaluate": result.evaluate.model_copy(update={"has_reference": False})}))
+    world.settle()
+    assert world.versions["sentiment-v1"].spec.reference_uri is None

@@ -42,6 +42,8 @@ class FakeEngine:
     requests: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     probes: list[dict[str, Any]] | None = None
+    reference: list[str] | None = None
+    """What its model was trained on."""
     chat_template: str | None = "$TURNS<assistant>"
     """None: it has no /tokenize."""
     cancelled: int = 0
@@ -57,6 +59,7 @@ class FakeEngine:
         app.router.add_post("/v1/chat/completions", self._complete)
         app.router.add_post("/v1/completions", self._complete)
         app.router.add_get("/tuneloop/probes", self._probes)
+        app.router.add_get("/tuneloop/reference", self._reference)
         app.router.add_post("/tokenize", self._tokenize)
         self._runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=0.1)
         await self._runner.setup()
@@ -73,6 +76,11 @@ class FakeEngine:
         if request.headers.get("Authorization") != f"Bearer {self.key}":
             return web.Response(status=401)
         return web.Response(status=404) if self.probes is None else web.json_response(self.probes)
+
+    async def _reference(self, request: web.Request) -> web.StreamResponse:
+        if request.headers.get("Authorization") != f"Bearer {self.key}":
+            return web.Response(status=401)
+        return web.Response(status=404) if self.reference is None else web.json_response(self.reference)
 
     async def _tokenize(self, request: web.Request) -> web.StreamResponse:
         """A token for each byte; a chat template is written around messages."""

@@ -41,6 +41,7 @@ def guard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Guard:
     (tmp_path / "engine-key").write_text("the-key\n")
     monkeypatch.setenv("TUNELOOP_ENGINE_KEY_FILE", str(tmp_path / "engine-key"))
     monkeypatch.setenv("TUNELOOP_PROBES_FILE", str(tmp_path / "probes.json"))
+    monkeypatch.setenv("TUNELOOP_REFERENCE_FILE", str(tmp_path / "reference.json"))
     return Guard(_engine)
 
 
@@ -65,7 +66,10 @@ async def ask(guard: Guard, path: str, headers: Any = (), method: str = "GET", k
     return sent[0]["status"], sent[1]["body"]
 
 
-@pytest.mark.parametrize("path", [*LISTED_BY_VLLM, "/v1/chat/completions", "/v1/models", "/docs", "/openapi.json", "/", "/tuneloop/probes"])
+@pytest.mark.parametrize(
+    "path",
+    [*LISTED_BY_VLLM, "/v1/chat/completions", "/v1/models", "/docs", "/openapi.json", "/", "/tuneloop/probes", "/tuneloop/reference"],
+)
 @pytest.mark.parametrize("headers", [[], [(b"authorization", b"Bearer wrong")], [(b"authorization", b"the-key")], [*KEY, *KEY]])
 async def test_without_the_key_every_path_is_401(guard: Guard, path: str, headers: Any) -> None:
     assert (await ask(guard, path, headers))[0] == 401
@@ -104,11 +108,12 @@ async def test_a_key_file_that_is_missing_or_empty_closes_the_engine(guard: Guar
     assert (await ask(guard, "/v1/models", KEY))[0] == 401
 
 
-async def test_recorded_probes_are_served_with_the_key(guard: Guard, tmp_path: Path) -> None:
-    assert (await ask(guard, "/tuneloop/probes", KEY))[0] == 404
-    (tmp_path / "probes.json").write_text('[{"prompt":"p"}]')
-    assert await ask(guard, "/tuneloop/probes", KEY) == (200, b'[{"prompt":"p"}]')
-    assert (await ask(guard, "/tuneloop/probes"))[0] == 401
+@pytest.mark.parametrize("name", ["probes", "reference"])
+async def test_what_is_recorded_with_the_model_is_served_with_the_key(guard: Guard, tmp_path: Path, name: str) -> None:
+    assert (await ask(guard, f"/tuneloop/{name}", KEY))[0] == 404
+    (tmp_path / f"{name}.json").write_text('[{"prompt":"p"}]')
+    assert await ask(guard, f"/tuneloop/{name}", KEY) == (200, b'[{"prompt":"p"}]')
+    assert (await ask(guard, f"/tuneloop/{name}"))[0] == 401
 
 
 def test_the_guard_needs_nothing_but_the_standard_library() -> None:

@@ -248,7 +248,7 @@ def test_all_conditions_are_there_from_the_first_write() -> None:
     world = World(versions=[])
     world.step()
     types = [condition["type"] for condition in world.status["conditions"]]
-    assert types == ["Available", "Ready", "DriftDetected", "RetrainingNeeded", "Degraded", "Reconciling"]
+    assert types == ["Available", "Ready", "DriftDetected", "TrainingServingSkew", "RetrainingNeeded", "Degraded", "Reconciling"]
     assert {condition["observedGeneration"] for condition in world.status["conditions"]} == {1}
     assert world.status["observedGeneration"] == 1
 

@@ -16,6 +16,7 @@ from tuneloop_gateway.contract import (
     ProbeState,
     RevisionReport,
     RevisionState,
+    SkewReport,
 )  # fmt: skip
 from tuneloop_operator.api.finetunejob import FineTuneJob
 from tuneloop_operator.api.kubernetes import Deployment, Pod
@@ -145,6 +146,7 @@ class World:
     in_flight: dict[str, int] = field(default_factory=dict)
     drift: DriftReport | None = None
     """None: monitoring, and nothing found."""
+    skew: SkewReport | None = None
     drift_is_read: bool = True
     """The gateways have read their database."""
     feedback: FeedbackReport = field(default_factory=FeedbackReport)
@@ -316,6 +318,7 @@ class World:
             generation=config.generation,
             revisions=tuple(self._report(r.name, r.service, r.state, pod) for r in config.revisions if not self._omits(pod, r.name)),
             drift=drift if self.drift_is_read else None,
+            skew=self.skew,
             feedback=self.feedback,
         )
 

@@ -51,6 +51,7 @@ def make_evaluation(gates: int, suites: int = 8) -> StageResult:
             gates=(GATE,) * gates,
             scores={f"{number}" + "s" * 62: SCORE for number in range(suites)},
             probes="/" + "p" * 250,
+            has_reference=True,
             message="é" * 300,
         ),
     )

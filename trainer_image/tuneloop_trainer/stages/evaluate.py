@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import shutil
 from functools import cached_property
 from pathlib import Path
 from typing import Final
@@ -13,6 +14,7 @@ from tuneloop_trainer import bases, hardware, models
 from tuneloop_trainer.chat import Formatter, stop_ids
 from tuneloop_trainer.contract import (
     HELD_OUT_METRICS,
+    REFERENCE_FILE,
     Artifact,
     EvaluateSummary,
     ExitCode,
@@ -188,16 +190,20 @@ def conclude(
     summaries = {name: suite.summary(scores[name], baseline[name], parse_rate(suite, answers.get(name))) for name, suite in suites.items()}
     target = stage_folder(config, Stage.EVALUATE)
     probes = probes_of(chosen, suites, scores, answers)
+    reference = stage_folder(config, Stage.PREPARE) / REFERENCE_FILE
     summary = EvaluateSummary(
         verdict=gates.overall([result.verdict for result, _ in decided]),
         artifact_digest=candidate.manifest_digest,
         gates=tuple(result for result, _ in decided),
         scores=summaries,
         probes=str(target / PROBES) if probes else None,
+        has_reference=reference.is_file(),
         message=sentence(" ".join(advice for _, advice in decided if advice), 300),
     )
     with staging(target) as folder:
         (folder / RESULTS).write_text(json.dumps(_full(summary, suites, scores, baseline, answers), ensure_ascii=False))
+        if summary.has_reference:
+            shutil.copyfile(reference, folder / REFERENCE_FILE)
         if probes:
             (folder / PROBES).write_text(json.dumps([probe.model_dump(mode="json", by_alias=True) for probe in probes], ensure_ascii=False))
         if (page := written_report(config, candidate, summary, told)) is not None:

@@ -21,6 +21,7 @@ from tuneloop_trainer.data.filters import Filters
 from tuneloop_trainer.data.packing import pack_stream
 from tuneloop_trainer.data.preflight import MAX_SHOWN, Preflight, read_vocabulary
 from tuneloop_trainer.data.records import Record, RowReader, refuse_if_empty
+from tuneloop_trainer.data.reference import write_reference
 from tuneloop_trainer.data.samples import Samples
 from tuneloop_trainer.data.shards import TokenRow, write_shards
 from tuneloop_trainer.data.suites import MAX_ITEMS, Item, items_of, labels_of, needs_labels, suites_of, write_items
@@ -102,6 +103,8 @@ def prepare(config: RunConfig, progress: ProgressWriter) -> StageResult:
             observed = Observed(Preflight(config, read_vocabulary(used, tokenizer)), Samples(), tokenizer, extended)
             summary = tokenize(config, objective, formatter, gathered, observed, folder, progress)
             objective.write_notes(folder)
+            if objective.answers:
+                write_reference(config, gathered.train, folder)
             progress.phase("HashingModel")
             summary = summary.model_copy(
                 update={

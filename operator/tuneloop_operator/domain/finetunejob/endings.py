@@ -12,7 +12,7 @@ from tuneloop_operator.domain.finetunejob.resolve import moved_baseline, spec_co
 from tuneloop_operator.domain.finetunejob.stages import advance
 from tuneloop_operator.domain.finetunejob.suites import exhausted, exhausted_sentence
 from tuneloop_operator.render import names, versions
-from tuneloop_trainer.contract import Stage
+from tuneloop_trainer.contract import REFERENCE_FILE, Stage
 
 VERDICT_REASONS = {
     "Pass": JobReason.GATE_PASSED,
@@ -80,7 +80,9 @@ def _manifest(case: Case, number: int) -> dict[str, object]:
     verdict = case.verdict(Stage.EVALUATE)
     summary = verdict.result.evaluate if isinstance(verdict, Done) else None
     probes = _probes_uri(case, summary.probes if summary is not None else None)
-    return versions.model_version(job, spec, case.resolved, number, _approval(case), probes)
+    full = verdict.result.uri if isinstance(verdict, Done) and summary is not None and summary.has_reference else None
+    reference = _probes_uri(case, f"{full.rpartition('/')[0]}/{REFERENCE_FILE}" if full else None)
+    return versions.model_version(job, spec, case.resolved, number, _approval(case), probes, reference)
 
 
 def _approval(case: Case) -> versions.Approval:

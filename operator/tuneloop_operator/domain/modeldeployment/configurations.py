@@ -86,6 +86,7 @@ def _revision(deployment: str, revision: Revision, state: RevisionState, weight:
         state=state,
         weight=weight,
         probe_text=PROBE_TEXT if pinned.prompt_probe is not None else None,
+        reference=pinned.has_reference,
         probe=state is RevisionState.CANDIDATE and pinned.has_probes,
     )
 

@@ -12,11 +12,17 @@ from tuneloop_operator.domain.modeldeployment.rollouts import Rollout
 from tuneloop_operator.domain.modeldeployment.snapshot import Snapshot
 
 C, R = DeploymentCondition, DeploymentReason
-ALARMING = {(C.STALLED.value, "True"), (C.DEGRADED.value, "True"), (C.AVAILABLE.value, "False"), (C.DRIFT_DETECTED.value, "True")}
+ALARMING = {
+    (C.STALLED.value, "True"),
+    (C.DEGRADED.value, "True"),
+    (C.AVAILABLE.value, "False"),
+    (C.DRIFT_DETECTED.value, "True"),
+    (C.TRAINING_SERVING_SKEW.value, "True"),
+}
 QUIET = (R.NOT_MONITORED, R.NOT_NEEDED, R.HEALTHY)
 ON_THE_WAY = (R.STARTING, R.ROLLING_OUT)
 BAD_NEWS = {R.GATE_FAILED.value, R.RETRAINING_FAILED.value, R.BUDGET_EXHAUSTED.value, R.NO_TEMPLATE.value}
-TOLD = (C.AVAILABLE, C.READY, C.STALLED, C.DEGRADED, C.DRIFT_DETECTED, C.RETRAINING_NEEDED)
+TOLD = (C.AVAILABLE, C.READY, C.STALLED, C.DEGRADED, C.DRIFT_DETECTED, C.TRAINING_SERVING_SKEW, C.RETRAINING_NEEDED)
 
 
 def events(snapshot: Snapshot, rollout: Rollout, status: dict[str, Any]) -> tuple[EventNote, ...]:
@@ -64,7 +70,11 @@ def _is_no_news(old: Condition | None, new: Condition) -> bool:
     if new.type == C.AVAILABLE:
         return new.status is ConditionStatus.TRUE
     was_true = old is not None and old.status is ConditionStatus.TRUE
-    return new.type in (C.DRIFT_DETECTED, C.RETRAINING_NEEDED) and new.status is not ConditionStatus.TRUE and not was_true
+    return (
+        new.type in (C.DRIFT_DETECTED, C.TRAINING_SERVING_SKEW, C.RETRAINING_NEEDED)
+        and new.status is not ConditionStatus.TRUE
+        and not was_true
+    )
 
 
 def _severity(condition: Condition) -> Literal["Normal", "Warning"]:

@@ -83,6 +83,7 @@ def new_revision(deployment: ModelDeployment, version: ModelVersion, number: int
         inherits_prompt=inherits,
         has_probes=version.spec.probes_uri is not None and inherits,
         prompt_probe=_prompt_probe(version),
+        has_reference=version.spec.reference_uri is not None,
         startup_timeout_seconds=deployment.spec.engine.startup_timeout_seconds,
         gateway_image=settings.gateway_image,
         template=render_template(deployment, version, hashed, settings),

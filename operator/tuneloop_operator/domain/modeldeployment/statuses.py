@@ -11,7 +11,7 @@ from tuneloop_operator.api.modeldeployment import ModelDeploymentStatus, Revisio
 from tuneloop_operator.api.types import Condition
 from tuneloop_operator.domain import conditions
 from tuneloop_operator.domain.decision import Refusal
-from tuneloop_operator.domain.modeldeployment import drift, retraining
+from tuneloop_operator.domain.modeldeployment import drift, retraining, skew
 from tuneloop_operator.domain.modeldeployment.drift import Epoch
 from tuneloop_operator.domain.modeldeployment.failures import Failure
 from tuneloop_operator.domain.modeldeployment.retraining import Plan
@@ -78,6 +78,7 @@ def _conditions(found: Findings, now: datetime) -> list[Condition]:
         conditions.condition(C.AVAILABLE, available.holds, available.reason, available.message, generation),
         conditions.condition(C.READY, ready.holds, ready.reason, ready.message, generation),
         drift.drift_condition(found.snapshot, found.evidence, found.epoch),
+        skew.skew_condition(found.snapshot, found.rollout),
         retraining.retraining_condition(found.snapshot, found.retraining),
         conditions.condition(C.DEGRADED, degraded.holds, degraded.reason, degraded.message, generation),
     ]
