@@ -63,8 +63,11 @@ class Comparing:
         return _Subject(stable, config.capture.personal_data == "Redact") if stable is not None and config.drift is not None else None
 
     def take(self, text: str, now: float) -> None:
-        wanted, skew = self._wanted, self._skew
-        if skew is not None and wanted is not None and skew.key == wanted.key:
+        skew = self._skew
+        if skew is None or skew.is_over:
+            return
+        wanted = self._wanted
+        if wanted is not None and skew.key == wanted.key:
             skew.take(text, now)
 
     def report(self) -> SkewReport | None:
