@@ -77,7 +77,7 @@ def test_evaluate_puts_it_beside_its_full_result(tmp_path: Path, has_one: bool) 
     if has_one:
         (prepared / REFERENCE_FILE).write_text('["a"]')
 
-    result = conclude(config, Artifact(path="a", manifest_digest="sha256:1", format="Adapter", base=config.base), {}, {}, {}, {})
+    result = conclude(config, Artifact(path="a", manifest_digest="sha256:1", format="Adapter", base=config.base), {}, {}, {}, {}, [])
 
     assert result.evaluate is not None
     assert result.evaluate.has_reference is has_one
