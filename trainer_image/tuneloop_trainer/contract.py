@@ -531,6 +531,8 @@ class Progress(Model):
     learning_rate: float | None = None
     gradient_norm: float | None = None
     tokens_per_second: float | None = None
+    rows_per_second: float | None = None
+    """Rows read, tokenised or scored in the phase that runs."""
     remaining_seconds: float | None = None
     checkpoint_step: int | None = None
     steps_lost: int = 0
@@ -636,6 +638,10 @@ class PrepareSummary(Model):
     """Tokens of the longest training row; with those that a completion may have, where the model writes it."""
     reward_bytes: int = 0
     """Weights of the reward models that stand beside the model."""
+    rows_per_second: float | None = None
+    """Rows read for each second between the first that was read and the last that was written."""
+    peak_memory_bytes: int | None = None
+    """Of the preparing process; those that tokenise beside it not counted."""
     model: ModelShape | None = None
     """None where the base model's config does not say."""
     vocabulary: VocabularySummary | None = None

@@ -17,6 +17,7 @@ GAUGES = {
     "tuneloop_trainer_learning_rate": ("learning_rate", "Learning rate of the last step"),
     "tuneloop_trainer_gradient_norm": ("gradient_norm", "Gradient norm of the last step, before clipping"),
     "tuneloop_trainer_tokens_per_second": ("tokens_per_second", "Tokens trained on a second, padding left out"),
+    "tuneloop_trainer_rows_per_second": ("rows_per_second", "Rows tokenized, or items scored, a second"),
     "tuneloop_trainer_remaining_seconds": ("remaining_seconds", "Seconds that the stage will still take"),
     "tuneloop_trainer_checkpoint_step": ("checkpoint_step", "Step of the newest complete checkpoint"),
     "tuneloop_trainer_steps_lost": ("steps_lost", "Steps of the run that had to be done again, over all attempts so far"),

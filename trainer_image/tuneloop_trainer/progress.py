@@ -40,13 +40,14 @@ class ProgressWriter:
 
     def counter(self, phase: str, total: int) -> Callable[[int], None]:
         """Begin a phase of `total` items; the returned function is told how many are done."""
-        self.phase(phase, samples=0, percent=0.0, remaining_seconds=None)
+        self.phase(phase, samples=0, percent=0.0, remaining_seconds=None, rows_per_second=None)
         started = self._clock()
 
         def done(count: int) -> None:
             spent = self._clock() - started
             remaining = spent / count * (total - count) if count else None
-            self.update(samples=count, percent=round(100 * count / max(total, 1), 1), remaining_seconds=remaining)
+            rate = count / spent if spent > 0 else None
+            self.update(samples=count, percent=round(100 * count / max(total, 1), 1), remaining_seconds=remaining, rows_per_second=rate)
 
         return done
 

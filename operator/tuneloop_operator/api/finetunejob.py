@@ -468,6 +468,8 @@ class DataStatus(Model):
     )
     new_tokens: int | None = Field(default=None, description="Words that got a token of their own, by spec.vocabulary.")
     shorter_by: Number | None = Field(default=None, description="Share of the tokens that a sample of the rows lost by them.")
+    rows_per_second: Number | None = Field(default=None, description="Rows for each second of reading, curation and tokenising.")
+    peak_memory_bytes: int | None = Field(default=None, description="What preparing took; the processes that tokenise not counted.")
     report_uri: str | None = Field(default=None, max_length=512, description="The data card.")
 
 

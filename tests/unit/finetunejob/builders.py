@@ -69,6 +69,8 @@ def prepared(**changes: Any) -> StageResult:
         tokens=50_000,
         supervised_share=0.1,
         warnings=("The run has 12 steps only.",),
+        rows_per_second=35120.04,
+        peak_memory_bytes=1 << 30,
         max_steps=12,
         base_digest=BASE_DIGEST,
         dataset_digests={"pvc://datasets/tweets.jsonl": "c" * 64},

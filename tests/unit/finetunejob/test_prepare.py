@@ -138,6 +138,7 @@ def test_training_pins_what_prepare_found_and_the_spec_from_then_on() -> None:
     assert (status.data.rows_kept, status.data.dropped) == (1100, {"Duplicate": 100})
     assert status.data.report_uri == "pvc://models/runs/x/prepare/card.json"
     assert status.data.warnings == ("The run has 12 steps only.",)
+    assert (status.data.rows_per_second, status.data.peak_memory_bytes) == ("35120.0", 1 << 30)
 
 
 def test_rows_of_elsewhere_are_refused_whatever_the_schema_let_through() -> None:

@@ -12,6 +12,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from tuneloop_trainer.chat import IGNORED
+
 ROWS_PER_SHARD = 100_000
 BATCH, BATCH_TOKENS = 1_000, 500_000
 SCHEMA = pa.schema(
@@ -64,7 +66,8 @@ class TokenRow:
         """Tokens with loss. The first token is never predicted; a row without labels is learned as a whole."""
         if not self.labels:
             return 1
-        return sum(label >= 0 for label in self.labels[1:])
+        ignored = self.labels.count(IGNORED) - (self.labels[0] == IGNORED)
+        return len(self.labels) - 1 - ignored
 
     @property
     def length(self) -> int:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from tuneloop_trainer.chat import Formatter
 from tuneloop_trainer.contract import RunConfig
+from tuneloop_trainer.data.parallel import InOrder
 from tuneloop_trainer.data.records import MAX_BAD_SHARE, Drops, Record
 from tuneloop_trainer.data.shards import TokenRow
 from tuneloop_trainer.errors import Invalid
@@ -55,11 +57,11 @@ class Tokenizing:
         formatter: Formatter,
         done: Callable[[int], None] = lambda _: None,
         see: Callable[[Record, Tokens], None] | None = None,
+        workers: int = 1,
     ) -> None:
         self.counts = TokenCounts()
         self.drops = Drops()
-        self._objective = objective
-        self._formatter = formatter
+        self._tokens = InOrder(partial(objective.tokens, formatter), _size, workers)
         self._limit = config.training.max_sequence_length
         self._needed = 0
         self._done = done
@@ -67,8 +69,8 @@ class Tokenizing:
         self._records = 0
 
     def rows(self, records: Iterable[Record]) -> Iterator[TokenRow]:
-        for record in records:
-            yield from self._rows(record)
+        for record, tokens in self._tokens.results(records):
+            yield from self._rows(record, tokens)
             self._records += 1
             if self._records % 100 == 0:
                 self._done(self._records)
@@ -83,8 +85,7 @@ class Tokenizing:
                 f"{self.drops.first}. Set training.maxSequenceLength to at least {self._needed}."
             )
 
-    def _rows(self, record: Record) -> list[TokenRow]:
-        tokens = self._objective.tokens(self._formatter, record)
+    def _rows(self, record: Record, tokens: Tokens) -> list[TokenRow]:
         if not tokens.rows:
             self._needed = max(self._needed, tokens.whole)
             self.drops.add("NoSupervisedToken", f"row {record.row}: with its answer it has {tokens.whole} tokens")
@@ -93,3 +94,7 @@ class Tokenizing:
         for row in tokens.rows:
             self.counts.add(row, truncated=tokens.whole > self._limit)
         return tokens.rows
+
+
+def _size(record: Record) -> int:
+    return len(record.prompt) + len(record.completion) + len(record.rejected or "")

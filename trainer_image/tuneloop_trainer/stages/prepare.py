@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -19,6 +20,7 @@ from tuneloop_trainer.data import curation, page, schedule
 from tuneloop_trainer.data.fetching import Workplace
 from tuneloop_trainer.data.filters import Filters
 from tuneloop_trainer.data.packing import pack_stream
+from tuneloop_trainer.data.parallel import processes
 from tuneloop_trainer.data.preflight import MAX_SHOWN, Preflight, read_vocabulary
 from tuneloop_trainer.data.records import Record, RowReader, refuse_if_empty
 from tuneloop_trainer.data.reference import write_reference
@@ -28,6 +30,7 @@ from tuneloop_trainer.data.suites import MAX_ITEMS, Item, items_of, labels_of, n
 from tuneloop_trainer.data.templates import served_prompt
 from tuneloop_trainer.data.tokens import TokenCounts, Tokenizing
 from tuneloop_trainer.errors import Invalid
+from tuneloop_trainer.hardware import peak_resident_bytes
 from tuneloop_trainer.manifests import Metadata, publish, sha256_file, staging
 from tuneloop_trainer.objectives import Objective, objective_of
 from tuneloop_trainer.objectives.objective import Tokens
@@ -41,6 +44,7 @@ from tuneloop_trainer.training.arguments import parse_arguments
 log = logging.getLogger("tuneloop.prepare")
 CARD, PAGE = "card.json", "card.html"
 SUITES = "suites"
+ROWS_BETWEEN_SIGNS = 1_000
 MAX_SUITE_ROWS = 5 * MAX_ITEMS
 """Rows that are read of a suite, equal ones included."""
 
@@ -85,11 +89,12 @@ def prepare(config: RunConfig, progress: ProgressWriter) -> StageResult:
     formatter = objective.formatter(base, tokenizer)
 
     progress.phase("ReadingData")
+    started = time.monotonic()
     with staging(stage_folder(config, Stage.PREPARE)) as folder, scratch(folder) as spool:
         curating = curation.Curating(config.curation, spool, config.training.seed, MAX_ITEMS)
         with closing(curating):
             gathered = gather(
-                config, objective, curating, Workplace(spool / "fetched", lambda share: progress.phase("Fetching", percent=share))
+                config, objective, curating, Workplace(spool / "fetched", lambda share: progress.phase("Fetching", percent=share)), progress
             )
             objective.look_at(gathered.train, [*gathered.validation, *chain.from_iterable(gathered.suites.values())])
             suites = snapshot_suites(config, gathered, folder / SUITES)
@@ -105,6 +110,7 @@ def prepare(config: RunConfig, progress: ProgressWriter) -> StageResult:
             objective.write_notes(folder)
             if objective.answers:
                 write_reference(config, gathered.train, folder)
+            seconds = time.monotonic() - started
             progress.phase("HashingModel")
             summary = summary.model_copy(
                 update={
@@ -112,6 +118,8 @@ def prepare(config: RunConfig, progress: ProgressWriter) -> StageResult:
                     "model": read_shape(used),
                     "reward_bytes": objective.reward_bytes(),
                     "base_revision": found.revision,
+                    "rows_per_second": round(gathered.rows_in / max(seconds, 1e-3), 1),
+                    "peak_memory_bytes": peak_resident_bytes(),
                     "suite_digests": suites,
                     "prompt_probe_sha256": _prompt_probe(config, formatter) if objective.answers else None,
                 }
@@ -135,7 +143,7 @@ def scratch(folder: Path) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def gather(config: RunConfig, objective: Objective, curating: curation.Curating, work: Workplace) -> Gathered:
+def gather(config: RunConfig, objective: Objective, curating: curation.Curating, work: Workplace, progress: ProgressWriter) -> Gathered:
     """Read every Dataset suite and every source; what is kept of the sources goes to disk."""
     suites = read_suites(config, objective, work)
     curating.guard(chain.from_iterable(suites.values()))
@@ -144,7 +152,7 @@ def gather(config: RunConfig, objective: Objective, curating: curation.Curating,
     rows_in = 0
     for index, source in enumerate(config.train):
         reader = RowReader(source, f"data.train[{index}]", objective.shape, work)
-        curating.add(reader.records())
+        curating.add(_told(reader, rows_in, progress))
         digests[source.uri] = reader.reading.digest
         if (revision := reader.reading.revision) is not None:
             revisions[source.uri] = revision
@@ -155,6 +163,14 @@ def gather(config: RunConfig, objective: Objective, curating: curation.Curating,
     if config.validation_fraction > 0 and not validation:
         raise Invalid("data.validation holds out whole documents, and the data has one document only. Set the column 'document'.")
     return Gathered(train, objective.judged(validation), suites, digests, revisions, rows_in, curating.drops, curating.filters)
+
+
+def _told(reader: RowReader, before: int, progress: ProgressWriter) -> Iterator[Record]:
+    """A source's records; how many rows were read is a sign of life."""
+    for record in reader.records():
+        if reader.rows % ROWS_BETWEEN_SIGNS == 0:
+            progress.phase("ReadingData", samples=before + reader.rows)
+        yield record
 
 
 def read_suites(config: RunConfig, objective: Objective, work: Workplace) -> dict[str, list[Record]]:
@@ -199,8 +215,8 @@ def tokenize(
     progress: ProgressWriter,
 ) -> PrepareSummary:
     """Write the shards; returns the summary but for model and suites."""
-    done = progress.counter("Tokenizing", sum(map(len, gathered.train)))
-    tokenizing = Tokenizing(config, objective, formatter, done, observed.see)
+    total = sum(map(len, gathered.train))
+    tokenizing = Tokenizing(config, objective, formatter, progress.counter("Tokenizing", total), observed.see, processes(config, total))
     sizes, longest = [0] * len(gathered.train), 0
 
     def rows() -> Iterator[TokenRow]:

@@ -57,6 +57,8 @@ def data_status(summary: PrepareSummary, result: StageResult) -> DataStatus:
         supervised_share=f"{min(max(summary.supervised_share, 0.0), 1.0):.4f}",
         warnings=tuple(warning[:160] for warning in summary.warnings[:8]),
         **_vocabulary(summary),
+        rows_per_second=f"{min(max(summary.rows_per_second, 0.0), 1e9):.1f}" if summary.rows_per_second is not None else None,
+        peak_memory_bytes=summary.peak_memory_bytes,
         report_uri=_report_uri(result),
     )
 
