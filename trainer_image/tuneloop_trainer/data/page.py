@@ -23,7 +23,7 @@ def render(card: Mapping[str, Any]) -> str:
 
 def context(card: Mapping[str, Any]) -> dict[str, Any]:
     """What the template of a card's body reads."""
-    return {**card, "lengths": lengths(card["tokens"]["histogram"]), "bars": bars, "titles": TITLES}
+    return {"vocabulary": None, **card, "lengths": lengths(card["tokens"]["histogram"]), "bars": bars, "titles": TITLES}
 
 
 def lengths(histogram: Sequence[int]) -> dict[str, int]:
