@@ -31,6 +31,8 @@ ENV_NODES, ENV_PROCESSES, ENV_RENDEZVOUS = "TUNELOOP_NODES", "TUNELOOP_PROCESSES
 """Environment of the pods that train together: how many pods, how many processes in each, and `host:port` of the first one."""
 RENDEZVOUS_PORT = 29500
 MAX_GATES = 16
+MAX_PHASES = 16
+"""Phases of a stage whose time is told."""
 TOKENS_PER_MICRO_BATCH = {"cpu": 512, "cuda": 16384}
 """The trainer's own choice of a micro-batch is as many rows as have so many tokens. On a CPU, rows of like length in small groups
 cost a tenth less time than the whole batch at once, and half the memory."""
@@ -538,6 +540,12 @@ class Progress(Model):
     steps_lost: int = 0
     """As in `TrainSummary`."""
     peak_memory_bytes: int | None = None
+    utilisation: float | None = Field(default=None, ge=0)
+    """Model FLOPs utilisation in percent; None on a CPU, and on a device whose peak is not known."""
+    first_step_seconds: float | None = None
+    """From the start of the worker to the end of the first step that it made."""
+    phase_seconds: Annotated[dict[str, float], Field(max_length=MAX_PHASES)] = {}
+    """Seconds that each phase of the stage has taken so far; that of the phase which runs now is not among them."""
 
 
 # --- results -----------------------------------------------------------------
@@ -747,6 +755,8 @@ class StageResult(Model):
     uri: str | None = None
     """Where the full result lies."""
     sha256: str | None = None
+    phase_seconds: Annotated[dict[str, float], Field(max_length=MAX_PHASES)] = {}
+    """As in `Progress`, once the stage has ended."""
     prepare: PrepareSummary | None = None
     train: TrainSummary | None = None
     package: PackageSummary | None = None

@@ -22,7 +22,11 @@ GAUGES = {
     "tuneloop_trainer_checkpoint_step": ("checkpoint_step", "Step of the newest complete checkpoint"),
     "tuneloop_trainer_steps_lost": ("steps_lost", "Steps of the run that had to be done again, over all attempts so far"),
     "tuneloop_trainer_peak_memory_bytes": ("peak_memory_bytes", "Peak memory of the worker: the device's, or resident on a CPU"),
+    "tuneloop_trainer_utilisation_ratio": ("utilisation", "Model FLOPs utilisation, 0 to 1; only of devices whose peak is known"),
+    "tuneloop_trainer_first_step_seconds": ("first_step_seconds", "From the worker's start to the end of its first step"),
 }
+PERCENT = ("percent", "utilisation")
+PHASES = "tuneloop_trainer_phase_seconds"
 INFO = "tuneloop_trainer_stage_info"
 
 
@@ -34,5 +38,10 @@ def render(progress: Progress) -> bytes:
     for name, (field, text) in GAUGES.items():
         value = getattr(progress, field)
         if value is not None:
-            Gauge(name, text, registry=registry).set(value / 100 if field == "percent" else value)
+            Gauge(name, text, registry=registry).set(value / 100 if field in PERCENT else value)
+    phases = Gauge(
+        PHASES, "Time that each phase of the stage has taken; the one that runs now is not counted yet", ["phase"], registry=registry
+    )
+    for phase, seconds in progress.phase_seconds.items():
+        phases.labels(phase=phase).set(seconds)
     return generate_latest(registry)

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from tuneloop_trainer.contract import Progress, Stage
+from tuneloop_trainer.contract import MAX_PHASES, Progress, Stage
 from tuneloop_trainer.manifests import write_atomically
 
 MIN_INTERVAL_SECONDS = 0.5
@@ -25,18 +25,35 @@ class ProgressWriter:
         self._path = path
         self._clock = clock
         self._written = float("-inf")
+        self.started = self._since = clock()
         self.current = Progress(pod_uid=pod_uid, stage=stage, phase="Starting")
         self._write()
 
     def update(self, **fields: Any) -> None:  # Any: whatever fields of Progress change
         """Change fields of the progress; a new phase, step or checkpoint is always written."""
         before = self.current
+        if fields.get("phase", before.phase) != before.phase:
+            fields["phase_seconds"] = self.phase_seconds()
+            self._since = self._clock()
         self.current = Progress.model_validate(before.model_dump() | fields)
         if _landmarks(before) != _landmarks(self.current) or self._clock() - self._written >= MIN_INTERVAL_SECONDS:
             self._write()
 
     def phase(self, name: str, **fields: Any) -> None:  # Any: as above
         self.update(phase=name, **fields)
+
+    def phase_seconds(self) -> dict[str, float]:
+        """Seconds of each phase up to now, that of the current one included."""
+        name, spent = self.current.phase, self._clock() - self._since
+        known = self.current.phase_seconds
+        if name not in known and len(known) >= MAX_PHASES:
+            return known
+        return known | {name: round(known.get(name, 0.0) + spent, 2)}
+
+    def first_step_done(self) -> None:
+        """The first step of this worker: what it took to get there is what a restart costs."""
+        if self.current.first_step_seconds is None:
+            self.update(first_step_seconds=round(self._clock() - self.started, 2))
 
     def counter(self, phase: str, total: int) -> Callable[[int], None]:
         """Begin a phase of `total` items; the returned function is told how many are done."""

@@ -36,6 +36,7 @@ CURVES = {
     "learning_rate": "Learning rate",
     "grad_norm": "Gradient norm",
     "tokens_per_second": "Tokens per second",
+    "mfu": "Model FLOPs utilisation, percent",
     "rewards/margins": "Reward margin",
     "rewards/accuracies": "Preference accuracy",
     "reward": "Reward",

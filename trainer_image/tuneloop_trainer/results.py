@@ -24,6 +24,7 @@ def encode(result: StageResult) -> bytes:
     steps = (
         _as_is,
         _with_a_short_message,
+        _without_phases,
         _without_discordance,
         _without_scores,
         _with_one_data_digest,
@@ -68,6 +69,10 @@ def _dump(result: StageResult) -> bytes:
 
 def _as_is(result: StageResult) -> StageResult:
     return result
+
+
+def _without_phases(result: StageResult) -> StageResult:
+    return result.model_copy(update={"phase_seconds": {}})
 
 
 def _edit_evaluation(result: StageResult, edit: Callable[[EvaluateSummary], EvaluateSummary]) -> StageResult:

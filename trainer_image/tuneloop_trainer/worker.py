@@ -39,6 +39,7 @@ def main() -> int:
     config = RunConfig.model_validate_json(Path(os.environ[ENV_CONFIG]).read_bytes())
     progress = ProgressWriter(Path(os.environ[ENV_PROGRESS]), stage, os.environ.get(ENV_POD_UID, ""))
     result = run(stage, config, progress, interrupts)
+    result = result.model_copy(update={"phase_seconds": progress.phase_seconds()})
     write_result(Path(os.environ[ENV_RESULT]), result)
     return result.exit_code
 

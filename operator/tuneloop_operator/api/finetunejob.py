@@ -498,7 +498,7 @@ class Estimate(Model):
 
 
 class ProgressStatus(Model):
-    """How far the training is; written at most once a minute or per percent."""
+    """How far the training is; written for a percent at most every 10 seconds, else once a minute."""
 
     step: int = Field(default=0, description="Optimiser steps done.")
     max_steps: int = Field(default=0, description="Optimiser steps in all.")
@@ -506,9 +506,28 @@ class ProgressStatus(Model):
     display: str = Field(default="", max_length=32, description="step/maxSteps, for the column.")
     loss: str | None = Field(default=None, max_length=16, description="Last training loss.")
     reward: str | None = Field(default=None, max_length=16, description="Mean reward of the last step, where there are rewards.")
+    learning_rate: str | None = Field(default=None, max_length=16, description="Learning rate of the last step.")
+    gradient_norm: str | None = Field(default=None, max_length=16, description="Gradient norm of the last step, before clipping.")
     tokens_per_second: str | None = Field(default=None, max_length=16, description="Training tokens a second.")
+    utilisation: str | None = Field(
+        default=None, max_length=16, description="Model FLOPs utilisation in percent; only on devices whose peak is known."
+    )
+    memory_bytes: int | None = Field(default=None, description="Peak memory so far: the device's, or of the process on a CPU.")
+    first_step_seconds: str | None = Field(
+        default=None, max_length=16, description="From the start of the attempt's process to the end of its first step."
+    )
     estimated_completion_time: str | None = Field(default=None, max_length=32, description="To the minute.")
     updated_at: str | None = Field(default=None, max_length=32, description="When this was written.")
+
+
+class StageTimes(Model):
+    """Where a stage's time went."""
+
+    stage: str = Field(max_length=16, description="prepare, train, package or evaluate.")
+    seconds: str = Field(max_length=16, description="Of the attempt that ended the stage.")
+    phases: Annotated[dict[str, Annotated[str, Field(max_length=16)]], Field(max_length=16)] = Field(
+        default={}, description="Seconds of each phase."
+    )
 
 
 class GateStatus(Model):
@@ -596,6 +615,9 @@ class FineTuneJobStatus(Model):
     data: DataStatus | None = Field(default=None, description="What the prepare stage made of the data.")
     estimate: Estimate | None = Field(default=None, description="What the training will need, known before it starts.")
     progress: ProgressStatus | None = Field(default=None, description="How far the training is.")
+    times: Annotated[tuple[StageTimes, ...], Field(max_length=4)] = Field(
+        default=(), description="Where the time of the stages that are done went.", json_schema_extra=keyed_by("stage")
+    )
     attempts: int = Field(default=0, description="Training attempts.")
     checkpoint_step: int | None = Field(default=None, description="Newest checkpoint.")
     steps_lost: int = Field(default=0, description="Steps that had to be done again.")

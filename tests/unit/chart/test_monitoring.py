@@ -44,7 +44,7 @@ def operator_names() -> set[str]:
     return {family.name + ending for family in families for ending in endings[family.type]}
 
 
-KNOWN = ENGINE | gateway_names() | operator_names() | set(trainer_metrics.GAUGES) | {trainer_metrics.INFO}
+KNOWN = ENGINE | gateway_names() | operator_names() | set(trainer_metrics.GAUGES) | {trainer_metrics.INFO, trainer_metrics.PHASES}
 
 
 @pytest.mark.parametrize("query", queries(), ids=lambda query: query.place)

@@ -150,6 +150,31 @@ def test_progress_is_written_at_a_percent_or_a_minute() -> None:
     assert world.job.status.progress.display == "11/1000"
 
 
+def test_progress_of_a_fast_training_is_written_every_ten_seconds_at_most() -> None:
+    world = World().up_to(Stage.TRAIN)
+    world.pod_runs()
+    writes = []
+    for step in range(6):
+        world.progress = Progress(pod_uid="x", stage=Stage.TRAIN, phase="Training", step=step, max_steps=100, percent=step)
+        world.wait(4)
+        before = world.writes
+        world.step()
+        writes.append(world.writes - before)
+    assert writes == [1, 0, 0, 1, 0, 0]
+
+
+def test_progress_has_what_the_last_step_was_like() -> None:
+    world = World().up_to(Stage.TRAIN)
+    world.pod_runs()
+    last = {"learning_rate": 1.5e-4, "gradient_norm": 0.731, "utilisation": 38.21, "peak_memory_bytes": 2**31, "first_step_seconds": 14.2}
+    world.progress = Progress(pod_uid="x", stage=Stage.TRAIN, phase="Training", step=7, max_steps=100, percent=7, **last)
+    world.step()
+    told = world.job.status.progress
+    assert told is not None
+    assert (told.learning_rate, told.gradient_norm, told.utilisation) == ("0.00015", "0.731", "38.21")
+    assert (told.memory_bytes, told.first_step_seconds) == (2**31, "14.2")
+
+
 def test_a_condition_keeps_its_time_until_it_turns() -> None:
     world = World()
     world.settle()

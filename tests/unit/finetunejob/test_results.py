@@ -7,7 +7,7 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.unit.finetunejob.builders import World, evaluated, packaged, prepared, trained
+from tests.unit.finetunejob.builders import RESULTS, World, evaluated, packaged, prepared, trained
 
 from tuneloop_operator.domain.finetunejob.results import parse_progress, parse_result
 from tuneloop_trainer.contract import PROGRESS_LIMIT, RESULT_LIMIT, Progress, Stage, StageResult
@@ -85,6 +85,18 @@ def test_the_artifacts_place_is_where_it_was_told_to_go_whatever_the_pod_says() 
     artifact = world.job.status.artifact
     assert artifact is not None
     assert artifact.uri.startswith("pvc://models/models/sentiment/tweets-")
+
+
+def test_the_times_of_the_stages_are_kept_once_their_pods_are_gone() -> None:
+    world = World()
+    for stage in Stage:
+        world.settle()
+        world.pod_runs()
+        world.ends(RESULTS[stage]().model_copy(update={"phase_seconds": {"Starting": 1.25, stage.value: 60.0}}))
+    world.settle()
+    told = world.job.status.times
+    assert [times.stage for times in told] == ["prepare", "train", "package", "evaluate"]
+    assert (told[1].seconds, told[1].phases) == ("61.25", {"Starting": "1.25", "train": "60"})
 
 
 def test_the_report_lies_beside_the_results() -> None:

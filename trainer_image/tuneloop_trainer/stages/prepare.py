@@ -81,8 +81,9 @@ def prepare(config: RunConfig, progress: ProgressWriter) -> StageResult:
     if (result := told_again(config, Stage.PREPARE)) is not None:
         return result
     parse_arguments(config.training.extra_arguments)
-    progress.phase("LoadingModel")
+    progress.phase("DownloadingModel")
     found = bases.prepare_base(config.base, config.paths)
+    progress.phase("LoadingModel")
     base = found.folder
     objective = objective_of(config)
     tokenizer = models.load_tokenizer(base, config.base.uri)

@@ -95,6 +95,7 @@ def assemble(
     from tuneloop_trainer.training.callbacks import DecideCheckpoints, ReportProgress
     from tuneloop_trainer.training.rows import first_steps
     from tuneloop_trainer.training.trainer import trainable_share
+    from tuneloop_trainer.training.utilisation import utilisation
 
     hardware.use_threads(config.threads)
     data = stage_folder(config, Stage.PREPARE)
@@ -129,6 +130,9 @@ def assemble(
     trainer.remove_callback(PrinterCallback)
     spike_ratio = config.training.loss_spike_ratio
     report = ReportProgress(progress, checkpoints, plan.global_batch, trainer.tokens_trained, spike_ratio)
+    report.utilisation = utilisation(
+        trainer.model.config, float(lengths.mean()), is_frozen=config.method.type == "LoRA", processes=plan.processes
+    )
     trainer.figures = report.figures
     for callback in filter(None, (stop_early, report, DecideCheckpoints(config.checkpoint, interrupts, checkpoints, progress))):
         trainer.add_callback(callback)

@@ -38,6 +38,8 @@ class ReportProgress(TrainerCallback):
         tokens: Callable[[], int],
         spike_ratio: float | None = None,
     ) -> None:
+        self.utilisation: Callable[[float], float] | None = None
+        """Percent of the devices' peak at so many tokens a second, where that is known."""
         self._spike_ratio = spike_ratio
         self._progress = progress
         self._checkpoints = checkpoints
@@ -62,6 +64,7 @@ class ReportProgress(TrainerCallback):
                 f"{self._kept()}"
             )
         self._refuse_spike(state.global_step, loss)
+        self._progress.first_step_done()
         self.losses.append(loss)
         self.reward = logs.get("reward")
         self._marks.append((time.monotonic(), state.global_step, self._tokens()))
@@ -81,6 +84,7 @@ class ReportProgress(TrainerCallback):
             learning_rate=logs.get("learning_rate"),
             gradient_norm=norm,
             tokens_per_second=speed,
+            utilisation=self.utilisation(speed) if self.utilisation is not None and speed is not None else None,
             remaining_seconds=remaining,
             peak_memory_bytes=peak_memory_bytes(),
         )
@@ -117,7 +121,11 @@ class ReportProgress(TrainerCallback):
         """The speed up to now, for the log of a step that has just ended."""
         start, _, first = self._marks[0]
         spent = time.monotonic() - start
-        return {"tokens_per_second": round((self._tokens() - first) / spent, 1)} if spent > 0 else {}
+        if spent <= 0:
+            return {}
+        speed = (self._tokens() - first) / spent
+        used = {"mfu": round(self.utilisation(speed), 2)} if self.utilisation is not None else {}
+        return {"tokens_per_second": round(speed, 1)} | used
 
     def _seconds_per_step(self) -> float:
         (start, first, _), (end, last, _) = self._marks[0], self._marks[-1]

@@ -16,21 +16,26 @@ from tuneloop_operator.api.finetunejob import (
     PushTarget,
     Resolved,
     ScoreStatus,
+    StageTimes,
 )
 from tuneloop_operator.domain import times
 from tuneloop_operator.render import names
 from tuneloop_trainer.contract import (
+    MAX_PHASES,
     Estimated,
     EvaluateSummary,
     GateResult,
     PackageSummary,
     PrepareSummary,
     Progress,
+    Stage,
     StageResult,
     SuiteScore,
     TrainSummary,
 )
 
+PERCENT_SECONDS = 10
+"""A percent is written at most so often, however many passes there are."""
 PROGRESS_SECONDS = 60
 """Progress that is worth less than a percent is written so often."""
 MAX_DROPPED = 16
@@ -118,6 +123,11 @@ def progress_status(progress: Progress, before: ProgressStatus | None, now: date
         display=f"{progress.step}/{progress.max_steps}",
         loss=optional(progress.loss),
         reward=optional(progress.reward),
+        learning_rate=optional(progress.learning_rate),
+        gradient_norm=optional(progress.gradient_norm),
+        utilisation=optional(progress.utilisation),
+        memory_bytes=progress.peak_memory_bytes,
+        first_step_seconds=optional(progress.first_step_seconds),
         tokens_per_second=optional(progress.tokens_per_second),
         estimated_completion_time=done_at,
         updated_at=times.to_text(now),
@@ -125,10 +135,21 @@ def progress_status(progress: Progress, before: ProgressStatus | None, now: date
 
 
 def _is_worth_a_write(progress: Progress, percent: int, before: ProgressStatus, now: datetime) -> bool:
-    """A percent, or a minute with a step in it."""
-    if (before.max_steps, before.percent) != (progress.max_steps, percent):
+    """A percent after ten seconds, a minute with a step in it, or another run's beginning."""
+    if before.max_steps != progress.max_steps:
         return True
-    return before.step != progress.step and times.seconds_between(before.updated_at, now) >= PROGRESS_SECONDS
+    seconds = times.seconds_between(before.updated_at, now)
+    return (before.percent != percent and seconds >= PERCENT_SECONDS) or (before.step != progress.step and seconds >= PROGRESS_SECONDS)
+
+
+def stage_times(known: tuple[StageTimes, ...], result: StageResult) -> tuple[StageTimes, ...]:
+    """With the stage's own; of a pod that only told again what an earlier one did, nothing is taken."""
+    if not result.phase_seconds:
+        return known
+    phases = {phase[:64]: number(max(seconds, 0.0)) for phase, seconds in list(result.phase_seconds.items())[:MAX_PHASES]}
+    told = StageTimes(stage=result.stage.value, seconds=number(sum(result.phase_seconds.values())), phases=phases)
+    order = [stage.value for stage in Stage]
+    return tuple(sorted((*(one for one in known if one.stage != told.stage), told), key=lambda one: order.index(one.stage)))
 
 
 def stopped_progress(summary: TrainSummary, before: ProgressStatus | None) -> ProgressStatus:

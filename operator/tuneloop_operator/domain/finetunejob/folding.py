@@ -22,8 +22,16 @@ def fold(case: Case) -> None:
         if not case.is_done(stage):
             return
         if not case.is_settled(stage):
+            _timed(case, stage)
             step(case)
+    _timed(case, Stage.EVALUATE)
     _evaluated(case)
+
+
+def _timed(case: Case, stage: Stage) -> None:
+    verdict = case.verdict(stage)
+    if isinstance(verdict, Done):
+        case.learn(times=findings.stage_times(case.status.times, verdict.result))
 
 
 def _count(case: Case) -> None:
