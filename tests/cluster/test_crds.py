@@ -308,8 +308,8 @@ REFUSED: dict[str, list[Manifest]] = {
         changed(changed(FINE_TUNE_JOB, "spec.compute.acceleratorsPerNode", 3), "spec.training.globalBatchSize", 16),
     ],
     "compute.parallelism: FSDP divides the model among several processes: set compute.nodes or acceleratorsPerNode above 1.": [
-        changed(changed(FINE_TUNE_JOB, "spec.compute.acceleratorsPerNode", 1), "spec.compute.parallelism", "FSDP"),
-        changed(changed(FINE_TUNE_JOB, "spec.compute.acceleratorsPerNode", 0), "spec.compute.parallelism", "FSDP"),
+        changed(FINE_TUNE_JOB, "spec.compute", {"parallelism": "FSDP"}),
+        changed(FINE_TUNE_JOB, "spec.compute", {"acceleratorsPerNode": 0, "parallelism": "FSDP"}),
     ],
     "compute.parallelism: FSDP is for SFT, Pretraining, SequenceClassification, DPO, KTO, RewardModel and Custom.": [
         changed(changed(FINE_TUNE_JOB, "spec.objective", {"type": "GRPO"}), "spec.compute.parallelism", "FSDP"),
