@@ -20,8 +20,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Literal
 
-from tuneloop_operator.domain.finetunejob import estimates
+from tuneloop_operator.domain.finetunejob import estimates, sizing
 from tuneloop_trainer.contract import (
     TOKENS_PER_MICRO_BATCH,
     Base,
@@ -68,8 +69,10 @@ class Point:
     shape: str
     method: str
     length: int
+    """Tokens of a row; of a preference both answers, each with the prompt."""
     batch: int
-    precision: str = "BF16"
+    objective: Literal["SFT", "DPO", "SequenceClassification"] = "SFT"
+    precision: Literal["BF16", "FP32"] = "BF16"
     processes: int = 1
     """More than one divide the model among them (FSDP)."""
 
@@ -83,7 +86,7 @@ GRID = (
     Point("wide", "Full", 1024, 1),
     Point("wordy", "LoRA", 128, 2),
     Point("deep", "Full", 1024, 2),
-    Point("deep", "LoRA", 512, 1, "FP32"),
+    Point("deep", "LoRA", 512, 1, precision="FP32"),
     Point("wordy", "LoRA", 1024, 1),
     Point("wordy", "Full", 64, 8),
     Point("wide", "Full", 256, 4),
@@ -98,6 +101,15 @@ GRID = (
     Point("wide", "Full", 256, 4, processes=4),
     Point("deep", "Full", 1024, 2, processes=2),
     Point("deep", "LoRA", 512, 2, processes=2),
+    Point("deep", "Full", 2048, 1),
+    Point("wide", "LoRA", 2048, 1),
+    Point("wide", "LoRA", 128, 16),
+    Point("wide", "LoRA", 512, 2, "DPO"),
+    Point("deep", "Full", 512, 2, "DPO"),
+    Point("wordy", "LoRA", 1024, 1, "DPO"),
+    Point("wide", "LoRA", 256, 8, "SequenceClassification"),
+    Point("deep", "Full", 512, 4, "SequenceClassification"),
+    Point("wordy", "Full", 128, 16, "SequenceClassification"),
 )
 
 
@@ -111,8 +123,8 @@ def run_config(root: Path, point: Point) -> RunConfig:
         paths=Paths(work=str(root / "work"), artifact=str(root / "artifact"), cache=str(root / "cache")),
         base=Base(uri=f"pvc://models/{point.shape}", path=str(root.parent / point.shape)),
         method=method,
-        objective="SFT" if SHAPES[point.shape].family == "Llama" else "Seq2Seq",
-        loss="FullSequence",
+        objective=point.objective if SHAPES[point.shape].family == "Llama" else "Seq2Seq",
+        loss="FullSequence" if point.objective == "SFT" else "CompletionOnly",
         prompt_format="Text",
         train=(DataSource(uri="pvc://data/rows.jsonl", path=str(root / "rows.jsonl")),),
         training=Training(
@@ -196,11 +208,25 @@ def write_rows(root: Path, point: Point) -> None:
     root.mkdir()
     draw, shape = random.Random(0), SHAPES[point.shape]
     with (root / "rows.jsonl").open("w") as file:
-        for _ in range(point.batch):
-            ends = 1 if shape.family == "Llama" else 2
-            text = [f"w{draw.randrange(2, shape.vocabulary)}" for _ in range(point.length - ends)]
-            half = (point.length - ends) // 2
-            file.write(json.dumps({"prompt": " ".join(text[:half]), "completion": " " + " ".join(text[half:])}) + "\n")
+        for number in range(point.batch):
+            words = [f"w{draw.randrange(2, shape.vocabulary)}" for _ in range(point.length)]
+            file.write(json.dumps(row_of(point, words, number)) + "\n")
+
+
+def row_of(point: Point, words: list[str], number: int) -> dict[str, str]:
+    """Of exactly the point's length: an answer gets one token more, its end."""
+    half = point.length // 2
+    if SHAPES[point.shape].family != "Llama":  # the source has an end too
+        half = (point.length - 2) // 2
+        return {"prompt": " ".join(words[:half]), "completion": " " + " ".join(words[half:-2])}
+    match point.objective:
+        case "SFT":
+            return {"prompt": " ".join(words[:half]), "completion": " " + " ".join(words[half:-1])}
+        case "DPO":
+            prompt, chosen, rejected = words[: half // 2], words[half // 2 : half - 1], words[half : half + half - half // 2 - 1]
+            return {"prompt": " ".join(prompt), "chosen": " " + " ".join(chosen), "rejected": " " + " ".join(rejected)}
+        case "SequenceClassification":
+            return {"text": " ".join(words), "label": ("good", "bad")[number % 2]}
 
 
 def train(root: Path, point: Point) -> None:
@@ -268,7 +294,7 @@ def workload_of(point: Point, made: dict[str, object]) -> estimates.Workload:
         dora=point.method == "DoRA",
         rank=RANK,
         only_attention=False,
-        precision="FP32" if point.precision == "FP32" else "BF16",
+        precision=point.precision,
         device="cpu",
         micro_batch=micro,
         accumulation=of_process // micro,
@@ -276,6 +302,8 @@ def workload_of(point: Point, made: dict[str, object]) -> estimates.Workload:
         supervised_share=float(str(made["supervised_share"])),
         checkpointing=False,
         shares=point.processes,
+        has_reference=point.method == "Full" and point.objective in sizing.WITH_REFERENCE,
+        predicts_tokens=point.objective not in sizing.WITHOUT_TOKENS,
     )
 
 
@@ -308,6 +336,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="measure points of these shapes only (default: all)"
     )
     parser.add_argument("--divided", action="store_true", help="measure only points of several processes")
+    parser.add_argument("--after", type=int, default=0, help="leave out the first so many (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="trainings at a time (default: %(default)s)")
     parser.add_argument("--step", choices=("make", "train"), help=argparse.SUPPRESS)
     parser.add_argument("--root", type=Path, help=argparse.SUPPRESS)
@@ -318,7 +347,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.step == "train":
         return train(arguments.root, Point(**arguments.what))
     points = [point for point in GRID if point.processes > 1 or not arguments.divided]
-    points = [point for point in points[: arguments.points] if point.shape in arguments.shapes]
+    points = [point for point in points[arguments.after : arguments.points] if point.shape in arguments.shapes]
     found = []
     with tempfile.TemporaryDirectory(prefix="tuneloop-estimate-") as folder, ThreadPoolExecutor(arguments.workers) as pool:
         root = Path(folder)

@@ -495,6 +495,10 @@ class Estimate(Model):
     cost_to: Number | None = Field(default=None, description="The same of hoursTo.")
     measured_peak_memory_bytes: int | None = Field(default=None, description="What the training took.")
     measured_hours: Number | None = Field(default=None, description="How long the last attempt trained.")
+    peak_memory_ratio: Number | None = Field(default=None, description="Estimated over measured memory: 1 is exact.")
+    hours_ratio: Number | None = Field(
+        default=None, description="Geometric middle of the device table's interval over the measured hours: 1 is exact."
+    )
 
 
 class ProgressStatus(Model):

@@ -268,6 +268,40 @@ def test_hours_are_the_measured_ones_after_twenty_steps_and_stay() -> None:
     assert (world.job.status.estimate.hours_from, world.job.status.estimate.hours_to) == ("0.25", "0.25")
 
 
+def test_how_far_the_table_was_off_is_told_when_its_hours_are_replaced() -> None:
+    world = after_prepare(make_world())
+    table = world.job.status.estimate
+    assert table is not None
+    assert table.hours_from is not None
+    assert table.hours_to is not None
+    assert table.hours_ratio is None
+    world.pod_runs()
+    world.progress = Progress(pod_uid="x", stage=Stage.TRAIN, phase="Training", step=20, max_steps=100, percent=20, remaining_seconds=720.0)
+    world.settle()
+    estimate = world.job.status.estimate
+    assert estimate is not None
+    assert estimate.hours_ratio is not None
+    expected = (float(table.hours_from) * float(table.hours_to)) ** 0.5 / 0.25
+    assert float(estimate.hours_ratio) == pytest.approx(expected, rel=0.01)
+    said = trained()
+    assert said.train is not None
+    world.ends(said.model_copy(update={"train": said.train.model_copy(update={"seconds": 36_000})}))
+    world.settle()
+    assert world.job.status.estimate is not None
+    assert world.job.status.estimate.hours_ratio == estimate.hours_ratio, "measured against the table, not against the first 20 steps"
+
+
+@pytest.mark.parametrize(("resumed_from", "is_told"), [(None, True), (10, False)])
+def test_a_short_run_tells_at_its_end_unless_its_last_attempt_was_not_all_of_it(resumed_from: int | None, is_told: bool) -> None:
+    world = after_prepare(make_world())
+    said = trained()
+    assert said.train is not None
+    world.ends(said.model_copy(update={"train": said.train.model_copy(update={"seconds": 1800, "resumed_from_step": resumed_from})}))
+    world.settle()
+    assert world.job.status.estimate is not None
+    assert (world.job.status.estimate.hours_ratio is not None) == is_told
+
+
 def test_what_was_taken_stands_beside_what_was_estimated() -> None:
     world = after_prepare(make_world())
     said = trained()
@@ -277,6 +311,8 @@ def test_what_was_taken_stands_beside_what_was_estimated() -> None:
     estimate = world.job.status.estimate
     assert estimate is not None
     assert (estimate.measured_peak_memory_bytes, estimate.measured_hours) == (5 << 30, "0.5")
+    assert estimate.peak_memory_ratio is not None
+    assert float(estimate.peak_memory_ratio) == pytest.approx(estimate.peak_memory_bytes / (5 << 30), rel=0.01)
 
 
 def test_a_price_changes_no_digest() -> None:

@@ -63,9 +63,11 @@ class Resumable(Trainer):
         self._random_state_of: str | None = None
         super().__init__(*args, **kwargs)
         _complete_token_wrappers(self.model)
-        select_positions(self.model, getattr(self, "temperature", 1.0), self.args.device.type)
+        models = list(filter(None, (self.model, getattr(self, "ref_model", None))))
+        for model in models:
+            select_positions(model, getattr(self, "temperature", 1.0), self.args.device.type)
         if self.is_fsdp_enabled and self.args.bf16:
-            for model in filter(None, (self.model, getattr(self, "ref_model", None))):
+            for model in models:
                 parts.compute_in_half(model, self.args.device.type)
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:

@@ -19,6 +19,7 @@ from tuneloop_operator.api.finetunejob import (
     StageTimes,
 )
 from tuneloop_operator.domain import times
+from tuneloop_operator.domain.finetunejob import sizing
 from tuneloop_operator.render import names
 from tuneloop_trainer.contract import (
     MAX_PHASES,
@@ -78,9 +79,17 @@ def _vocabulary(summary: PrepareSummary) -> dict[str, Any]:
 
 
 def measured_estimate(estimate: Estimate, summary: TrainSummary) -> Estimate:
-    """Beside what was estimated, what the training took."""
-    hours = optional(summary.seconds / 3600)
-    return estimate.model_copy(update={"measured_peak_memory_bytes": summary.peak_memory_bytes, "measured_hours": hours})
+    """Beside what was estimated, what the training took, and how far the estimate was off. An attempt that took up a checkpoint has the
+    time of its own steps alone, and says nothing about the whole run's."""
+    measured, hours = summary.peak_memory_bytes, summary.seconds / 3600
+    return estimate.model_copy(
+        update={
+            "measured_peak_memory_bytes": measured,
+            "measured_hours": optional(hours),
+            "peak_memory_ratio": sizing.number(estimate.peak_memory_bytes / measured) if measured else None,
+            "hours_ratio": estimate.hours_ratio if summary.resumed_from_step else sizing.hours_ratio(estimate, hours),
+        }
+    )
 
 
 def estimated(estimate: Estimate | None) -> Estimated | None:

@@ -33,7 +33,7 @@ def fits(case: Case) -> Standing | None:
 
 
 def measure_speed(case: Case, progress: Progress) -> None:
-    """Once: hours of the whole run, extrapolated from the steps so far."""
+    """Once: hours of the whole run, extrapolated from the steps so far, and how far the table was off."""
     known = case.status.estimate
     left = progress.max_steps - progress.step
     if known is None or known.hours_basis == "Measured" or progress.step < STEPS or left <= 0 or progress.remaining_seconds is None:
@@ -41,6 +41,7 @@ def measure_speed(case: Case, progress: Progress) -> None:
     hours = max(progress.remaining_seconds, 0.0) / left * progress.max_steps / 3600
     text, cost = sizing.number(hours), sizing.cost(case.job, hours)
     measured = {"hours_from": text, "hours_to": text, "hours_basis": "Measured", "cost_from": cost, "cost_to": cost}
+    measured["hours_ratio"] = sizing.hours_ratio(known, hours)
     case.learn(estimate=known.model_copy(update=measured))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -223,6 +224,13 @@ def _hours(job: FineTuneJob, config: RunConfig, work: Workload, facts: Facts, de
     flops += rows * work.completion * estimates.flops_per_token(work) + 2 * (tokens + rows * work.completion) * work.shape.parameters
     reading = facts.max_steps * work.completion * estimates.weight_bytes(work) / device.bandwidth
     return (flops / rates[1] + SHORTEST_COMPLETION * reading) / 3600, (flops / rates[0] + SLOWEST_WRITING * reading) / 3600
+
+
+def hours_ratio(estimate: Estimate, measured: float) -> str | None:
+    """The middle of the table's interval over the measured hours; what is known already where the interval is the table's no more."""
+    if estimate.hours_basis != "DeviceTable" or estimate.hours_from is None or estimate.hours_to is None or measured <= 0:
+        return estimate.hours_ratio
+    return number(math.sqrt(float(estimate.hours_from) * float(estimate.hours_to)) / measured)
 
 
 def number(value: float) -> str:
