@@ -291,6 +291,7 @@ TEXTS = changed(
     "spec.vocabulary",
     {"fromCorpus": {"minCount": 50, "minFertility": 4, "maxTokens": 100}, "initialization": "SubtokenMean"},
 )
+PROMPTED = changed(FINE_TUNE_JOB, "spec.method", {"type": "PromptTuning", "promptTuning": {"virtualTokens": 8}})
 WRITING: Manifest = {"numGenerations": 4, "maxCompletionLength": 64, "temperature": "0.9", "beta": "0.01"}
 REWARDS: list[Manifest] = [
     {"type": "ExactMatch", "exactMatch": {"match": "Contains"}, "weight": "2"},
@@ -309,7 +310,7 @@ for field in ("earlyStopping", "lossSpikeRatio"):
 LEFT_OUT = changed(PROMPTS, "spec.objective", {"type": "RLOO", "rloo": WRITING | {"rewards": REWARDS}})
 OWN = changed(FINE_TUNE_JOB, "spec.objective", {"type": "Custom", "custom": {"name": "mine", "settings": {"strict": "yes"}}})
 FULL = (
-    FINE_TUNE_JOB, OWN, PREFERENCES, JUDGEMENTS, CLASSES, TRANSLATIONS, TEXTS, PROMPTS, LEFT_OUT, MODEL_VERSION, MODEL_DEPLOYMENT,
+    FINE_TUNE_JOB, PROMPTED, OWN, PREFERENCES, JUDGEMENTS, CLASSES, TRANSLATIONS, TEXTS, PROMPTS, LEFT_OUT, MODEL_VERSION, MODEL_DEPLOYMENT,
     WITH_DATABASE_SECRET
 )  # fmt: skip
 PLURALS = {"FineTuneJob": "finetunejobs", "ModelVersion": "modelversions", "ModelDeployment": "modeldeployments"}

@@ -25,6 +25,7 @@ from tests.cluster.manifests import (
     MODEL_VERSION,
     PLURALS,
     PREFERENCES,
+    PROMPTED,
     PROMPTS,
     REWARDS,
     TEXTS,
@@ -211,6 +212,16 @@ REFUSED: dict[str, list[Manifest]] = {
     ],
     "no engine serves an adapter of DoRA on its base: output.format must be Merged.": [
         changed(FINE_TUNE_JOB, "spec.method.lora.dora", True),
+    ],
+    "promptTuning may be set only with type: PromptTuning.": [changed(FINE_TUNE_JOB, "spec.method.promptTuning", {})],
+    "PromptTuning changes no weight of its base: output.format must be Adapter.": [changed(PROMPTED, "spec.output.format", "Merged")],
+    "PromptTuning goes with objective SFT only.": [
+        changed(changed(manifest, "spec.method", {"type": "PromptTuning"}), "spec.output.format", ...)
+        for manifest in (PREFERENCES, CLASSES)
+    ],
+    "a learned prompt stands before each row: training.packing must be false.": [changed(PROMPTED, "spec.training.packing", True)],
+    "PromptTuning trains no row of the vocabulary: leave out vocabulary.": [
+        changed(changed(PROMPTED, "spec.vocabulary", {}), "spec.output.format", ...)
     ],
     "new tokens make a new base, on which no adapter stands: output.format must be Merged.": [
         changed(FINE_TUNE_JOB, "spec.vocabulary", {}),

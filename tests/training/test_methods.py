@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tests.training.test_objectives import THINGS, answer, improvement, make_run, optimised, run_through
 from tests.training.test_training import InterruptAfter, losses, weights
-from tests.unit.trainer.builders import copy_work, make_base, make_config, run_stage, write_jsonl
+from tests.unit.trainer.builders import copy_work, make_base, make_config, replace, run_stage, write_jsonl
 
 from tuneloop_trainer import models
 from tuneloop_trainer.contract import (
@@ -20,6 +20,7 @@ from tuneloop_trainer.contract import (
     Gate,
     Lora,
     Method,
+    PromptTuning,
     RunConfig,
     Stage,
     Suite,
@@ -251,3 +252,69 @@ def test_corpus_without_such_words_keeps_its_vocabulary(tmp_path: Path, base: Pa
     assert any("the vocabulary stays as it is" in warning for warning in result.prepare.warnings)
     assert not (tmp_path / "work" / "prepare" / "base").exists()
     assert run_stage(config, Stage.TRAIN).exit_code == ExitCode.DONE
+
+
+# --- prompt tuning ---------------------------------------------------------------------------------
+
+PROMPT = Method(type="PromptTuning", prompt_tuning=PromptTuning(virtual_tokens=8))
+
+
+def prompt_run(root: Path, base: Path, steps: int = 40) -> RunConfig:
+    config = make_run(root, base, "SFT", steps=steps, method=PROMPT, output_format="Adapter")
+    return replace(config, training=config.training.model_copy(update={"learning_rate": 0.1}))
+
+
+def test_learned_prompt_is_kept_alone_and_read_as_it_was_trained(tmp_path: Path, base: Path) -> None:
+    from peft import PeftModel
+
+    from tuneloop_trainer.objectives import objective_of
+    from tuneloop_trainer.stages.evaluate import load_artifact, packaged, read_as
+
+    config = prompt_run(tmp_path, base)
+
+    results = run_through(config)
+
+    assert improvement(optimised(config)) > 3
+    assert results[Stage.EVALUATE].evaluate.gates[0].difference < 0, "better than the base without it"
+    artifact, objective = packaged(config), objective_of(config, tmp_path / "work" / "prepare")
+    assert artifact.format == "Adapter"
+    formatter = read_as(objective, artifact, base, "base")
+    ids = formatter.prompt_ids("rainy tea 1001")
+    loaded = load_artifact(objective, artifact, base, "base")
+    trained = PeftModel.from_pretrained(models.load_model(base, "base", "bfloat16"), Path(artifact.path))
+    assert (ids[:8], max(ids[8:]) < 400) == (list(range(400, 408)), True)
+    assert logits(loaded, ids).allclose(logits(trained, ids[8:]), atol=0.05), "peft's own wrapper says the same"
+    plain = logits(models.load_model(base, "base", "bfloat16"), ids[8:])
+    assert not plain.allclose(logits(trained, ids[8:])[8:], atol=0.5), "which differs from what the base says"
+
+
+def test_interrupted_run_of_a_learned_prompt_ends_bit_equal(tmp_path: Path, base: Path) -> None:
+    config = prompt_run(tmp_path, base, steps=4)
+    run_stage(config, Stage.PREPARE)
+    undisturbed = copy_work(config, tmp_path / "undisturbed")
+    run_stage(undisturbed, Stage.TRAIN)
+
+    stopped = run_stage(config, Stage.TRAIN, InterruptAfter(2))
+    resumed = run_stage(config, Stage.TRAIN)
+
+    assert (stopped.exit_code, resumed.exit_code, resumed.train.resumed_from_step) == (ExitCode.INTERRUPTED, ExitCode.DONE, 2)
+    assert losses(config) == losses(undisturbed)
+    assert weights(config) == weights(undisturbed)
+
+
+@pytest.mark.long
+def test_learned_prompt_can_be_what_another_run_is_compared_with(tmp_path: Path, base: Path) -> None:
+    from tuneloop_trainer.contract import Artifact, Baseline
+
+    first = prompt_run(tmp_path / "first", base)
+    told = run_through(first)[Stage.PACKAGE].package
+    second = make_run(tmp_path / "second", base, "SFT")
+    pinned = Artifact(path=told.path, manifest_digest=told.manifest_digest, format="Adapter", base=second.base)
+    baseline = Baseline(type="ModelVersion", name="first", artifact=pinned)
+    config = replace(second, evaluation=second.evaluation.model_copy(update={"baseline": baseline}))
+
+    gate = run_through(config)[Stage.EVALUATE].evaluate.gates[0]
+
+    scored = json.loads((tmp_path / "first" / "work" / "evaluate" / "results.json").read_text())["suites"]["gate"]["candidate"]["losses"]
+    mean = sum(loss for loss, _ in scored) / sum(count for _, count in scored)
+    assert gate.baseline == pytest.approx(mean, rel=1e-3), "the same losses as when it was judged itself"

@@ -32,6 +32,8 @@ class Formatter:
         self._tokenizer = tokenizer
         self._stop_ids = stop_ids
         self._chat = style == "Chat"
+        self.before: tuple[int, ...] = ()
+        """Ids that stand before every text: those of a learned prompt."""
         if self._chat and tokenizer.chat_template is None:
             raise Invalid("The base model's tokenizer has no chat template. Set promptFormat: Text.")
 
@@ -58,7 +60,7 @@ class Formatter:
         ids: list[int] = self._tokenizer(prompt_text, add_special_tokens=not self._chat)["input_ids"]
         while not self._chat and len(ids) > 1 and ids[-1] in self._stop_ids:
             ids = ids[:-1]
-        return ids
+        return [*self.before, *ids]
 
     def encode(self, prompt: str, completion: str, system: str | None = None) -> Encoded:
         prompt_text = self.prompt_text(prompt, system)

@@ -187,9 +187,18 @@ class Lora(Model):
     """Whether the length of each column of the weights is learned apart from its direction."""
 
 
+class PromptTuning(Model):
+    virtual_tokens: int = 20
+    """Rows that are learned, and stand before every text in the place of tokens."""
+
+
+MethodType = Literal["LoRA", "Full", "PromptTuning"]
+
+
 class Method(Model):
-    type: Literal["LoRA", "Full"]
+    type: MethodType
     lora: Lora | None = None
+    prompt_tuning: PromptTuning | None = None
 
 
 NEW_ROWS_SHARE = 0.1
@@ -310,9 +319,10 @@ class Defaults(Model):
     weight_decay: float = 0.0
 
 
-DEFAULTS: dict[tuple[ObjectiveType, Literal["LoRA", "Full"]], Defaults] = {
+DEFAULTS: dict[tuple[ObjectiveType, MethodType], Defaults] = {
     ("SFT", "LoRA"): Defaults(learning_rate=2e-4),
     ("SFT", "Full"): Defaults(learning_rate=2e-5),
+    ("SFT", "PromptTuning"): Defaults(learning_rate=2e-2, schedule="linear"),
     ("Pretraining", "LoRA"): Defaults(learning_rate=2e-4),
     ("Pretraining", "Full"): Defaults(learning_rate=2e-5, weight_decay=0.1),
     ("SequenceClassification", "LoRA"): Defaults(learning_rate=2e-4, warmup_share=0.06, schedule="linear"),
@@ -332,7 +342,8 @@ DEFAULTS: dict[tuple[ObjectiveType, Literal["LoRA", "Full"]], Defaults] = {
     ("Custom", "LoRA"): Defaults(learning_rate=2e-4),
     ("Custom", "Full"): Defaults(learning_rate=2e-5),
 }
-"""The one table of defaults by objective and method; LoRA learns at about ten times the rate of all weights."""
+"""The one table of defaults by objective and method; LoRA learns at about ten times the rate of all weights,
+a prompt of a few rows at a hundred times that of LoRA."""
 
 
 HELD_OUT_METRICS: dict[ObjectiveType, tuple[Metric, ...]] = {

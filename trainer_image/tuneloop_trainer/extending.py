@@ -20,7 +20,7 @@ import numpy.typing as npt
 from tuneloop_trainer.bases import PATTERNS
 from tuneloop_trainer.contract import Reason
 from tuneloop_trainer.errors import Invalid
-from tuneloop_trainer.models import Tokenizer
+from tuneloop_trainer.models import Tokenizer, vocabulary_size
 from tuneloop_trainer.shapes import MAX_HEADER
 
 EMBEDDINGS = ("embed", "wte", "lm_head", "shared")
@@ -91,24 +91,16 @@ def extend(base: Path, target: Path, old: Tokenizer, new: Tokenizer, terms: Sequ
     new.save_pretrained(target)
     origins = {int(new.convert_tokens_to_ids(term)): pieces(old, term) for term in terms}
     config = json.loads((base / "config.json").read_text())
-    known = _vocabulary(config)
-    rows = max(known["vocab_size"], max(origins) + 1)
-    found = [_rewrite(path, target / path.name, known["vocab_size"], rows, origins) for path in sorted(base.glob("*.safetensors"))]
+    before = vocabulary_size(base)
+    rows = max(before, max(origins) + 1)
+    found = [_rewrite(path, target / path.name, before, rows, origins) for path in sorted(base.glob("*.safetensors"))]
     if not any(found):
         raise Invalid(
             "The base model has no embeddings of as many rows as its vocabulary: it cannot learn new words.", Reason.MODEL_NOT_FOUND
         )
-    known["vocab_size"] = rows
+    (config if "vocab_size" in config else config["text_config"])["vocab_size"] = rows
     (target / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
     return sorted(origins)
-
-
-def _vocabulary(config: dict[str, Any]) -> dict[str, Any]:
-    """The part of a configuration that says how large the vocabulary is."""
-    for part in (config, config.get("text_config")):
-        if isinstance(part, dict) and isinstance(part.get("vocab_size"), int):
-            return part
-    raise Invalid("The base model's config.json does not say how large its vocabulary is.", Reason.MODEL_NOT_FOUND)
 
 
 def _rewrite(path: Path, target: Path, before: int, after: int, origins: Mapping[int, Sequence[int]]) -> int:

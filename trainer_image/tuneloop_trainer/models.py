@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -109,8 +110,40 @@ def padding(tokenizer: Tokenizer) -> int:
 
 
 def load_adapter(model: Model, folder: Path) -> Model:
-    """The model with a LoRA adapter in the model's own precision: as the engine applies it."""
+    """The model with a LoRA adapter in the model's own precision: as the engine applies it. With a learned prompt: see there."""
     from peft import PeftModel
 
+    if virtual_tokens(folder):
+        return _with_prompt(model, folder)
     dtype = next(model.parameters()).dtype
     return PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=False).to(dtype).eval()
+
+
+def virtual_tokens(folder: Path) -> int:
+    """Rows of the learned prompt that the folder holds; 0 for every other model."""
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text()) if path.is_file() else {}
+    return int(config["num_virtual_tokens"]) if config.get("peft_type") == "PROMPT_TUNING" else 0
+
+
+def _with_prompt(model: Model, folder: Path) -> Model:
+    """The model with the rows of a learned prompt behind its input embeddings, so that they can be asked for as tokens: as the ids from
+    the number of its own rows on. Cached prefixes, padding and generation then work as for any text; peft's own wrapper takes a
+    prompt apart from them. The head knows nothing of the rows."""
+    import torch
+    from safetensors.torch import load_file
+
+    rows = load_file(folder / "adapter_model.safetensors")["prompt_embeddings"]
+    old = model.get_input_embeddings()
+    weight = torch.cat([old.weight.data, rows.to(old.weight)])
+    model.set_input_embeddings(torch.nn.Embedding.from_pretrained(weight, freeze=True, padding_idx=old.padding_idx))
+    return model
+
+
+def vocabulary_size(folder: Path) -> int:
+    """Rows of the model's embeddings, by its configuration. Raises Invalid."""
+    config = json.loads((folder / "config.json").read_text())
+    for part in (config, config.get("text_config")):
+        if isinstance(part, dict) and isinstance(part.get("vocab_size"), int):
+            return int(part["vocab_size"])
+    raise Invalid("The base model's config.json does not say how large its vocabulary is.", Reason.MODEL_NOT_FOUND)

@@ -24,18 +24,33 @@ class LoRA(Model):
     )
 
 
+class PromptTuning(Model):
+    """A learned prompt."""
+
+    virtual_tokens: int = Field(default=20, ge=1, le=512, description="Rows that stand before every text in the place of tokens.")
+
+
 class Method(Model):
     """Which weights are trained."""
 
-    model_config = ConfigDict(json_schema_extra=rules(("!has(self.lora) || self.type == 'LoRA'", "lora may be set only with type: LoRA.")))
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            ("!has(self.lora) || self.type == 'LoRA'", "lora may be set only with type: LoRA."),
+            ("!has(self.promptTuning) || self.type == 'PromptTuning'", "promptTuning may be set only with type: PromptTuning."),
+        )
+    )
 
-    type: Literal["LoRA", "Full"] = Field(default="LoRA", description="LoRA: adapters on a frozen base. Full: all weights.")
+    type: Literal["LoRA", "Full", "PromptTuning"] = Field(
+        default="LoRA",
+        description="LoRA: adapters on a frozen base. Full: all weights. PromptTuning: a few rows that stand before every text.",
+    )
     lora: LoRA | None = Field(default=None, description="Settings of LoRA.")
+    prompt_tuning: PromptTuning | None = Field(default=None, description="Settings of PromptTuning.")
 
     @property
     def leaves_adapter(self) -> bool:
-        """Whether the weights that are trained can be served on their base."""
-        return self.type == "LoRA" and not (self.lora is not None and self.lora.dora)
+        """Whether the weights that are trained are kept apart from their base."""
+        return self.type != "Full" and not (self.lora is not None and self.lora.dora)
 
 
 class FromCorpus(Model):
@@ -58,9 +73,17 @@ class Vocabulary(Model):
 def method_rules() -> Iterator[tuple[str, str]]:
     """The rules between the method and the rest of a FineTuneJob's spec."""
     merged = "!has(self.output.format) || self.output.format == 'Merged'"
-    yield f"self.method.type == 'LoRA' || {merged}", "method Full has no adapter: output.format must be Merged."
+    yield f"self.method.type != 'Full' || {merged}", "method Full has no adapter: output.format must be Merged."
     yield (
         f"!has(self.method.lora) || !self.method.lora.dora || {merged}",
         "no engine serves an adapter of DoRA on its base: output.format must be Merged.",
     )
+    learned_prompt = "self.method.type != 'PromptTuning'"
+    yield (
+        f"{learned_prompt} || !has(self.output.format) || self.output.format == 'Adapter'",
+        "PromptTuning changes no weight of its base: output.format must be Adapter.",
+    )
+    yield f"{learned_prompt} || self.objective.type == 'SFT'", "PromptTuning goes with objective SFT only."
+    yield f"{learned_prompt} || !self.training.packing", "a learned prompt stands before each row: training.packing must be false."
+    yield f"{learned_prompt} || !has(self.vocabulary)", "PromptTuning trains no row of the vocabulary: leave out vocabulary."
     yield f"!has(self.vocabulary) || {merged}", "new tokens make a new base, on which no adapter stands: output.format must be Merged."

@@ -291,8 +291,16 @@ def objective_name(lineage_spec: dict[str, Any]) -> str:
     return str(objective.get("type", "SFT")) if isinstance(objective, dict) else "SFT"
 
 
+def method_name(lineage_spec: dict[str, Any]) -> str:
+    """Which weights a job of this spec trained."""
+    method = lineage_spec.get("method")
+    return str(method.get("type", "LoRA")) if isinstance(method, dict) else "LoRA"
+
+
 def is_servable(lineage_spec: dict[str, Any]) -> bool:
     """Whether an engine can serve what a job of this spec trained. Unknown objectives can: they were trained elsewhere."""
+    if method_name(lineage_spec) == "PromptTuning":
+        return False
     name = objective_name(lineage_spec)
     return name not in TRAITS or TRAITS[name].servable
 
@@ -311,6 +319,8 @@ def combinations() -> str:
             both = method == "LoRA" and traits.adapter
             formats = "Adapter (absent means this): the operator serves it on its base; or Merged" if both else "Merged only"
             lines.append(f"| {name} with {method} | {roles} | {formats} | {served} |")
+    prompted = ", ".join(TRAITS["SFT"].texts)
+    lines.append(f"| SFT with PromptTuning | {prompted} | Adapter only: the learned prompt | not served: reason NotServable |")
     lines.append("| any, with LoRA and `lora.dora: true`, or with `vocabulary` | as above | Merged only | as above |")
     return "\n".join(lines)
 

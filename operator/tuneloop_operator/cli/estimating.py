@@ -63,8 +63,6 @@ def run(arguments: argparse.Namespace) -> None:
         max_steps=steps,
     )
     found = sizing.size(job, config, facts, read_settings())
-    if found is None:
-        raise Failure(f"there is no estimate for method {config.method.type}.")
     print(json.dumps(found.estimate.model_dump(mode="json", by_alias=True, exclude_none=True), indent=2))
     if found.problem is not None:
         raise Failure(f"DoesNotFit: {found.problem}")

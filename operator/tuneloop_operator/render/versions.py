@@ -79,7 +79,7 @@ def _pinned_source(source: Source, resolved: api.Resolved) -> Source:
 
 
 def _rank(spec: api.FineTuneJobSpec, format_: str) -> int | None:
-    return (spec.method.lora or LoRA()).rank if format_ == "Adapter" else None
+    return (spec.method.lora or LoRA()).rank if format_ == "Adapter" and spec.method.type == "LoRA" else None
 
 
 def _template(spec: api.FineTuneJobSpec) -> str | None:

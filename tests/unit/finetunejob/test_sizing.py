@@ -95,6 +95,7 @@ def test_a_full_step_holds_weights_gradients_and_two_moments_in_fp32() -> None:
         ({"has_reference": True, "method": "Full"}, True),
         ({"dora": True}, True),
         ({"new_tokens": 500}, True),
+        ({"rank": 0, "virtual_tokens": 20}, False),
     ],
 )
 def test_each_setting_moves_the_peak_the_way_it_should(change: dict[str, Any], grows: bool) -> None:

@@ -376,16 +376,17 @@ def test_the_record_of_idle_revisions_is_cut() -> None:
     assert sum(kind == "ControllerRevision" for kind, _ in world.objects) == 21
 
 
-@pytest.mark.parametrize("objective", ["SequenceClassification", "RewardModel", "Seq2Seq"])
+@pytest.mark.parametrize("objective", ["SequenceClassification", "RewardModel", "Seq2Seq", "SFT"])
 def test_a_model_that_no_engine_knows_is_not_served(objective: str) -> None:
-    spec = LINEAGE_SPEC | {"objective": {"type": objective}}
+    method = "PromptTuning" if objective == "SFT" else "LoRA"
+    spec = LINEAGE_SPEC | {"objective": {"type": objective}, "method": {"type": method}}
     lineage = {"fineTuneJob": "tune", "fineTuneJobUid": "1", "spec": spec, "configDigest": DIGEST}
     world = World(versions=[make_version(1, lineage=lineage)])
     world.settle()
 
     assert world.condition("Stalled") == ("True", "NotServable")
     assert world.message("Stalled") == (
-        f"ModelVersion sentiment-v1 was trained with {objective}, and no engine here serves "
-        "what that makes. Set spec.model to a version of another objective."
+        f"ModelVersion sentiment-v1 was trained with {objective if method == 'LoRA' else method}, and no engine here serves "
+        "what that makes. Set spec.model to another version."
     )
     assert not world.engines()

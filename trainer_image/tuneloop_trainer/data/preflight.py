@@ -237,7 +237,7 @@ class Preflight:
 
     def _learning_rate(self, steps: int) -> str | None:
         band = LEARNING_RATES.get(self.config.objective)
-        if band is None:
+        if band is None or self.config.method.type == "PromptTuning":
             return None
         factor = LORA_FACTOR if self.config.method.type != "Full" else 1
         low, high = band[0] * factor, band[1] * factor * (SHORT_RUN_FACTOR if steps < SHORT_RUN_STEPS else 1)
@@ -263,7 +263,7 @@ class Preflight:
         return f"{training.epochs:g} epochs over {counts.rows} rows are likely to be learned by heart. Set training.earlyStopping."
 
     def _batch(self) -> str | None:
-        if self.config.method.type == "Full" or self.config.training.global_batch_size <= MAX_LORA_BATCH:
+        if self.config.method.type != "LoRA" or self.config.training.global_batch_size <= MAX_LORA_BATCH:
             return None
         return (
             f"training.globalBatchSize {self.config.training.global_batch_size}: adapters learn worse from batches above {MAX_LORA_BATCH}."

@@ -162,8 +162,8 @@ def prepare_suite(
         for item, options in zip(items, choices, strict=bool(choices))
     ]
     content = repr([(item.prompt, item.completion) for item in encoded]) + repr(tokens)
+    limit = WHOLE if by_bytes else _limit(config, suite) + len(formatter.before)
     prompt_hash = hashlib.sha256(content.encode()).hexdigest()
-    limit = WHOLE if by_bytes else _limit(config, suite)
     return PreparedSuite(suite, digest, items, encoded, labels, tokens, prompt_hash, limit, objective, formatter, by_bytes)
 
 

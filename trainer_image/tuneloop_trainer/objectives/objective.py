@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from tuneloop_trainer import models
 from tuneloop_trainer.chat import Formatter, stop_ids
-from tuneloop_trainer.contract import DEFAULTS, Defaults, Reason, RunConfig, Suite
+from tuneloop_trainer.contract import DEFAULTS, Defaults, PromptTuning, Reason, RunConfig, Suite
 from tuneloop_trainer.data.records import PREFERRED, PROMPTED, Record, Shape
 from tuneloop_trainer.data.shards import TokenRow
 from tuneloop_trainer.errors import Invalid
@@ -126,6 +126,8 @@ class Objective:
     def adapter(self, model: models.Model) -> Any:
         """peft's configuration of the adapter on this model; None where all weights are trained."""
         lora = self.config.method.lora
+        if self.config.method.type == "PromptTuning":
+            return self._prompt()
         if self.config.method.type == "Full" or lora is None:
             return None
         from peft import LoraConfig
@@ -139,6 +141,15 @@ class Objective:
             use_dora=lora.dora,
             trainable_token_indices=self._new_rows(model),
             task_type=self.task,
+        )
+
+    def _prompt(self) -> Any:
+        """A learned prompt, that begins as rows of the vocabulary, drawn under the run's seed."""
+        from peft import PromptTuningConfig, PromptTuningInit
+
+        settings = self.config.method.prompt_tuning or PromptTuning()
+        return PromptTuningConfig(
+            num_virtual_tokens=settings.virtual_tokens, prompt_tuning_init=PromptTuningInit.SAMPLE_VOCAB, task_type=self.task
         )
 
     def _new_rows(self, model: models.Model) -> dict[str, list[int]] | None:
@@ -162,7 +173,7 @@ class Objective:
         try:
             return get_peft_model(model, adapter, autocast_adapter_dtype=True)
         except ValueError as error:
-            raise Invalid(f"LoRA does not fit {self.config.base.uri}: {error}", Reason.MODEL_NOT_FOUND) from error
+            raise Invalid(f"{self.config.method.type} does not fit {self.config.base.uri}: {error}", Reason.MODEL_NOT_FOUND) from error
 
     # --- evaluate ---
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from tuneloop_trainer import bases, hardware, models
-from tuneloop_trainer.chat import Formatter, stop_ids
+from tuneloop_trainer.chat import Formatter
 from tuneloop_trainer.contract import (
     HELD_OUT_METRICS,
     REFERENCE_FILE,
@@ -58,28 +58,23 @@ def evaluate(config: RunConfig, progress: ProgressWriter) -> StageResult:
     manifest, prepared = require_stage(config, Stage.PREPARE)
     base = bases.require_prepared(config, manifest)
     objective = objective_of(config, stage_folder(config, Stage.PREPARE))
-    trained, compared = trained_base(config, manifest), tokenizer_of_baseline(config, base)
-    tokenizer = models.load_tokenizer(trained, config.base.uri)
-    formatter = objective.formatter(trained, tokenizer)
-    by_bytes = not same_tokenizer(trained, compared)
+    trained = trained_base(config, manifest)
+    formatter = read_as(objective, candidate, trained, config.base.uri)
+    other = read_as(objective, config.evaluation.baseline.artifact, base, config.base.uri)
     digests = prepared.prepare.suite_digests if prepared.prepare else {}
+    by_bytes = not same_tokenizer(trained, tokenizer_of(config.evaluation.baseline.artifact, base))
     suites = prepare_suites(config, objective, digests, formatter, by_bytes)
-    stops = stop_ids(trained, tokenizer)
-    others, other_formatter, other_stops = suites, formatter, stops
-    if by_bytes:
-        other_tokenizer = models.load_tokenizer(compared, "baseline")
-        other_formatter, other_stops = objective.formatter(compared, other_tokenizer), stop_ids(compared, other_tokenizer)
-        others = prepare_suites(config, objective, digests, other_formatter, True)
+    others = suites if not by_bytes and formatter.before == other.before else prepare_suites(config, objective, digests, other, by_bytes)
 
     model = load_artifact(objective, candidate, base, config.base.uri)
     scores = {name: suite.score(model, progress, "candidate") for name, suite in suites.items()}
-    answers = answer_freely(model, suites, formatter, stops, progress) if objective.answers else {}
+    answers = answer_freely(model, suites, formatter, formatter.stops, progress) if objective.answers else {}
     asked = list(suites)[: comparisons.MAX_SUITES] if objective.answers else []
-    after = {name: comparisons.ask(model, suites[name], formatter, stops, progress) for name in asked}
+    after = {name: comparisons.ask(model, suites[name], formatter, formatter.stops, progress) for name in asked}
     del model
     baseline = BaselineModel(config, objective, base, str(manifest.metadata["base_digest"]), progress)
     baseline_scores = score_baseline(baseline, others)
-    before = {name: baseline_answers(baseline, others[name], other_formatter, other_stops) for name in asked}
+    before = {name: baseline_answers(baseline, others[name], other, other.stops) for name in asked}
     told = [
         comparisons.compare(name, suites[name], scores[name], baseline_scores[name], before.get(name), after.get(name))
         for name in list(suites)[: comparisons.MAX_SUITES]
@@ -96,13 +91,23 @@ def prepare_suites(
     }
 
 
-def tokenizer_of_baseline(config: RunConfig, base: Path) -> Path:
-    """The folder with the baseline's tokenizer: whole models bring their own."""
-    pinned = config.evaluation.baseline.artifact
-    if pinned is None or pinned.format == "Adapter":
+def tokenizer_of(artifact: Artifact | None, base: Path) -> Path:
+    """The folder with a model's tokenizer: whole models bring their own."""
+    if artifact is None or artifact.format == "Adapter":
         return base
-    own = Path(pinned.path)
+    own = Path(artifact.path)
     return own if (own / "tokenizer_config.json").is_file() else base
+
+
+def read_as(objective: Objective, artifact: Artifact | None, base: Path, uri: str) -> Formatter:
+    """How a model reads texts: by its tokenizer, and behind the prompt that it learned. None: the base itself."""
+    folder = tokenizer_of(artifact, base)
+    formatter = objective.formatter(folder, models.load_tokenizer(folder, uri))
+    count = models.virtual_tokens(Path(artifact.path)) if artifact is not None else 0
+    if count:
+        first = models.vocabulary_size(base)
+        formatter.before = tuple(range(first, first + count))
+    return formatter
 
 
 def same_tokenizer(one: Path, other: Path) -> bool:

@@ -67,13 +67,15 @@ def package(config: RunConfig, progress: ProgressWriter) -> StageResult:
 
 
 def write_adapter(config: RunConfig, trained: Path, folder: Path, base_revision: str | None) -> None:
-    """The adapter's weights and configuration; the base is named as the user named it, not by a path of this pod."""
-    if config.method.type != "LoRA":
-        raise StageError("Only LoRA makes an adapter.")
+    """The weights and the configuration of an adapter, or of a learned prompt; the base is named as the user named it, not by a path
+    of this pod."""
+    if config.method.type == "Full":
+        raise StageError("Full makes no adapter.")
     shutil.copyfile(trained / "adapter_model.safetensors", folder / "adapter_model.safetensors")
     adapter = json.loads((trained / "adapter_config.json").read_text())
     adapter |= {"base_model_name_or_path": config.base.uri, "revision": base_revision, "inference_mode": True}
-    adapter["target_modules"] = sorted(adapter["target_modules"])  # peft keeps a set: equal runs would differ in their digest
+    if "target_modules" in adapter:
+        adapter["target_modules"] = sorted(adapter["target_modules"])  # peft keeps a set: equal runs would differ in their digest
     (folder / "adapter_config.json").write_text(json.dumps(adapter, indent=1, sort_keys=True))
 
 

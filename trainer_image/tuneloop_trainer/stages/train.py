@@ -158,13 +158,13 @@ def make_trainer(
 
 
 def load(objective: Objective, base: Path) -> models.Model:
-    """LoRA: the base to be frozen in bf16 under fp32 adapters. Full: fp32 masters; bf16 is autocast's."""
+    """LoRA, PromptTuning: the base to be frozen in bf16 under what is learned in fp32. Full: fp32 masters; bf16 is autocast's."""
     import torch
 
     config = objective.config
     # The adapter's random initialisation is drawn after this.
     torch.manual_seed(config.training.seed)
-    frozen_in_half = config.method.type == "LoRA" and config.training.precision == "BF16"
+    frozen_in_half = config.method.type != "Full" and config.training.precision == "BF16"
     model = objective.load_base(base, "bfloat16" if frozen_in_half else "float32")
     return model.train() if config.method.type == "Full" else model
 

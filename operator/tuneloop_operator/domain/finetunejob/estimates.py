@@ -57,6 +57,8 @@ class Workload:
     has_reference: bool = False
     """Whether a frozen copy of all weights stands beside those that are trained."""
     dora: bool = False
+    virtual_tokens: int = 0
+    """Rows of a learned prompt, which stand before every row; an adapter of rank 0 otherwise."""
     new_tokens: int = 0
     """Rows of the embeddings that are trained beside an adapter."""
     predicts_tokens: bool = True
@@ -71,7 +73,7 @@ class Workload:
     @property
     def tokens(self) -> int:
         """Of a micro-batch."""
-        return self.micro_batch * self.longest
+        return self.micro_batch * (self.longest + self.virtual_tokens)
 
     @property
     def global_batch(self) -> int:
@@ -91,7 +93,7 @@ def trained_parameters(work: Workload) -> int:
     ends = 2 * (hidden + query) + 2 * (hidden + key)
     if not work.only_attention:
         ends += 3 * (hidden + wide)
-    rows = 2 * work.new_tokens * hidden
+    rows = (2 * work.new_tokens + work.virtual_tokens) * hidden
     return shape.layers * (work.rank * ends + (_adapted_outputs(work) if work.dora else 0)) + rows
 
 
@@ -254,7 +256,8 @@ def _kept_by_layer(work: Workload) -> int:
         own = 16 * hidden + 10 * hidden  # four in fp32; five copies in bf16 for q, k, v, gate, up
     else:
         copies = 3 if work.only_attention else 5
-        own = 8 * hidden + 2 * copies * hidden + 2 * query  # two in fp32; a copy for each adapter, that of the output projection too
+        adapters = 2 * copies * hidden + 2 * query if work.rank else 0  # a copy for each adapter, that of the output projection too
+        own = 8 * hidden + adapters  # two in fp32
     lengths = 2 * each * _adapted_outputs(work) if work.dora else 0  # what the base and what the adapter say, to learn the lengths by
     return common + own + lengths + (each * adapted * work.rank if work.method == "LoRA" else 0)
 

@@ -73,11 +73,8 @@ def facts_of(summary: PrepareSummary) -> Facts | None:
     )
 
 
-def size(job: FineTuneJob, config: RunConfig, facts: Facts, settings: Settings) -> Sizing | None:
-    """The largest micro-batch that fits, up to the trainer's own choice; a problem where none does. None for a method that no
-    formula is known for."""
-    if config.method.type not in ("LoRA", "Full"):
-        return None
+def size(job: FineTuneJob, config: RunConfig, facts: Facts, settings: Settings) -> Sizing:
+    """The largest micro-batch that fits, up to the trainer's own choice; a problem where none does."""
     device = _device(job, settings)
     limit = _limit(job, device)
     whole = _workload(job, config, facts)
@@ -111,7 +108,8 @@ def _workload(job: FineTuneJob, config: RunConfig, facts: Facts) -> Workload:
     micro = max((rows for rows in sizes if rows <= allowed), default=min(sizes, default=1))
     return Workload(
         shape=facts.shape,
-        method="LoRA" if method.type == "LoRA" else "Full",
+        method="Full" if method.type == "Full" else "LoRA",
+        virtual_tokens=method.prompt_tuning.virtual_tokens if method.prompt_tuning is not None else 0,
         rank=method.lora.rank if method.lora is not None else 0,
         only_attention=method.lora is not None and method.lora.target_modules == "Attention",
         precision=training.precision,

@@ -9,7 +9,7 @@ from tuneloop_operator.api.conditions import DeploymentReason
 from tuneloop_operator.api.engineoptions import option_problem
 from tuneloop_operator.api.modeldeployment import ModelDeployment
 from tuneloop_operator.api.modelversion import ModelVersion
-from tuneloop_operator.api.objectives import is_servable, objective_name
+from tuneloop_operator.api.objectives import is_servable, method_name, objective_name
 from tuneloop_operator.domain.decision import Invalid
 from tuneloop_operator.render import names
 from tuneloop_operator.render.engine import model_id, render_template
@@ -98,15 +98,20 @@ def _prompt_probe(version: ModelVersion) -> str | None:
     return recorded if recorded is not None and recorded.startswith("sha256:") else None
 
 
+def _trained_with(lineage_spec: dict[str, Any]) -> str:
+    """What keeps an engine from serving it: the method, or the objective."""
+    method = method_name(lineage_spec)
+    return method if method == "PromptTuning" else objective_name(lineage_spec)
+
+
 def _check(deployment: ModelDeployment, version: ModelVersion) -> None:
     problem = option_problem(deployment.spec.engine.options)
     if problem is not None:
         raise Invalid(DeploymentReason.INVALID_OPTION.value, problem)
     if version.spec.lineage is not None and not is_servable(version.spec.lineage.spec):
         message = (
-            f"ModelVersion {version.metadata.name} was trained with {objective_name(version.spec.lineage.spec)}, and no engine here serves "
-            "what that makes. "
-            "Set spec.model to a version of another objective."
+            f"ModelVersion {version.metadata.name} was trained with {_trained_with(version.spec.lineage.spec)}, and no engine here serves "
+            "what that makes. Set spec.model to another version."
         )
         raise Invalid(DeploymentReason.NOT_SERVABLE.value, message)
     if version.spec.artifact.format == "Adapter" and version.spec.base is None:
