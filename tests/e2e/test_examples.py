@@ -1,0 +1,110 @@
+"""Every example of an objective, a method and of data goes from `kubectl apply` to a ModelVersion, with a tiny base and a few steps."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from dev.demo import story as tale
+from dev.demo.kubectl import ROOT, condition
+from dev.demo.story import Story
+from tests.unit.trainer.builders import make_base
+
+pytestmark = pytest.mark.long
+
+BASE = "tiny"
+AT_ONCE = 3
+STEPS = 3
+ROWS = 240
+BUCKETS = {"s3"}
+"""Read from a bucket, which tests/unit/trainer has a real server for."""
+EXAMPLES = {path.stem: path for folder in ("objectives", "methods", "data") for path in sorted((ROOT / "examples" / folder).glob("*.yaml"))}
+NAMES = sorted(set(EXAMPLES) - BUCKETS)
+
+
+@pytest.fixture(scope="module")
+def finished(installed: Story, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Example -> its FineTuneJob at the end."""
+    space = installed.space
+    jobs = {name: _small(yaml.safe_load(EXAMPLES[name].read_text())) for name in NAMES}
+    datasets = tmp_path_factory.mktemp("datasets")
+    rows = [_row(number, row.text, str(row.label)) for number, row in enumerate(installed.files["tweets/train.jsonl"][:ROWS])]
+    for uri in {uri for job in jobs.values() for uri in _sources(job["spec"])}:
+        _write(datasets / uri.removeprefix("pvc://datasets/"), rows)
+    base = make_base(tmp_path_factory.mktemp("base") / BASE)
+    tale._upload(space, {datasets: "/volumes/datasets", base: f"/volumes/models/bases/{BASE}"})
+    found = {}
+    for start in range(0, len(NAMES), AT_ONCE):
+        wave = NAMES[start : start + AT_ONCE]
+        for name in wave:
+            space.apply(json.dumps(jobs[name]))
+        for name in wave:
+            found[name] = space.wait_until("finetunejob", jobs[name]["metadata"]["name"], tale._is_finished)
+            tale.say(f"{name}: {condition(found[name], 'Succeeded')}")
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_example_becomes_a_model_version(installed: Story, finished: dict[str, dict[str, Any]], name: str) -> None:
+    job = finished[name]
+    status = job["status"]
+    assert condition(job, "Succeeded").get("status") == "True", condition(job, "Succeeded").get("message")
+    assert status["progress"]["step"] == STEPS
+    assert status["evaluation"]["gates"], "rows that are held out judge it"
+    version = installed.space.get("modelversion", f"{job['spec']['output']['model']}-v{status['modelVersion']}")
+    assert version is not None
+    assert version["spec"]["artifact"]["manifestDigest"].startswith("sha256:")
+    assert version["spec"]["lineage"]["fineTuneJob"] == job["metadata"]["name"]
+
+
+def _small(job: dict[str, Any]) -> dict[str, Any]:
+    """What is an example's own stays; its size becomes a test's."""
+    name, spec = f"example-{job['metadata']['name']}", job["spec"]
+    job["metadata"]["name"] = spec["output"]["model"] = name
+    if "uri" in spec.get("baseModel", {}):
+        spec["baseModel"] = {"uri": f"pvc://models/bases/{BASE}"}
+    spec["compute"] = {"acceleratorsPerNode": 0}
+    training = spec.setdefault("training", {})
+    training.pop("epochs", None)
+    training.update(maxSteps=STEPS, globalBatchSize=8, maxSequenceLength=256)
+    return job
+
+
+def _sources(spec: dict[str, Any]) -> Iterator[str]:
+    entries = [*spec["data"]["train"], *(suite.get("dataset", {}) for suite in spec.get("evaluation", {}).get("suites", ()))]
+    for entry in entries:
+        if "source" in entry:
+            yield entry["source"]["uri"]
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+    """In the format that the name says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if ".csv" in path.suffixes:
+        table = io.StringIO()
+        writer = csv.DictWriter(table, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+        text = table.getvalue()
+    else:
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+
+
+def _row(number: int, text: str, label: str) -> dict[str, Any]:
+    """What any of the examples reads."""
+    other = "negative" if label == "positive" else "positive"
+    question = f"Sentiment of: {text}"
+    return {
+        "text": text, "label": label, "prompt": question, "completion": label, "chosen": label, "rejected": other,
+        "thumb": number % 2 == 0, "subject": f"Letter {number}", "body": text, "topic": label, "question": question, "answer": label,
+        "source": text, "target": label, "reference": label, "article": text, "summary": label,
+        "ticket": f"t{number}", "document": f"d{number}",
+    }  # fmt: skip
