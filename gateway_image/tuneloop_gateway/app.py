@@ -24,6 +24,7 @@ from tuneloop_gateway.feedback import Feedback
 from tuneloop_gateway.internal import Internal
 from tuneloop_gateway.keys import KeyRing, read_secrets, subject_of
 from tuneloop_gateway.metrics import Metrics
+from tuneloop_gateway.opinions import Opinions
 from tuneloop_gateway.probes import Prober
 from tuneloop_gateway.proxy import Exchange, Proxy
 from tuneloop_gateway.public import Public
@@ -69,7 +70,10 @@ class Gateway:
             self.allowances,
         )  # fmt: skip
         state = State(configuration, self.endpoints, self.router, self.prober, self.capture, self.monitor, self.curation, settings.pod_uid)
-        self.internal = Internal(configuration, state, self.curation, self.monitor, self.metrics, secrets.internal_token, self.forget)
+        opinions = Opinions(self.database, self.keys.anonymous.subject)
+        self.internal = Internal(
+            configuration, state, self.curation, opinions, self.monitor, self.metrics, secrets.internal_token, self.forget
+        )
         self.api = ApiServer(settings.api_server, settings.token_path) if settings.api_server else None
         self._tasks: list[asyncio.Task[None]] = []
         self._public_site: web.TCPSite | None = None

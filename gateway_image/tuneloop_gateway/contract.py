@@ -288,13 +288,21 @@ class LabelReceipt(Model):
 
 
 class ExportRow(Model):
-    """A row of `GET /internal/export?split=train|gate` (NDJSON), in the order of ids."""
+    """A row of `GET /internal/export?split=train|gate&rows=Labels|Ratings|Preferences` (NDJSON), in the order of ids."""
 
     id: str
     document: str
     text: str
-    label: str
-    kind: Literal["Label", "Correction"]
+    """What was asked: the last user message, before the deployment's prompt."""
+    kind: Literal["Label", "Correction", "Rating", "Preference"]
+    label: str | None = None
+    """Of a Label or Correction."""
+    completion: str | None = None
+    desirable: bool | None = None
+    """Of a Rating: the answer, and whether people found it good."""
+    chosen: str | None = None
+    rejected: str | None = None
+    """Of a Preference: the better and the worse answer."""
 
 
 class ForgetRequest(Model):

@@ -19,12 +19,14 @@ from tuneloop_gateway.errors import Refused, invalid, render_error
 from tuneloop_gateway.inbound import read_body
 from tuneloop_gateway.keys import bearer
 from tuneloop_gateway.metrics import Metrics
+from tuneloop_gateway.opinions import Opinions, Rows
 from tuneloop_gateway.state import State
 
 MAX_LABEL_ROWS = 10_000
 MAX_LABEL_BYTES = 32 << 20
 MAX_SAMPLE = 10_000
 MAX_FORGET_BYTES = 4096
+OPINIONS: dict[str, Rows] = {"Ratings": "Ratings", "Preferences": "Preferences"}
 NDJSON = "application/x-ndjson"
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -33,10 +35,11 @@ class Internal:
     """Handlers of the internal port."""
 
     def __init__(
-        self, configuration: Configuration, state: State, curation: Curation, monitor: Monitor, metrics: Metrics, token: str,
-        forget: Callable[[ForgetRequest], Awaitable[ForgetReceipt]],
+        self, configuration: Configuration, state: State, curation: Curation, opinions: Opinions, monitor: Monitor,
+        metrics: Metrics, token: str,        forget: Callable[[ForgetRequest], Awaitable[ForgetReceipt]],
     ) -> None:  # fmt: skip
-        self._configuration, self._state, self._curation, self._forget = configuration, state, curation, forget
+        self._configuration, self._state, self._forget = configuration, state, forget
+        self._curation, self._opinions = curation, opinions
         self._monitor, self._metrics, self._token = monitor, metrics, token.encode()
 
     def application(self) -> web.Application:
@@ -79,7 +82,12 @@ class Internal:
         chosen: Literal["train", "gate"] = "train" if split == "train" else "gate"
         asked = request.query.get("epoch")
         epoch = None if asked == "all" else asked or self._monitor.epoch
-        return _ndjson(await self._curation.export(chosen, epoch, self._configuration.current.max_share_of_one_subject))
+        rows, max_share = request.query.get("rows", "Labels"), self._configuration.current.max_share_of_one_subject
+        if rows == "Labels":
+            return _ndjson(await self._curation.export(chosen, epoch, max_share))
+        if rows not in OPINIONS:
+            raise invalid("'rows' must be Labels, Ratings or Preferences.", "rows")
+        return _ndjson(await self._opinions.export(OPINIONS[rows], chosen, epoch, max_share))
 
     async def sample(self, request: web.Request) -> web.StreamResponse:
         limit = _number(request, "limit", 500, MAX_SAMPLE)
@@ -133,5 +141,5 @@ def _number(request: web.Request, name: str, default: int, most: int) -> int:
 
 
 def _ndjson(rows: Iterable[BaseModel]) -> web.Response:
-    lines = [json.dumps(row.model_dump(mode="json", by_alias=True), ensure_ascii=False) + "\n" for row in rows]
+    lines = [json.dumps(row.model_dump(mode="json", by_alias=True, exclude_none=True), ensure_ascii=False) + "\n" for row in rows]
     return web.Response(body="".join(lines).encode("utf-8", "replace"), headers={"Content-Type": NDJSON})

@@ -285,8 +285,8 @@ REFUSED: dict[str, list[Manifest]] = {
     "Pretraining, SequenceClassification, Seq2Seq and RewardModel leave no adapter: output.format must be Merged.": [
         changed(manifest, "spec.output.format", "Adapter") for manifest in (TEXTS, CLASSES, TRANSLATIONS)
     ],
-    "feedback holds labels and corrections, which Pretraining, DPO, KTO and RewardModel do not learn from: set data.train.source.": [
-        changed(manifest, "spec.data.train.0", {"feedback": {"deployment": "sentiment"}}) for manifest in (TEXTS, PREFERENCES, JUDGEMENTS)
+    "feedback has labels, corrections and votes on answers, which Pretraining cannot learn from: set data.train.source.": [
+        changed(manifest, "spec.data.train.0", {"feedback": {"deployment": "sentiment"}}) for manifest in (TEXTS,)
     ],
     "a template of SFT, Seq2Seq, KTO, GRPO and RLOO can render prompt and completion only.": [
         changed(manifest, f"spec.data.train.0.template.{text}", "x")

@@ -103,8 +103,13 @@ class Reason(StrEnum):
 # --- configuration -----------------------------------------------------------
 
 
+FeedbackRows = Literal["Labels", "Ratings", "Preferences"]
+"""What people said: labels and corrections (columns text, label); whether an answer is good (text, completion, desirable); the better of
+two answers (text, chosen, rejected)."""
+
+
 class FeedbackExport(Model):
-    """Rows that the gateway of a deployment exports (`GET {url}?split=train|gate`, NDJSON of the gateway's ExportRow)."""
+    """Rows that the gateway of a deployment exports (`GET {url}?split=&epoch=&rows=`, NDJSON of the gateway's ExportRow)."""
 
     deployment: str
     url: str
@@ -113,6 +118,7 @@ class FeedbackExport(Model):
     split: Literal["train", "gate"] = "train"
     epoch: str | None = None
     """Of the detector. None: the current one."""
+    rows: FeedbackRows = "Labels"
 
 
 class Template(Model):

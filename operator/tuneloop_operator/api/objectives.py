@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field
 
 from tuneloop_operator.api.rewards import GRPO, RLOO
 from tuneloop_operator.api.types import Model, Name, Positive, rules
-from tuneloop_trainer.contract import DEFAULTS, HELD_OUT_METRICS, ObjectiveType
+from tuneloop_trainer.contract import DEFAULTS, HELD_OUT_METRICS, FeedbackRows, ObjectiveType
 
 Format = Literal["Adapter", "Merged"]
 
@@ -28,15 +28,15 @@ class Traits:
     packs: bool = False
     turns: bool = True
     """Whether a prompt may be a user's turn of a chat."""
-    feedback: bool = True
-    """Whether the gateway's labels and corrections have what its rows need."""
+    feedback: FeedbackRows | None = "Labels"
+    """What of the gateway's feedback it learns from."""
     block: str | None = None
     """The field of `objective` with its settings."""
 
 
 TRAITS: dict[ObjectiveType, Traits] = {
     "SFT": Traits("learns the answers to prompts", ("prompt", "completion"), packs=True, block="sft"),
-    "Pretraining": Traits("goes on to learn texts, every token of them", ("text",), adapter=False, packs=True, feedback=False),
+    "Pretraining": Traits("goes on to learn texts, every token of them", ("text",), adapter=False, packs=True, feedback=None),
     "SequenceClassification": Traits(
         "gives a text one of a few labels", ("text", "label"), adapter=False, servable=False, block="sequenceClassification"
     ),
@@ -48,14 +48,16 @@ TRAITS: dict[ObjectiveType, Traits] = {
         turns=False,
         block="seq2Seq",
     ),
-    "DPO": Traits("learns to prefer one answer to another", ("prompt", "chosen", "rejected"), feedback=False, block="dpo"),
-    "KTO": Traits("learns from answers that were found good or bad", ("prompt", "completion", "desirable"), feedback=False, block="kto"),
+    "DPO": Traits("learns to prefer one answer to another", ("prompt", "chosen", "rejected"), feedback="Preferences", block="dpo"),
+    "KTO": Traits(
+        "learns from answers that were found good or bad", ("prompt", "completion", "desirable"), feedback="Ratings", block="kto"
+    ),
     "RewardModel": Traits(
         "learns to score answers from which of two was preferred",
         ("prompt", "chosen", "rejected"),
         adapter=False,
         servable=False,
-        feedback=False,
+        feedback="Preferences",
     ),
     "GRPO": Traits(
         "has completions written, and learns from those of a higher reward than the others", ("prompt", "completion"), block="grpo"
@@ -179,7 +181,7 @@ def _data_rules() -> Iterator[tuple[str, str]]:
     names = _without("feedback")
     yield (
         f"!({_in(names)}) || self.data.train.all(s, !has(s.feedback))",
-        f"feedback holds labels and corrections, which {_only(names)} do not learn from: set data.train.source.",
+        f"feedback has labels, corrections and votes on answers, which {_only(names)} cannot learn from: set data.train.source.",
     )
     for texts in dict.fromkeys(_rendered(traits) for traits in TRAITS.values()):
         # What a custom objective reads is its own affair: prepare says what a template renders in vain.
@@ -305,9 +307,9 @@ def is_servable(lineage_spec: dict[str, Any]) -> bool:
     return name not in TRAITS or TRAITS[name].servable
 
 
-def learns_from_feedback(objective: str) -> bool:
-    """Whether the labels and corrections that a gateway exports are rows to train on."""
-    return any(name == objective and traits.feedback for name, traits in TRAITS.items())
+def feedback_rows(objective: str) -> FeedbackRows | None:
+    """What of the feedback that a gateway exports are rows to train on; None where nothing is, or the objective is unknown."""
+    return next((traits.feedback for name, traits in TRAITS.items() if name == objective), None)
 
 
 def combinations() -> str:

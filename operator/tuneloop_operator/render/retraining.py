@@ -10,7 +10,7 @@ from tuneloop_operator.api import API_VERSION
 from tuneloop_operator.api.finetunejob import FineTuneJobSpec
 from tuneloop_operator.api.modeldeployment import ModelDeployment, RetrainingStatus
 from tuneloop_operator.api.modelversion import ModelVersion
-from tuneloop_operator.api.objectives import learns_from_feedback
+from tuneloop_operator.api.objectives import feedback_rows
 from tuneloop_operator.render import names
 
 Json = dict[str, Any]
@@ -112,7 +112,7 @@ def _check(spec: Json, *, has_lineage: bool) -> None:
         message = "set evaluation.suites and evaluation.gates in retraining.template.spec: nothing is retrained without a gate."
         raise NoTemplate(f"{where}{message}")
     objective = (spec.get("objective") or {}).get("type", "SFT")
-    if not learns_from_feedback(objective) and any("feedback" in source for source in _list(spec, "data", "train")):
+    if feedback_rows(objective) != "Labels" and any("feedback" in source for source in _list(spec, "data", "train")):
         message = f"{objective} does not learn from labels and corrections: set objective, data and evaluation in retraining.template.spec."
         raise NoTemplate(message)
 

@@ -6,8 +6,18 @@ from typing import Any, Literal
 
 from tuneloop_gateway.contract import INTERNAL_PORT
 from tuneloop_operator.api import finetunejob as api
-from tuneloop_operator.api.methods import LoRA, Method, PromptTuning, Vocabulary
-from tuneloop_operator.api.objectives import DPO, KTO, SFT, Objective, Seq2Seq, SequenceClassification, default_format, prompt_format
+from tuneloop_operator.api.methods import LoRA, Method, Vocabulary
+from tuneloop_operator.api.objectives import (
+    DPO,
+    KTO,
+    SFT,
+    Objective,
+    Seq2Seq,
+    SequenceClassification,
+    default_format,
+    feedback_rows,
+    prompt_format,
+)
 from tuneloop_operator.api.rowsources import BUCKET, HUB, RowSource
 from tuneloop_operator.api.types import Source
 from tuneloop_operator.render import names
@@ -125,9 +135,6 @@ def _objective(asked: Objective) -> dict[str, Any]:
 def _method(method: Method) -> contract.Method:
     if method.type == "Full":
         return contract.Method(type="Full")
-    if method.type == "PromptTuning":
-        rows = (method.prompt_tuning or PromptTuning()).virtual_tokens
-        return contract.Method(type="PromptTuning", prompt_tuning=contract.PromptTuning(virtual_tokens=rows))
     lora = method.lora or LoRA()
     settings = contract.Lora(
         rank=lora.rank, alpha=lora.alpha, dropout=float(lora.dropout), target_modules=lora.target_modules, dora=lora.dora
@@ -185,6 +192,7 @@ def _rows(
         token_file=f"{FEEDBACK_PATH}/{name}/{INTERNAL_TOKEN}",
         split=split,
         epoch=feedback.epoch,
+        rows=(feedback_rows(job.spec.objective.type) if split == "train" else None) or "Labels",
     )
     epoch = f"?epoch={feedback.epoch}" if feedback.epoch is not None else ""
     return contract.DataSource(uri=f"feedback://{name}/{split}{epoch}", feedback=export)
@@ -240,7 +248,8 @@ def _curation(asked: api.Curation) -> contract.Curation:
 
 def _data_source(job: api.FineTuneJob, source: api.DataSource) -> contract.DataSource:
     rows = _rows(job, source.source, source.feedback, "train")
-    read = {"columns": _columns(source.columns), "template": _template(source.template), "weight": float(source.weight)}
+    asked = {"prompt": "text"} if rows.feedback is not None and rows.feedback.rows != "Labels" else {}
+    read = {"columns": asked | _columns(source.columns), "template": _template(source.template), "weight": float(source.weight)}
     return rows.model_copy(update=read)
 
 

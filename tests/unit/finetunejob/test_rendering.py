@@ -352,3 +352,23 @@ def test_a_suite_over_the_validation_split_is_not_tested_for_what_it_does_not_me
 
     assert [(suite.name, suite.metrics) for suite in config.evaluation.suites] == [("held-out", ("Accuracy",))]
     assert config.evaluation.gates == gates_of(config) == (), "the suite has no Loss, which SFT would be tested for"
+
+
+@pytest.mark.parametrize(
+    ("objective", "rows"), [("SFT", "Labels"), ("KTO", "Ratings"), ("DPO", "Preferences"), ("RewardModel", "Preferences")]
+)
+def test_an_objective_reads_the_feedback_that_it_learns_from(objective: str, rows: str) -> None:
+    spec = make_spec(
+        objective={"type": objective},
+        data={"train": [{"feedback": {"deployment": "live"}}]},
+        evaluation={"suites": [{"name": "labelled", "dataset": {"feedback": {"deployment": "live"}}, "metrics": ["Accuracy"]}]},
+    )
+    config = run_config(make_job(spec), Resolved())
+    (source,) = config.train
+    assert source.feedback is not None
+    assert source.feedback.rows == rows
+    assert source.columns == ({} if rows == "Labels" else {"prompt": "text"})
+    suite = config.evaluation.suites[0].source
+    assert suite is not None
+    assert suite.feedback is not None
+    assert (suite.feedback.rows, suite.feedback.split) == ("Labels", "gate"), "no vote has a say in a gate"

@@ -140,7 +140,7 @@ class Running:
 
     async def captured(self) -> None:
         """Waits until nothing is pending."""
-        await self.gateway.capture.flush(5)
+        await self.gateway.capture.flush(30)
         assert self.gateway.capture.pending == 0
 
 

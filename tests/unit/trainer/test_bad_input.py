@@ -357,6 +357,25 @@ def test_an_earlier_epochs_feedback_is_asked_for_and_may_be_gone(
     assert server.seen[0][0] == "/internal/export?split=train&epoch=0"
 
 
+def test_votes_are_read_as_rows_of_kto(tmp_path: Path, base: Path, gateway: Callable[[int, bytes], Gateway]) -> None:
+    rows = [
+        {"id": f"r{row['id']}", "document": f"d{row['id']}", "kind": "Rating", "text": row["text"], "completion": row["label"],
+         "desirable": number % 3 > 0}
+        for number, row in enumerate(make_rows(30))
+    ]  # fmt: skip
+    server = gateway(200, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    source = make_export(tmp_path, server)
+    assert source.feedback is not None
+    source = source.model_copy(
+        update={"feedback": source.feedback.model_copy(update={"rows": "Ratings"}), "template": None, "columns": {"prompt": "text"}}
+    )
+
+    result = run_stage(make_config(tmp_path, base, [source], objective="KTO"), Stage.PREPARE)
+
+    assert result.prepare.rows_kept == 30
+    assert server.seen[0][0] == "/internal/export?split=train&rows=Ratings"
+
+
 @pytest.mark.parametrize(
     ("status", "body", "reason"),
     [(200, b"", Reason.DATA_EMPTY), (401, b"", Reason.ACCESS_DENIED), (404, b"", Reason.DATA_INVALID), (302, b"", Reason.DATA_INVALID)],

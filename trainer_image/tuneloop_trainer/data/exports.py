@@ -28,9 +28,10 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 def open_export(export: FeedbackExport, uri: str) -> HTTPResponse:
     """The export's body as a stream. A gateway that is away for a moment is asked again."""
     token = Path(export.token_file).read_text().strip()
+    query = {"split": export.split, "epoch": export.epoch, "rows": export.rows if export.rows != "Labels" else None}
+    said = urllib.parse.urlencode({name: value for name, value in query.items() if value is not None})
     separator = "&" if "?" in export.url else "?"
-    epoch = f"&epoch={urllib.parse.quote(export.epoch, safe='')}" if export.epoch is not None else ""
-    request = urllib.request.Request(f"{export.url}{separator}split={export.split}{epoch}", headers={"Authorization": f"Bearer {token}"})
+    request = urllib.request.Request(f"{export.url}{separator}{said}", headers={"Authorization": f"Bearer {token}"})
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirects())
     for attempt in range(HTTP_ATTEMPTS):
         if attempt:

@@ -20,7 +20,7 @@ def stage_folder(config: RunConfig, stage: Stage) -> Path:
 FIRST_NONES = frozenset(
     {"path", "feedback", "template", "repository", "revision", "lora", "max_steps", "warmup_steps", "early_stopping_patience", "source"}
 )
-LATER: dict[str, Any] = {"personal_data": "Keep", "quality": "None", "languages": [], "dora": False}
+LATER: dict[str, Any] = {"personal_data": "Keep", "quality": "None", "languages": [], "dora": False, "rows": "Labels"}
 """Fields of the contract's first release that may be None, and the defaults of those that came later. A later field counts only once
 it says something, so that it changes no key of a run that was made before it."""
 
