@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from tuneloop_gateway.contract import INTERNAL_PORT
 from tuneloop_operator.api import finetunejob as api
-from tuneloop_operator.api.methods import LoRA, Method, Vocabulary
+from tuneloop_operator.api.methods import LoRA, Method, PromptTuning, Vocabulary
 from tuneloop_operator.api.objectives import (
     DPO,
     KTO,
@@ -135,6 +135,9 @@ def _objective(asked: Objective) -> dict[str, Any]:
 def _method(method: Method) -> contract.Method:
     if method.type == "Full":
         return contract.Method(type="Full")
+    if method.type == "PromptTuning":
+        rows = (method.prompt_tuning or PromptTuning()).virtual_tokens
+        return contract.Method(type="PromptTuning", prompt_tuning=contract.PromptTuning(virtual_tokens=rows))
     lora = method.lora or LoRA()
     settings = contract.Lora(
         rank=lora.rank, alpha=lora.alpha, dropout=float(lora.dropout), target_modules=lora.target_modules, dora=lora.dora
