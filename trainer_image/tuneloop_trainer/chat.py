@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tuneloop_trainer.contract import Reason
+from tuneloop_trainer.costs import TooCostly
 from tuneloop_trainer.errors import Invalid
 
 IGNORED = -100
@@ -90,6 +91,8 @@ class Formatter:
     def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
         try:
             text: str = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        except TooCostly:
+            raise
         except Exception as error:  # a template may raise anything, by its own raise_exception too
             raise Invalid(f"The base model's chat template fails: {error}", Reason.DATA_INVALID) from error
         return text

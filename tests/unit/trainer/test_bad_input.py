@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import pickle
+import tarfile
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -15,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from tests.unit.trainer.builders import TEMPLATE, make_config, make_gated, make_rows, make_source, replace, run_stage, write_jsonl
 
+from tuneloop_trainer import costs
 from tuneloop_trainer.contract import (
     Base,
     DataSource,
@@ -45,6 +49,26 @@ def with_file(content: bytes, name: str = "train.jsonl") -> Build:
         return make_config(root, base, [make_source(path)])
 
     return build
+
+
+def parquet(rows: list[dict[str, Any]]) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(rows), sink)
+    content: bytes = sink.getvalue().to_pybytes()
+    return content
+
+
+def archive() -> bytes:
+    """With a file above the folder that it would be unpacked to, and a link to a file of the machine's."""
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w:gz") as file:
+        escaping = tarfile.TarInfo("../escaped.jsonl")
+        escaping.size = 2
+        file.addfile(escaping, io.BytesIO(b"{}"))
+        link = tarfile.TarInfo("train.jsonl")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        file.addfile(link)
+    return content.getvalue()
 
 
 def with_training(**fields: Any) -> Build:
@@ -115,6 +139,28 @@ CASES = {
         with_rows([row | {"label": None} if number % 3 == 1 else row for number, row in enumerate(make_rows(30))]),
         Reason.DATA_INVALID,
         "10 of 30 rows cannot be used; row 2: column 'label' has nothing where text is needed.",
+    ),
+    "labels that are no number": (
+        with_rows([row | {"label": float("nan")} for row in make_rows(10)]),
+        Reason.DATA_INVALID,
+        "10 of 10 rows cannot be used; row 1: column 'label' has nan where text is needed.",
+    ),
+    "labels that are no number in Parquet": (
+        with_file(parquet([row | {"label": float("nan")} for row in make_rows(10)]), "train.parquet"),
+        Reason.DATA_INVALID,
+        "10 of 10 rows cannot be used; row 1: column 'label' has nan where text is needed.",
+    ),
+    "one class only": (
+        with_rows([row | {"label": "positive"} for row in make_rows(40)]),
+        Reason.DATA_INVALID,
+        "All 40 training rows have the completion 'positive': there is nothing to learn.",
+    ),
+    "UTF-16": (with_file('{"text": "sunny"}\n'.encode("utf-16"), "train.jsonl"), Reason.DATA_INVALID, "is in UTF-16 or UTF-32. Convert it"),
+    "an archive with entries that lead out": (with_file(archive(), "train.tar.gz"), Reason.DATA_INVALID, "is of no known format"),
+    "an archive under another name": (
+        with_file(archive(), "train.jsonl.gz"),
+        Reason.DATA_INVALID,
+        "rows cannot be used; row 1: it is not JSON",
     ),
     "a list where text is needed": (
         with_rows([row | {"text": [1, 2]} for row in make_rows(5)]),
@@ -214,6 +260,11 @@ CASES = {
         Reason.MODEL_NOT_FOUND,
         "Model pvc://models/base: config.json speaks of 3 layers, and the weights have 2. Copy the model again, whole.",
     ),
+    "tokenizer with code": (
+        with_base(edit_json("tokenizer_config.json", auto_map={"AutoTokenizer": ["x.Y", None]})),
+        Reason.MODEL_NOT_FOUND,
+        "auto_map in tokenizer_config.json",
+    ),
     "model with code": (
         with_base(edit_json("config.json", auto_map={"AutoConfig": "x.Y"})),
         Reason.MODEL_NOT_FOUND,
@@ -247,6 +298,32 @@ def test_bad_input_is_named(case: str, tmp_path: Path, base: Path) -> None:
     assert message in result.message
     assert (result.exit_code, result.reason) == (ExitCode.INVALID, reason)
     assert not (tmp_path / "work" / "prepare").exists()
+
+
+def test_a_chat_template_without_an_end_is_refused(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(costs, "SECONDS", 0.2)
+    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    config = with_base(lambda folder: (folder / "chat_template.jinja").write_text(endless) and None)(tmp_path, base)
+
+    result = run_stage(config, Stage.PREPARE)
+
+    assert result.message.startswith("The chat template of pvc://models/base is refused: it needs more than 0.2 CPU seconds")
+    assert (result.exit_code, result.reason) == (ExitCode.INVALID, Reason.MODEL_NOT_FOUND)
+
+
+def test_a_pickle_beside_the_weights_is_neither_read_nor_hashed(tmp_path: Path, base: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(tmp_path / "was-run"),)
+
+    plain = run_stage(make_config(tmp_path / "plain", base), Stage.PREPARE).prepare
+    config = with_base(
+        lambda folder: [(folder / name).write_bytes(pickle.dumps(Bomb())) for name in ("pytorch_model.bin", "training_args.bin")] and None
+    )(tmp_path, base)
+    summary = run_stage(config, Stage.PREPARE).prepare
+
+    assert summary.base_digest == plain.base_digest
+    assert not (tmp_path / "was-run").exists()
 
 
 def test_a_few_bad_rows_are_dropped_and_counted(tmp_path: Path, base: Path) -> None:

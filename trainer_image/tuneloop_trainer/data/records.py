@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from jinja2 import TemplateError
 
 from tuneloop_trainer.contract import DataSource, Reason
+from tuneloop_trainer.costs import TooCostly
 from tuneloop_trainer.data.fetching import Workplace
 from tuneloop_trainer.data.sources import Reading, Row
 from tuneloop_trainer.data.templates import MAX_OUTPUT, RowTemplate
@@ -105,6 +106,8 @@ class RowReader:
             self._templates = {name: RowTemplate(text) for name, text in asked.items()}
         except TemplateError as error:
             raise Invalid(f"The template of {where} is not valid Jinja: {error}. Set {where}.template.") from error
+        except TooCostly as error:
+            raise Invalid(f"The template of {where} is refused: {error}. Set {where}.template.") from error
         read = {name for name in shape.names if name not in self._templates}
         # Where the spec names its column or a template for it, the completion is meant to be there.
         self._spared = {shape.completion} & (read - source.columns.keys()) if shape.optional else set()
@@ -147,8 +150,8 @@ class RowReader:
             texts = {name: self._render(name, context) for name in self._shape.names}
         except TemplateError as error:
             return self._drop("Malformed", row, f"the template fails on it: {error}")
-        except (ArithmeticError, TypeError, ValueError) as error:
-            return self._drop("Malformed", row, f"the template fails on it: {type(error).__name__}")
+        except TooCostly as error:
+            raise Invalid(f"The template of {self._where} is refused at row {row.number}: {error}. Set {self._where}.template.") from error
         return self._made(row, context, texts)
 
     def _made(self, row: Row, context: dict[str, object], texts: dict[str, str]) -> Record | None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from tuneloop_trainer import bases, models
 from tuneloop_trainer.chat import Formatter
 from tuneloop_trainer.contract import PROBE_TEXT, ExitCode, PrepareSummary, Reason, RunConfig, Stage, StageResult, Suite, tokens_digest
+from tuneloop_trainer.costs import TooCostly, bounded
 from tuneloop_trainer.data import curation, page, schedule
 from tuneloop_trainer.data.fetching import Workplace
 from tuneloop_trainer.data.filters import Filters
@@ -88,6 +89,7 @@ def prepare(config: RunConfig, progress: ProgressWriter) -> StageResult:
     objective = objective_of(config)
     tokenizer = models.load_tokenizer(base, config.base.uri)
     formatter = objective.formatter(base, tokenizer)
+    _refuse_endless(formatter, config.base.uri)
 
     progress.phase("ReadingData")
     started = time.monotonic()
@@ -126,6 +128,15 @@ def prepare(config: RunConfig, progress: ProgressWriter) -> StageResult:
                 }
             )
             return finish(config, summary, folder)
+
+
+def _refuse_endless(formatter: Formatter, uri: str) -> None:
+    """A chat template comes with the model, from whoever made it. Raises Invalid for one that does not end on the smallest prompt."""
+    try:
+        with bounded():
+            formatter.prompt_text(PROBE_TEXT)
+    except TooCostly as error:
+        raise Invalid(f"The chat template of {uri} is refused: {error}. Use another model.", Reason.MODEL_NOT_FOUND) from error
 
 
 def _prompt_probe(config: RunConfig, formatter: Formatter) -> str | None:
