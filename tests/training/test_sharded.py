@@ -23,9 +23,9 @@ WEIGHTS = {"LoRA": "adapter_model.safetensors", "Full": "model.safetensors"}
 
 
 @pytest.fixture(scope="module", params=WEIGHTS)
-def prepared(request: pytest.FixtureRequest, zygote: Zygote, base: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+def prepared(request: pytest.FixtureRequest, zygote: Zygote, decoder: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     """In fp32, where no rounding hides a wrong gradient, and in several micro-batches a step."""
-    config = prepared_run(zygote, base, tmp_path_factory.mktemp(request.param), STEPS, dropout=0.0, method=request.param)
+    config = prepared_run(zygote, decoder, tmp_path_factory.mktemp(request.param), STEPS, dropout=0.0, method=request.param)
     exact = {"precision": "FP32", "learning_rate": 1e-3, "micro_batch_size": 1}
     output = "Adapter" if request.param == "LoRA" else "Merged"
     return config.model_copy(update={"training": config.training.model_copy(update=exact), "output_format": output})
