@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tests.training.conftest import Zygote
 from tests.unit.trainer.builders import make_config, make_rows, make_source, write_jsonl
@@ -24,7 +24,9 @@ class Forward(NamedTuple):
     rows: tuple[str, ...]
 
 
-def prepared_run(zygote: Zygote, base: Path, root: Path, steps: int, dropout: float = 0.1, method: str = "LoRA") -> RunConfig:
+def prepared_run(
+    zygote: Zygote, base: Path, root: Path, steps: int, dropout: float = 0.1, method: str = "LoRA", **fields: Any
+) -> RunConfig:
     """Two sources, so that the order is not trivial; dropout, so that random numbers count."""
     sources = [
         make_source(write_jsonl(root / "data" / "old.jsonl", make_rows(90)), weight=0.6),
@@ -37,6 +39,7 @@ def prepared_run(zygote: Zygote, base: Path, root: Path, steps: int, dropout: fl
         method=Method(type="Full") if method == "Full" else Method(type="LoRA", lora=Lora(rank=4, alpha=8, dropout=dropout)),
         training=Training(max_steps=steps, global_batch_size=4, learning_rate=5e-3, max_sequence_length=128, warmup_steps=1),
         checkpoint=Checkpoint(every_minutes=None, every_steps=EVERY_STEPS, keep=2),
+        **fields,
     )
     assert zygote.run(config, Stage.PREPARE).exit_code == ExitCode.DONE
     return config

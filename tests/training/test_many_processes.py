@@ -11,7 +11,18 @@ from tests.training.conftest import Attempt, Zygote, free_port
 from tests.training.runs import forwards, losses, prepared_run, rows_of_steps
 from tests.unit.trainer.builders import copy_work
 
-from tuneloop_trainer.contract import ENV_NODES, ENV_PROCESSES, ENV_RENDEZVOUS, ExitCode, RunConfig, Stage, StageResult
+from tuneloop_trainer.contract import (
+    ENV_NODES,
+    ENV_PROCESSES,
+    ENV_RENDEZVOUS,
+    ExactMatch,
+    ExitCode,
+    Reward,
+    Rollouts,
+    RunConfig,
+    Stage,
+    StageResult,
+)
 from tuneloop_trainer.workers import ENV_NODE
 
 STEPS = 12
@@ -99,6 +110,20 @@ def test_process_that_is_killed_ends_all_and_they_go_on_together(
     assert finished is not None
     assert finished.resumed_from_step == 5
     assert_as_alone(config, alone)
+
+
+@pytest.mark.long
+def test_completions_of_one_prompt_are_written_and_compared_by_two_processes(zygote: Zygote, base: Path, tmp_path: Path) -> None:
+    rollouts = Rollouts(rewards=(Reward(exact_match=ExactMatch()),), num_generations=4, max_completion_length=4)
+    config = prepared_run(zygote, base, tmp_path / "alone", 4, objective="GRPO", rollouts=rollouts)
+    both = copy_work(config, tmp_path / "both")
+
+    results = [zygote.run(config, Stage.TRAIN), zygote.run(both, Stage.TRAIN, **together())]
+
+    assert [result.exit_code for result in results] == [ExitCode.DONE, ExitCode.DONE]
+    assert rows_together(both) == {step: sorted(rows) for step, rows in rows_of_steps(config).items()}
+    assert {step: len(set(rows)) for step, rows in rows_together(both).items()} == dict.fromkeys(range(1, 5), 1), "one prompt a step"
+    assert {forward.rank: len(forward.rows) for forward in forwards(both)} == {0: 2, 1: 2}
 
 
 @pytest.mark.long

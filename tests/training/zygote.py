@@ -82,6 +82,9 @@ def go_wrong(step: int) -> None:
 def _rows(inputs: Any) -> Any:
     import torch
 
+    if isinstance(inputs, list):  # prompts, which completions are yet to be written to
+        ids = [torch.tensor(row["input_ids"]) for row in inputs]
+        return [(one, torch.ones_like(one)) for one in ids]
     mask = inputs.get("attention_mask")
     return zip(inputs["input_ids"], mask if mask is not None else torch.ones_like(inputs["input_ids"]), strict=True)
 
