@@ -29,9 +29,12 @@ from tuneloop_trainer.contract import (
     Checkpoint,
     Curation,
     DataSource,
+    ExactMatch,
     Lora,
     Method,
     Paths,
+    Reward,
+    Rollouts,
     RunConfig,
     Stage,
     Training,
@@ -71,10 +74,12 @@ class Point:
     length: int
     """Tokens of a row; of a preference both answers, each with the prompt."""
     batch: int
-    objective: Literal["SFT", "DPO", "SequenceClassification"] = "SFT"
+    objective: Literal["SFT", "DPO", "SequenceClassification", "GRPO"] = "SFT"
     precision: Literal["BF16", "FP32"] = "BF16"
     processes: int = 1
     """More than one divide the model among them (FSDP)."""
+    completion: int = 0
+    """Tokens of the length that the model writes itself, to one prompt a step."""
 
 
 GRID = (
@@ -110,12 +115,19 @@ GRID = (
     Point("wide", "LoRA", 256, 8, "SequenceClassification"),
     Point("deep", "Full", 512, 4, "SequenceClassification"),
     Point("wordy", "Full", 128, 16, "SequenceClassification"),
+    Point("deep", "LoRA", 256, 32, "GRPO", completion=192),
+    Point("wide", "LoRA", 512, 8, "GRPO", completion=384),
+    Point("wordy", "Full", 192, 16, "GRPO", completion=128),
 )
 
 
 def run_config(root: Path, point: Point) -> RunConfig:
     lora = Lora(rank=RANK, alpha=RANK, dora=point.method == "DoRA")
     method = Method(type="Full") if point.method == "Full" else Method(type="LoRA", lora=lora)
+    written = None
+    if point.completion:
+        reward = Reward(exact_match=ExactMatch())
+        written = Rollouts(rewards=(reward,), num_generations=point.batch, max_completion_length=point.completion)
     return RunConfig(
         namespace="bench",
         name="estimate",
@@ -124,6 +136,7 @@ def run_config(root: Path, point: Point) -> RunConfig:
         base=Base(uri=f"pvc://models/{point.shape}", path=str(root.parent / point.shape)),
         method=method,
         objective=point.objective if SHAPES[point.shape].family == "Llama" else "Seq2Seq",
+        rollouts=written,
         loss="FullSequence" if point.objective == "SFT" else "CompletionOnly",
         prompt_format="Text",
         train=(DataSource(uri="pvc://data/rows.jsonl", path=str(root / "rows.jsonl")),),
@@ -208,7 +221,7 @@ def write_rows(root: Path, point: Point) -> None:
     root.mkdir()
     draw, shape = random.Random(0), SHAPES[point.shape]
     with (root / "rows.jsonl").open("w") as file:
-        for number in range(point.batch):
+        for number in range(1 if point.completion else point.batch):
             words = [f"w{draw.randrange(2, shape.vocabulary)}" for _ in range(point.length)]
             file.write(json.dumps(row_of(point, words, number)) + "\n")
 
@@ -227,6 +240,8 @@ def row_of(point: Point, words: list[str], number: int) -> dict[str, str]:
             return {"prompt": " ".join(prompt), "chosen": " " + " ".join(chosen), "rejected": " " + " ".join(rejected)}
         case "SequenceClassification":
             return {"text": " ".join(words), "label": ("good", "bad")[number % 2]}
+        case "GRPO":
+            return {"prompt": " ".join(words[: point.length - point.completion]), "completion": words[-1]}
 
 
 def train(root: Path, point: Point) -> None:
@@ -299,11 +314,12 @@ def workload_of(point: Point, made: dict[str, object]) -> estimates.Workload:
         micro_batch=micro,
         accumulation=of_process // micro,
         longest=point.length,
-        supervised_share=float(str(made["supervised_share"])),
+        supervised_share=point.completion / point.length or float(str(made["supervised_share"])),
         checkpointing=False,
         shares=point.processes,
         has_reference=point.method == "Full" and point.objective in sizing.WITH_REFERENCE,
         predicts_tokens=point.objective not in sizing.WITHOUT_TOKENS,
+        completion=point.completion,
     )
 
 

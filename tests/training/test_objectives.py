@@ -508,6 +508,45 @@ def test_reward_model_scores_completions_as_it_scores_answers(tmp_path: Path, ba
     assert (refused.exit_code, refused.reason) == (ExitCode.INVALID, Reason.MODEL_NOT_FOUND)
 
 
+def logged(config: RunConfig) -> list[dict[str, float]]:
+    log = json.loads((Path(config.paths.work) / "train" / "final" / "log.json").read_text())
+    return [entry for entry in log if "reward" in entry]
+
+
+def test_completions_are_written_to_the_prompts_of_prepare_whatever_the_micro_batch(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tuneloop_trainer.data.shards import read_table
+
+    install(tmp_path, monkeypatch, "reward", "brief")
+    whole = rewarded(tmp_path / "run", base, Reward(entry_point=EntryPoint(name="brief")))
+    whole = replace(whole, training=whole.training.model_copy(update={"micro_batch_size": 32, "max_steps": 4}))
+    run_stage(whole, Stage.PREPARE)
+    parts = copy_work(whole, tmp_path / "parts")
+    parts = replace(parts, training=parts.training.model_copy(update={"micro_batch_size": 4}))
+
+    results = [run_stage(config, Stage.TRAIN).train for config in (whole, parts)]
+
+    assert [(result.micro_batch_size, result.step, result.samples) for result in results] == [(32, 4, 128), (4, 4, 128)]
+    (first, *_), (again, *_) = logged(whole), logged(parts)
+    assert (again["reward"], again["num_tokens"]) == (first["reward"], first["num_tokens"])
+    assert again["grad_norm"] == pytest.approx(first["grad_norm"], rel=1e-3)
+    lengths = read_table(Path(whole.paths.work) / "prepare", "train")["prompt_length"].to_pylist()
+    prompts = first["num_tokens"] - 32 * first["completions/mean_length"]
+    assert 32 * min(lengths) <= prompts <= 32 * max(lengths), "rendered by the chat template, as they are served"
+
+
+def test_chances_of_model_and_reference_are_those_of_the_temperature(tmp_path: Path, base: Path) -> None:
+    """Before its first step the model is its own reference: they differ by nothing, also where the head is ours and the other TRL's."""
+    rewards = Reward(exact_match=ExactMatch())
+    config = rewarded(tmp_path, base, rewards, beta=0.1, temperature=0.6)
+    config = replace(config, method=Method(type="Full"))
+    run_stage(config, Stage.PREPARE)
+
+    assert run_stage(config, Stage.TRAIN).exit_code == ExitCode.DONE
+    assert logged(config)[0]["kl"] == pytest.approx(0, abs=1e-6)
+
+
 def test_prompts_without_answers_are_enough_where_no_reward_reads_one(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(tmp_path, monkeypatch, "reward", "brief")
     prompts = [{"prompt": row("SFT", number)["prompt"]} for number in range(40)]
