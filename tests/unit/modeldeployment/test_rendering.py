@@ -131,6 +131,15 @@ def test_the_base_of_an_adapter_is_verified_beside_it() -> None:
     assert {"/volumes/adapters", "/volumes/models"} <= mounted
 
 
+def test_the_token_of_a_gated_base_reaches_the_engine_by_reference_alone() -> None:
+    base = {"source": {"uri": "hf://org/base", "revision": "abc", "secretRef": {"name": "hf-token"}}, "digest": DIGEST}
+    engine = engine_of(World(versions=[make_version(1, base=base, **ADAPTER)]))["containers"][0]
+    token = next(variable for variable in engine["env"] if variable["name"] == "HF_TOKEN")
+    assert token["valueFrom"] == {"secretKeyRef": {"name": "hf-token", "key": "token", "optional": False}}
+    assert "value" not in token
+    assert not any("token" in argument for argument in engine["args"])
+
+
 def test_a_base_of_the_hub_is_read_where_the_training_kept_it() -> None:
     base = {"source": {"uri": "hf://org/base", "revision": "abc"}, "digest": DIGEST, "snapshotUri": "pvc://store/cache/bases/org--base@abc"}
     spec = engine_of(World(versions=[make_version(1, base=base, **ADAPTER)]))

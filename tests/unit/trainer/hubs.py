@@ -26,6 +26,8 @@ class Hub:
         self.kind = kind
         self.tokens: set[str | None] = set()
         """Of the `Authorization` headers that came."""
+        self.gated_by: str | None = None
+        """The one token that opens the repository; None: it is open to all."""
         self.commit = COMMIT
         self.failures: list[int] = []
         """Statuses of the next answers; 0 closes the connection without one."""
@@ -39,6 +41,8 @@ class Hub:
         root = "" if self.kind == "models" else "/datasets"
         if self.failures:
             self._fail(handler, self.failures.pop(0))
+        elif self.gated_by is not None and handler.headers.get("Authorization") != f"Bearer {self.gated_by}":
+            self._fail(handler, 403 if handler.headers.get("Authorization") else 401)
         elif path == f"/api/{self.kind}/{REPOSITORY}" or path in self._revisions():
             siblings = [self._sibling(name) for name in sorted(self.files)]
             self._send(handler, json.dumps({"id": REPOSITORY, "sha": self.commit, "siblings": siblings}).encode())
@@ -72,7 +76,7 @@ class Hub:
             handler.close_connection = True
             handler.connection.close()
             return
-        codes = {404: "RepoNotFound", 403: "GatedRepo"}
+        codes = {404: "RepoNotFound", 403: "GatedRepo"} | ({401: "GatedRepo"} if self.gated_by is not None else {})
         handler.send_response(status)
         if status in codes:
             handler.send_header("X-Error-Code", codes[status])

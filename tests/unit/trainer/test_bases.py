@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.unit.trainer.builders import make_config, make_gated, replace, run_stage
@@ -75,6 +77,58 @@ def test_refusal_of_the_hub_is_named_at_once(status: int, reason: Reason, hub: H
     assert caught.value.reason == reason
     assert len(hub.asked) == 1
     assert list(Path(paths.cache).rglob("*.safetensors")) == []
+
+
+SECRET = "hf_" + "s3cr3t" * 5
+
+
+@pytest.mark.parametrize("token", [None, "hf_another"])
+def test_gated_model_without_the_right_token_is_refused_before_a_device_is_taken(
+    token: str | None, hub: Hub, tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.gated_by = SECRET
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    if token is not None:
+        monkeypatch.setenv("HF_TOKEN", token)
+
+    result = run_stage(replace(make_config(tmp_path, base), base=HUB), Stage.PREPARE)
+
+    assert (result.exit_code, result.reason) == (ExitCode.INVALID, Reason.ACCESS_DENIED)
+    assert "hf://org/tiny is gated: the token may not read it" in result.message
+    assert len(hub.asked) == 1
+    assert list(Path(make_config(tmp_path, base).paths.cache).rglob("*.safetensors")) == []
+
+
+def test_gated_model_is_read_with_its_token_which_is_told_to_nobody_else(
+    hub: Hub, tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capfd: Any
+) -> None:
+    hub.gated_by = SECRET
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    caplog.set_level(logging.DEBUG)
+
+    result = run_stage(replace(make_config(tmp_path, base), base=HUB), Stage.PREPARE)
+
+    assert result.exit_code == ExitCode.DONE
+    assert hub.tokens == {f"Bearer {SECRET}"}
+    shown = [result.model_dump_json(), caplog.text, *capfd.readouterr()]
+    assert not any(SECRET in text for text in shown)
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(written) > 10
+    assert not any(SECRET.encode() in path.read_bytes() for path in written)
+
+
+@pytest.mark.parametrize("status", [500, 404])
+def test_failure_of_the_hub_does_not_tell_the_token(
+    status: int, hub: Hub, tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    hub.failures = [status] * 20
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    caplog.set_level(logging.DEBUG)
+
+    result = run_stage(replace(make_config(tmp_path, base), base=HUB), Stage.PREPARE)
+
+    assert result.exit_code != ExitCode.DONE
+    assert SECRET not in result.model_dump_json() + caplog.text
 
 
 def test_revision_that_does_not_exist_is_named(hub: Hub, paths: Paths) -> None:
