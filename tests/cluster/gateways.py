@@ -57,7 +57,7 @@ class FakeGateway:
                 pass
 
         self._server = ThreadingHTTPServer((self.address, INTERNAL_PORT), Handler)
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -410,7 +410,7 @@ def test_progress_of_the_running_pod_is_shown(trainee: Trainee) -> None:
 
     address = "127.88.0.9"
     server = HTTPServer((address, 8080), Trainer)
-    Thread(target=server.serve_forever, daemon=True).start()
+    Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     try:
         trainee.play.run(pod, address)
         shown = wait_for(lambda: trainee.status().get("progress"))
