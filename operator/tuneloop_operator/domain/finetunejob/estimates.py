@@ -102,13 +102,14 @@ def peak_memory(work: Workload) -> int:
     kept, least = _kept_by_layers(work), _end_of_backward(work)
     # Scores of pairs are so large that they are in mappings of their own, which leave no holes.
     holes = HOLES["Full"] if work.shape.pairs == "Biased" else HOLES[work.method]
-    beside, writing = work.reward_bytes, _static(work) + _writing(work)
+    beside, writing = work.reward_bytes, _writing(work)
     if work.device == "cpu":
         # Before it is divided, each process has loaded the whole model.
         least = max(least, _weights(work)) if work.shares > 1 else least
-        highest = max(_static(work) + kept * (1 + holes) + _top(work), least, writing)
+        # What written completions held lies in pieces that the step after them cannot use.
+        highest = max(_static(work) + kept * (1 + holes) + _top(work), least) + writing
         return int(IMPORTS + STARTED + beside + highest)
-    return int(beside + max(_static(work) + kept + _top(work), least, writing))
+    return int(beside + max(_static(work) + kept + _top(work), least, _static(work) + writing))
 
 
 def needed_of_limit(work: Workload) -> int:
