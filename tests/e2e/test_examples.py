@@ -15,11 +15,14 @@ import yaml
 from dev.demo import story as tale
 from dev.demo.kubectl import ROOT, condition
 from dev.demo.story import Story
-from tests.unit.trainer.builders import make_base
+from tests.unit.trainer.builders import make_base, make_encoder_decoder
 
 pytestmark = pytest.mark.long
 
 BASE = "tiny"
+ENCODER_DECODER = "tiny-t5"
+JUDGE = "rewardmodel"
+"""What it makes, rloo's model earns its rewards from."""
 AT_ONCE = 3
 STEPS = 3
 ROWS = 240
@@ -36,6 +39,7 @@ NAMES = [
     name for name, path in EXAMPLES.items() if all(uri.startswith("pvc://") for uri in _sources(yaml.safe_load(path.read_text())["spec"]))
 ]
 """Those that read a bucket, a hub or a deployment's feedback have tests of their own beside what they read."""
+NAMES.sort(key=lambda name: name != JUDGE)
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +51,13 @@ def finished(installed: Story, tmp_path_factory: pytest.TempPathFactory) -> dict
     rows = [_row(number, row.text, str(row.label)) for number, row in enumerate(installed.files["tweets/train.jsonl"][:ROWS])]
     for uri in {uri for job in jobs.values() for uri in _sources(job["spec"])}:
         _write(datasets / uri.removeprefix("pvc://datasets/"), rows)
-    base = make_base(tmp_path_factory.mktemp("base") / BASE)
-    tale._upload(space, {datasets: "/volumes/datasets", base: f"/volumes/models/bases/{BASE}"})
-    found = {}
+    bases = [make_base(tmp_path_factory.mktemp("base") / BASE), make_encoder_decoder(tmp_path_factory.mktemp("base") / ENCODER_DECODER)]
+    tale._upload(space, {datasets: "/volumes/datasets"} | {base: f"/volumes/models/bases/{base.name}" for base in bases})
+    found: dict[str, dict[str, Any]] = {}
     for start in range(0, len(NAMES), AT_ONCE):
         wave = NAMES[start : start + AT_ONCE]
         for name in wave:
+            _judge(jobs[name], found, installed)
             space.apply(json.dumps(jobs[name]))
         for name in wave:
             found[name] = space.wait_until("finetunejob", jobs[name]["metadata"]["name"], tale._is_finished)
@@ -76,14 +81,26 @@ def test_an_example_becomes_a_model_version(installed: Story, finished: dict[str
 def _small(job: dict[str, Any]) -> dict[str, Any]:
     """What is an example's own stays; its size becomes a test's."""
     name, spec = f"example-{job['metadata']['name']}", job["spec"]
+    objective = spec.get("objective", {})
     job["metadata"]["name"] = spec["output"]["model"] = name
     if "uri" in spec.get("baseModel", {}):
-        spec["baseModel"] = {"uri": f"pvc://models/bases/{BASE}"}
+        spec["baseModel"] = {"uri": f"pvc://models/bases/{ENCODER_DECODER if objective.get('type') == 'Seq2Seq' else BASE}"}
     spec["compute"] = {"acceleratorsPerNode": 0}
     training = spec.setdefault("training", {})
     training.pop("epochs", None)
     training.update(maxSteps=STEPS, globalBatchSize=8, maxSequenceLength=256)
     return job
+
+
+def _judge(job: dict[str, Any], found: dict[str, dict[str, Any]], installed: Story) -> None:
+    """Puts the reward model that an example before it made in its place, as its user would."""
+    for options in job["spec"].get("objective", {}).values():
+        for reward in options.get("rewards", ()) if isinstance(options, dict) else ():
+            if "model" in reward:
+                judge = found[JUDGE]
+                version = installed.space.get("modelversion", f"{judge['spec']['output']['model']}-v{judge['status']['modelVersion']}")
+                assert version is not None
+                reward["model"] = {key: version["spec"]["artifact"][key] for key in ("uri", "manifestDigest")}
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -108,5 +125,6 @@ def _row(number: int, text: str, label: str) -> dict[str, Any]:
         "text": text, "label": label, "prompt": question, "completion": label, "chosen": label, "rejected": other,
         "thumb": number % 2 == 0, "subject": f"Letter {number}", "body": text, "topic": label, "question": question, "answer": label,
         "source": text, "target": label, "reference": label, "article": text, "summary": label,
+        "de": text, "en": label,
         "ticket": f"t{number}", "document": f"d{number}",
     }  # fmt: skip
