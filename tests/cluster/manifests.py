@@ -111,6 +111,7 @@ MODEL_VERSION: Manifest = {
             "datasetDigests": {"hf://org/name": DIGEST},
             "image": "trainer:1",
             "parent": "sentiment-v2",
+            "baseDigest": DIGEST,
         },
         "evaluation": {
             "verdict": "Pass",
@@ -308,9 +309,27 @@ PROMPTS = of_objective(
 for field in ("earlyStopping", "lossSpikeRatio"):
     del PROMPTS["spec"]["training"][field]
 LEFT_OUT = changed(PROMPTS, "spec.objective", {"type": "RLOO", "rloo": WRITING | {"rewards": REWARDS}})
+SCRATCH = changed(
+    changed(changed(TEXTS, "spec.method", {"type": "Full"}), "spec.vocabulary", ...),
+    "spec.baseModel",
+    {
+        "architecture": {
+            "family": "Qwen3",
+            "layers": 12,
+            "hiddenSize": 768,
+            "heads": 12,
+            "keyValueHeads": 4,
+            "intermediateSize": 2048,
+            "tieEmbeddings": True,
+        },
+        "tokenizer": {"source": SOURCE},
+    },
+)
+# The other tokenizer: one of the corpus's own.
+SCRATCH_TRAINED = changed(SCRATCH, "spec.baseModel.tokenizer", {"train": {"vocabularySize": 32000}})
 OWN = changed(FINE_TUNE_JOB, "spec.objective", {"type": "Custom", "custom": {"name": "mine", "settings": {"strict": "yes"}}})
 FULL = (
-    FINE_TUNE_JOB, PROMPTED, OWN, PREFERENCES, JUDGEMENTS, CLASSES, TRANSLATIONS, TEXTS, PROMPTS, LEFT_OUT, MODEL_VERSION, MODEL_DEPLOYMENT,
-    WITH_DATABASE_SECRET
+    FINE_TUNE_JOB, PROMPTED, OWN, PREFERENCES, JUDGEMENTS, CLASSES, TRANSLATIONS, TEXTS, PROMPTS, LEFT_OUT, SCRATCH, SCRATCH_TRAINED,
+    MODEL_VERSION, MODEL_DEPLOYMENT, WITH_DATABASE_SECRET
 )  # fmt: skip
 PLURALS = {"FineTuneJob": "finetunejobs", "ModelVersion": "modelversions", "ModelDeployment": "modeldeployments"}

@@ -28,6 +28,7 @@ from tests.cluster.manifests import (
     PROMPTED,
     PROMPTS,
     REWARDS,
+    SCRATCH,
     TEXTS,
     TRANSLATIONS,
     WRITING,
@@ -274,6 +275,33 @@ REFUSED: dict[str, list[Manifest]] = {
     "the rows that GRPO and RLOO hold out are prompts: the metrics of a suite of type Validation must be [Reward].": [
         changed(PROMPTS, "spec.evaluation.suites.1.metrics", ["Reward", "Loss"]),
     ],
+    "exactly one of uri and architecture must be set.": [
+        changed(SCRATCH, "spec.baseModel.uri", "pvc://models/base"),
+        changed(FINE_TUNE_JOB, "spec.baseModel", {}),
+    ],
+    "architecture needs a tokenizer, and tokenizer an architecture.": [
+        changed(SCRATCH, "spec.baseModel.tokenizer", ...),
+        changed(FINE_TUNE_JOB, "spec.baseModel.tokenizer", {"train": {}}),
+    ],
+    "revision and secretRef belong to uri.": [
+        changed(SCRATCH, "spec.baseModel.revision", "abc"),
+        changed(SCRATCH, "spec.baseModel.secretRef", {"name": "hf-token"}),
+    ],
+    "exactly one of tokenizer.source and tokenizer.train must be set.": [
+        changed(SCRATCH, "spec.baseModel.tokenizer.train", {}),
+        changed(SCRATCH, "spec.baseModel.tokenizer", {}),
+    ],
+    "hiddenSize must be a multiple of 2 x heads: each head has an even share of it.": [
+        changed(SCRATCH, "spec.baseModel.architecture.hiddenSize", 780),
+    ],
+    "heads must be a multiple of keyValueHeads.": [changed(SCRATCH, "spec.baseModel.architecture.keyValueHeads", 5)],
+    "weights that are drawn have to learn texts first: set objective.type: Pretraining.": [
+        changed(SCRATCH, "spec.objective", {"type": "Custom", "custom": {"name": "mine"}}),
+    ],
+    "weights that are drawn are trained whole: set method.type: Full.": [changed(SCRATCH, "spec.method", {"type": "LoRA"})],
+    "vocabulary extends a tokenizer that there is: leave it out with baseModel.architecture.": [
+        changed(SCRATCH, "spec.vocabulary", {}),
+    ],
     "seq2Seq may be set only with type: Seq2Seq.": [changed(FINE_TUNE_JOB, "spec.objective.seq2Seq", {})],
     "Seq2Seq is judged by what it writes: the metrics of its suites must be Loss or ChrF.": [
         changed(TRANSLATIONS, "spec.evaluation.suites.0.metrics", ["ChrF", metric]) for metric in ("Accuracy", "MacroF1", "Preference")
@@ -374,7 +402,7 @@ JOB_EDITS: dict[str, Manifest] = {
     "objective": {"objective": {"sft": {"loss": "FullSequence"}}},
     "promptFormat": {"promptFormat": "Text"},
     "method": {"method": {"lora": {"rank": 64}}},
-    "vocabulary": {"vocabulary": {}},
+    "vocabulary": {"vocabulary": {}, "output": {"format": "Merged"}},
     "data": {"data": {"curation": {"decontaminate": False}}},
     "training": {"training": {"extraArguments": {"weight_decay": "0.02"}}},
     "compute": {"compute": {"pod": {"labels": {"team": "b"}}}},

@@ -16,6 +16,8 @@ from tuneloop_trainer.shapes import layers_missing
 log = logging.getLogger("tuneloop.bases")
 PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 """What a model needs to be loaded and to tokenise. Pickles are never fetched, read or hashed."""
+OWN = "base"
+"""Of what prepare wrote: the folder of a base that it made, with new tokens or from scratch."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,23 @@ def prepare_base(base: Base, paths: Paths) -> Prepared:
     return Prepared(folder, base.revision)
 
 
+def prepare_tokenizer(base: Base, paths: Paths) -> Prepared | None:
+    """A folder with the tokenizer that a model from scratch takes, its weights left where they are; None where it is to be trained."""
+    if base.path is None and base.repository is None:
+        return None
+    folder = Path(base.path or "")
+    if base.path is None:
+        base = base.model_copy(update={"revision": hub.resolve(base)})
+        repository = (base.repository or "").replace("/", "--")
+        folder = Path(paths.cache) / "tokenizers" / f"{repository}@{base.revision}"
+        _download(base, folder, tuple(pattern for pattern in PATTERNS if "safetensors" not in pattern))
+    if "auto_map" in _json(folder / "tokenizer_config.json", base.uri):
+        raise Invalid(
+            f"Model {base.uri} needs code of its own (auto_map in tokenizer_config.json), which is not run.", Reason.MODEL_NOT_FOUND
+        )
+    return Prepared(folder, base.revision)
+
+
 def base_digest(folder: Path) -> str:
     """`sha256:<hex>` over the files of the base model, the same wherever the folder lies."""
     return files_digest(tuple(file for file in list_files(folder, PATTERNS) if "/" not in file.path))
@@ -54,8 +73,10 @@ def base_digest(folder: Path) -> str:
 
 def require_prepared(config: RunConfig, prepared: Manifest) -> Path:
     """The folder of the base that prepare found, at its commit. Raises Mismatch."""
-    revision = prepared.metadata.get("base_revision", config.base.revision)
-    return require_base(config.base.model_copy(update={"revision": revision}), config.paths, str(prepared.metadata["base_digest"]))
+    found: dict[str, object] = {"revision": prepared.metadata.get("base_revision", config.base.revision)}
+    if config.scratch is not None:
+        found["path"] = str(Path(config.paths.work) / "prepare" / OWN)
+    return require_base(config.base.model_copy(update=found), config.paths, str(prepared.metadata["base_digest"]))
 
 
 def require_base(base: Base, paths: Paths, digest: str) -> Path:
@@ -74,12 +95,12 @@ def require_artifact(artifact: Artifact) -> Path:
     return folder
 
 
-def _download(base: Base, folder: Path) -> None:
+def _download(base: Base, folder: Path, patterns: tuple[str, ...] = PATTERNS) -> None:
     if (folder / MANIFEST).is_file():
         read_manifest(folder)
         return
     with staging(folder, shared=True) as temporary:
-        hub.download(base, str(base.revision), temporary, PATTERNS)
+        hub.download(base, str(base.revision), temporary, patterns)
         if (folder / MANIFEST).is_file():
             return  # another run of the store was faster
         publish(temporary, folder, "model", {"uri": base.uri, "revision": base.revision})

@@ -84,7 +84,7 @@ def sections(config: RunConfig, data: PrepareSummary, training: TrainSummary, li
 def lineage(config: RunConfig, data: PrepareSummary) -> Section:
     """What the model is made of, each by a digest."""
     rows = _told(
-        ("base model", Code(config.base.uri)),
+        ("base model" if config.scratch is None else "tokenizer from", Code(config.base.uri)),
         ("base revision", data.base_revision),
         ("base digest", Code(data.base_digest)),
         ("tokenised data", Code(f"sha256:{data.shards_digest}")),
@@ -97,7 +97,8 @@ def lineage(config: RunConfig, data: PrepareSummary) -> Section:
 
 def markdown(config: RunConfig, card: Sequence[Section], licence: str | None) -> str:
     """The sections under the header that model hubs read."""
-    made_by = f"Fine-tuned from `{config.base.uri}` by the FineTuneJob `{config.namespace}/{config.name}`."
+    from_what = f"Fine-tuned from `{config.base.uri}`" if config.scratch is None else f"Trained from scratch ({config.scratch.family})"
+    made_by = f"{from_what} by the FineTuneJob `{config.namespace}/{config.name}`."
     lines = [*_header(config, licence), f"# {config.model}", "", made_by, ""]
     for section in card:
         lines += [f"## {section.title}", ""]
@@ -119,7 +120,7 @@ def _row(cells: tuple[str, ...]) -> str:
 def _header(config: RunConfig, licence: str | None) -> list[str]:
     base = config.base.repository or config.base.uri
     lines = [
-        f"base_model: {json.dumps(base)}",
+        *([f"base_model: {json.dumps(base)}"] if config.scratch is None else []),
         f"library_name: {'peft' if config.output_format == 'Adapter' else 'transformers'}",
         f"tags: {json.dumps(['tuneloop', config.objective.lower(), config.method.type.lower()])}",
     ]

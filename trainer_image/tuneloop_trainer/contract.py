@@ -184,6 +184,20 @@ class Base(Model):
     revision: str | None = None
 
 
+class Scratch(Model):
+    """A decoder whose weights are drawn, by `training.seed`, and the tokenizer that it gets."""
+
+    family: Literal["Llama", "Qwen3"]
+    layers: int
+    hidden_size: int
+    heads: int
+    key_value_heads: int
+    intermediate_size: int
+    tie_embeddings: bool
+    vocabulary_size: int | None = None
+    """Tokens of the tokenizer to train on the training rows. None: it is the one of `RunConfig.base`."""
+
+
 class Lora(Model):
     rank: int = 32
     alpha: int = 32
@@ -350,6 +364,8 @@ DEFAULTS: dict[tuple[ObjectiveType, MethodType], Defaults] = {
 }
 """The one table of defaults by objective and method; LoRA learns at about ten times the rate of all weights,
 a prompt of a few rows at a hundred times that of LoRA."""
+FROM_SCRATCH = Defaults(learning_rate=6e-4, warmup_share=0.02, weight_decay=0.1)
+"""As the table, for Pretraining of weights that were drawn."""
 
 
 HELD_OUT_METRICS: dict[ObjectiveType, tuple[Metric, ...]] = {
@@ -496,6 +512,8 @@ class RunConfig(Model):
     uid: str
     paths: Paths
     base: Base
+    scratch: Scratch | None = None
+    """Weights are drawn for this; `base` has the tokenizer, or nothing."""
     objective: ObjectiveType = "SFT"
     dpo: Dpo | None = None
     kto: Kto | None = None

@@ -10,6 +10,7 @@ from tuneloop_operator.api.definitions import NAME_RULE, Column, Definition, imm
 from tuneloop_operator.api.methods import Method, Vocabulary, method_rules
 from tuneloop_operator.api.objectives import Objective, spec_rules
 from tuneloop_operator.api.rowsources import RowSource
+from tuneloop_operator.api.starting import StartingModel, starting_rules
 from tuneloop_operator.api.types import (
     DNS_LABEL,
     Condition,
@@ -22,7 +23,6 @@ from tuneloop_operator.api.types import (
     Positive,
     SecretRef,
     Share,
-    Source,
     StoreRef,
     decimal,
     keyed_by,
@@ -397,10 +397,11 @@ class FineTuneJobSpec(Model):
             ),
             *method_rules(),
             *spec_rules(),
+            *starting_rules(),
         )
     )
 
-    base_model: Source = Field(description="The model to start from.")
+    base_model: StartingModel = Field(description="The model to start from.")
     objective: Objective = Field(default=Objective(), description="What the training optimises.")
     prompt_format: Literal["Chat", "Text"] = Field(
         default="Chat",

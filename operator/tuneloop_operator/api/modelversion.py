@@ -66,6 +66,9 @@ class Lineage(Model):
         default={}, description="sha256 of each source."
     )
     image: str = Field(default="", max_length=512, description="The trainer image.")
+    base_digest: str | None = Field(
+        default=None, max_length=80, description="Of drawn weights: sha256 over configuration and tokenizer that they were drawn for."
+    )
     parent: str | None = Field(default=None, max_length=63, description="The version that it was compared with.")
 
 

@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field
 
 from tuneloop_operator.api.rewards import GRPO, RLOO
 from tuneloop_operator.api.types import Model, Name, Positive, rules
-from tuneloop_trainer.contract import DEFAULTS, HELD_OUT_METRICS, FeedbackRows, ObjectiveType
+from tuneloop_trainer.contract import DEFAULTS, FROM_SCRATCH, HELD_OUT_METRICS, FeedbackRows, ObjectiveType
 
 Format = Literal["Adapter", "Merged"]
 
@@ -36,7 +36,9 @@ class Traits:
 
 TRAITS: dict[ObjectiveType, Traits] = {
     "SFT": Traits("learns the answers to prompts", ("prompt", "completion"), packs=True, block="sft"),
-    "Pretraining": Traits("goes on to learn texts, every token of them", ("text",), adapter=False, packs=True, feedback=None),
+    "Pretraining": Traits(
+        "learns texts, every token of them, from a base or from scratch", ("text",), adapter=False, packs=True, feedback=None
+    ),
     "SequenceClassification": Traits(
         "gives a text one of a few labels", ("text", "label"), adapter=False, servable=False, block="sequenceClassification"
     ),
@@ -333,10 +335,11 @@ def defaults() -> str:
         "| objective, method | learning rate | warm-up | schedule | weight decay | measured on data.validation |",
         "|---|---|---|---|---|---|",
     ]
-    for (name, method), values in DEFAULTS.items():
+    rows = [(f"{name} with {method}", name, values) for (name, method), values in DEFAULTS.items()]
+    place = next(number for number, (_, name, _) in enumerate(rows) if name == "Pretraining")
+    rows.insert(place, ("Pretraining from scratch", "Pretraining", FROM_SCRATCH))
+    for title, name, values in rows:
         metrics = ", ".join(HELD_OUT_METRICS[name])
         warmup = f"{100 * values.warmup_share:g} % of the steps"
-        lines.append(
-            f"| {name} with {method} | {values.learning_rate:g} | {warmup} | {values.schedule} | {values.weight_decay:g} | {metrics} |"
-        )
+        lines.append(f"| {title} | {values.learning_rate:g} | {warmup} | {values.schedule} | {values.weight_decay:g} | {metrics} |")
     return "\n".join(lines)

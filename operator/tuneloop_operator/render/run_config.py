@@ -19,6 +19,7 @@ from tuneloop_operator.api.objectives import (
     prompt_format,
 )
 from tuneloop_operator.api.rowsources import BUCKET, HUB, RowSource
+from tuneloop_operator.api.starting import StartingModel
 from tuneloop_operator.api.types import Source
 from tuneloop_operator.render import names
 from tuneloop_operator.render.rewards import rollouts
@@ -43,7 +44,8 @@ def run_config(job: api.FineTuneJob, resolved: api.Resolved) -> contract.RunConf
         name=job.metadata.name,
         uid=job.metadata.uid,
         paths=paths(job),
-        base=base(spec.base_model),
+        base=starting(spec.base_model),
+        scratch=scratch(spec.base_model),
         **_objective(spec.objective),
         prompt_format=prompt_format(spec.objective.type, spec.prompt_format),
         method=_method(spec.method),
@@ -81,8 +83,9 @@ def paths(job: api.FineTuneJob) -> contract.Paths:
 
 def base_snapshot_uri(job: api.FineTuneJob, resolved: api.Resolved) -> str | None:
     """Where prepare keeps a base of the hub at the commit that it found; None for a base that lies on a claim anyway."""
-    source, revision = job.spec.base_model, resolved.base_revision or job.spec.base_model.revision
-    if not source.uri.startswith("hf://") or revision is None:
+    source = job.spec.base_model.files
+    revision = resolved.base_revision or (source.revision if source is not None else None)
+    if source is None or job.spec.base_model.uri is None or not source.uri.startswith("hf://") or revision is None:
         return None
     repository = base(source).repository or ""
     return f"{job.spec.output.store.uri.rstrip('/')}/cache/bases/{repository.replace('/', '--')}@{revision}"
@@ -92,6 +95,29 @@ def output_format(spec: api.FineTuneJobSpec) -> Literal["Adapter", "Merged"]:
     if spec.output.format is not None:
         return spec.output.format
     return default_format(spec.objective.type, spec.method.leaves_adapter and spec.vocabulary is None)
+
+
+def starting(asked: StartingModel) -> contract.Base:
+    """Where files are read of a model that there is; of one whose weights are drawn, at most its tokenizer."""
+    return base(asked.files) if asked.files is not None else contract.Base(uri="the training rows")
+
+
+def scratch(asked: StartingModel) -> contract.Scratch | None:
+    """The architecture, its defaults filled in; None where there is a model to start from."""
+    wanted = asked.architecture
+    if wanted is None:
+        return None
+    trained = asked.tokenizer.train if asked.tokenizer is not None else None
+    return contract.Scratch(
+        family=wanted.family,
+        layers=wanted.layers,
+        hidden_size=wanted.hidden_size,
+        heads=wanted.heads,
+        key_value_heads=wanted.key_value_heads or wanted.heads,
+        intermediate_size=wanted.intermediate_size or -(-8 * wanted.hidden_size // 192) * 64,
+        tie_embeddings=wanted.tie_embeddings,
+        vocabulary_size=trained.vocabulary_size if trained is not None else None,
+    )
 
 
 def base(source: Source) -> contract.Base:
@@ -156,7 +182,8 @@ def _vocabulary(asked: Vocabulary | None) -> contract.Vocabulary | None:
 
 def _training(spec: api.FineTuneJobSpec) -> contract.Training:
     asked = spec.training
-    default_rate = contract.DEFAULTS[spec.objective.type, spec.method.type].learning_rate
+    drawn = spec.base_model.architecture is not None
+    default_rate = (contract.FROM_SCRATCH if drawn else contract.DEFAULTS[spec.objective.type, spec.method.type]).learning_rate
     return contract.Training(
         epochs=float(asked.epochs),
         max_steps=asked.max_steps,

@@ -214,7 +214,8 @@ def _pod(
 
 def _environment(job: FineTuneJob, stage: Stage) -> list[Json]:
     env = [*pods.scratch_environment(), pods.from_field("POD_UID", "metadata.uid")]
-    token = job.spec.base_model.secret_ref
+    files = job.spec.base_model.files
+    token = files.secret_ref if files is not None else None
     # Only prepare talks to the hub; the other stages read what it put into the cache.
     if token is not None and stage is Stage.PREPARE:
         env.append(pods.from_secret("HF_TOKEN", token.name, HUB_TOKEN))
@@ -253,7 +254,7 @@ def store_claim(job: FineTuneJob) -> str:
 def read_claims(job: FineTuneJob, config: RunConfig, stage: Stage) -> list[str]:
     """Claims that the stage only reads: the base model in all stages, reward models in all but package, the data in prepare, the
     baseline in evaluate."""
-    uris = [job.spec.base_model.uri]
+    uris = [files.uri] if (files := job.spec.base_model.files) is not None else []
     if stage is Stage.PREPARE:
         uris += [source.uri for source in config.train]
         uris += [suite.source.uri for suite in config.evaluation.suites if suite.source is not None]

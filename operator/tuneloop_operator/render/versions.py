@@ -37,17 +37,14 @@ def model_version(
         config_digest=resolved.config_digest or "",
         dataset_digests=resolved.dataset_digests,
         image=resolved.image or "",
+        base_digest=resolved.base_digest if job.spec.base_model.uri is None else None,
         parent=resolved.baseline.name if resolved.baseline is not None and resolved.baseline.type == "ModelVersion" else None,
     )
     content = versions.ModelVersionSpec(
         model=job.spec.output.model,
         version=number,
         artifact=versions.Artifact.model_validate({**artifact.model_dump(), "rank": _rank(job.spec, artifact.format)}),
-        base=versions.BaseRef(
-            source=_pinned_source(job.spec.base_model, resolved),
-            digest=resolved.base_digest,
-            snapshot_uri=base_snapshot_uri(job, resolved),
-        ),
+        base=_base(job, resolved),
         lineage=lineage,
         evaluation=evaluation,
         probes_uri=probes_uri,
@@ -72,6 +69,15 @@ def model_version(
         },
         "spec": content.model_dump(mode="json", by_alias=True, exclude_none=True),
     }
+
+
+def _base(job: api.FineTuneJob, resolved: api.Resolved) -> versions.BaseRef | None:
+    """None where the weights were drawn: the lineage has the digest of what they were drawn for."""
+    source = job.spec.base_model.files
+    if source is None or job.spec.base_model.uri is None:
+        return None
+    pinned = _pinned_source(source, resolved)
+    return versions.BaseRef(source=pinned, digest=resolved.base_digest, snapshot_uri=base_snapshot_uri(job, resolved))
 
 
 def _pinned_source(source: Source, resolved: api.Resolved) -> Source:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from tests.unit.finetunejob.builders import DIGEST, RESULTS, UID, World, evaluated, make_job, make_spec, packaged, prepared, trained
 
@@ -53,6 +55,33 @@ def test_stages_follow_one_another_and_end_in_an_approved_version() -> None:
     assert version.lineage is not None
     assert version.lineage.fine_tune_job_uid == UID
     assert version.lineage.dataset_digests == status.resolved.dataset_digests
+
+
+ARCHITECTURE = {"layers": 2, "hiddenSize": 64, "heads": 4}
+FROM_SCRATCH = {"objective": {"type": "Pretraining"}, "method": {"type": "Full"}, "evaluation": {}}
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "revision"),
+    [({"train": {}}, None), ({"source": {"uri": "hf://org/tokens"}}, "abc")],
+    ids=["trained tokenizer", "given tokenizer"],
+)
+def test_a_version_from_scratch_has_no_base_but_the_digest_of_what_it_was_drawn_for(
+    tokenizer: dict[str, Any], revision: str | None
+) -> None:
+    starting = {"architecture": ARCHITECTURE, "tokenizer": tokenizer}
+    world = World(job=make_job(make_spec(baseModel=starting, **FROM_SCRATCH)))
+    for result in (prepared(base_revision=revision), trained(), packaged(), evaluated()):
+        world.settle()
+        world.ends(result)
+    world.settle()
+
+    version = world.versions["sentiment-v1"].spec
+    assert version.base is None
+    assert version.lineage is not None
+    assert version.lineage.base_digest == world.job.status.resolved.base_digest is not None
+    assert version.lineage.spec["baseModel"]["tokenizer"].get("source", {}).get("revision") == revision
+    assert version.prompt.format == "Text"
 
 
 def test_a_finished_job_is_left_alone() -> None:

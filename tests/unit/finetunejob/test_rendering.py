@@ -30,6 +30,7 @@ from tuneloop_trainer.contract import (
     Rollouts,
     RunConfig,
     Scorer,
+    Scratch,
     Seq2Seq,
     Stage,
     Vocabulary,
@@ -245,7 +246,7 @@ def test_defaults_follow_objective_and_method(objective: str, method: str, rate:
 def test_every_example_of_an_objective_is_rendered(path: Path) -> None:
     manifest = yaml.safe_load(path.read_text())
     config = run_config(make_job(manifest["spec"]), Resolved())
-    assert config.objective.lower().endswith(path.stem)
+    assert config.objective.lower().endswith(path.stem.rpartition("-")[2])
     assert config.evaluation.gates, "the model is judged by rows that are held out"
 
 
@@ -301,6 +302,35 @@ def test_rewards_reach_the_trainer_and_their_models_are_mounted() -> None:
     )
     mounted = {stage for stage in Stage if "judges" in training.read_claims(job, config, stage)}
     assert mounted == {Stage.PREPARE, Stage.TRAIN, Stage.EVALUATE}
+
+
+def test_an_architecture_reaches_the_trainer_with_its_defaults() -> None:
+    architecture = {"layers": 12, "hiddenSize": 768, "heads": 12}
+    trained = {"architecture": architecture, "tokenizer": {"train": {"vocabularySize": 8000}}}
+    asked = {"objective": {"type": "Pretraining"}, "method": {"type": "Full"}}
+    job = make_job(make_spec(baseModel=trained, **asked))
+    config = run_config(job, Resolved())
+
+    assert config.scratch == Scratch(
+        family="Llama",
+        layers=12,
+        hidden_size=768,
+        heads=12,
+        key_value_heads=12,
+        intermediate_size=2048,
+        tie_embeddings=True,
+        vocabulary_size=8000,
+    )
+    assert (config.base.path, config.base.repository, config.training.learning_rate) == (None, None, 6e-4)
+    assert training.read_claims(job, config, Stage.TRAIN) == []
+
+    given = {"architecture": architecture, "tokenizer": {"source": {"uri": "pvc://bases/llama"}}}
+    job = make_job(make_spec(baseModel=given, **asked))
+    config = run_config(job, Resolved())
+    assert config.scratch is not None
+    assert config.scratch.vocabulary_size is None
+    assert config.base.uri == "pvc://bases/llama"
+    assert "bases" in training.read_claims(job, config, Stage.PREPARE)
 
 
 def test_settings_of_an_objective_reach_the_trainer() -> None:

@@ -45,6 +45,8 @@ LEARNING_RATES = {
     "RLOO": (5e-7, 5e-6),
 }
 """Bands for all weights; an adapter learns at ten times the rate (Schulman et al. 2025, "LoRA Without Regret")."""
+SCRATCH_RATES = (1e-4, 3e-3)
+"""For weights that were drawn."""
 LORA_FACTOR = 10
 SHORT_RUN_FACTOR = 2
 """A run below SHORT_RUN_STEPS may be that much faster."""
@@ -236,7 +238,7 @@ class Preflight:
         return "data.curation.decontaminate is false: training rows may equal evaluation items, and gates then say little."
 
     def _learning_rate(self, steps: int) -> str | None:
-        band = LEARNING_RATES.get(self.config.objective)
+        band = SCRATCH_RATES if self.config.scratch is not None else LEARNING_RATES.get(self.config.objective)
         if band is None or self.config.method.type == "PromptTuning":
             return None
         factor = LORA_FACTOR if self.config.method.type != "Full" else 1

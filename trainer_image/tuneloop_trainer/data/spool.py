@@ -32,7 +32,9 @@ class Spool:
 
     def __init__(self, folder: Path, seed: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._database = sqlite3.connect(f"file:{folder / 'records.sqlite'}?nolock=1", uri=True, isolation_level=None)
+        # The tokenizer's trainer reads in a thread of its own, while nobody else does.
+        where = f"file:{folder / 'records.sqlite'}?nolock=1"
+        self._database = sqlite3.connect(where, uri=True, isolation_level=None, check_same_thread=False)
         for pragma in ("journal_mode=OFF", "synchronous=OFF", "locking_mode=EXCLUSIVE", f"cache_size=-{CACHE_KIB}", "temp_store=FILE"):
             self._database.execute(f"PRAGMA {pragma}")
         self._database.executescript(_TABLES)

@@ -37,6 +37,8 @@ from tuneloop_trainer.objectives import Objective, objective_of
 from tuneloop_trainer.objectives.objective import Tokens
 from tuneloop_trainer.progress import ProgressWriter
 from tuneloop_trainer.results import RESULT_FILE, write_result
+from tuneloop_trainer.scratch import read_shape as read_shape_without_weights
+from tuneloop_trainer.scratch import write_base
 from tuneloop_trainer.shapes import read_shape
 from tuneloop_trainer.stages.outputs import run_key, stage_folder, told_again
 from tuneloop_trainer.stages.vocabulary import Extended, describe, extend_vocabulary
@@ -83,13 +85,11 @@ def prepare(config: RunConfig, progress: ProgressWriter) -> StageResult:
         return result
     parse_arguments(config.training.extra_arguments)
     progress.phase("DownloadingModel")
-    found = bases.prepare_base(config.base, config.paths)
+    found = (bases.prepare_base if config.scratch is None else bases.prepare_tokenizer)(config.base, config.paths)
     progress.phase("LoadingModel")
-    base = found.folder
     objective = objective_of(config)
-    tokenizer = models.load_tokenizer(base, config.base.uri)
-    formatter = objective.formatter(base, tokenizer)
-    _refuse_endless(formatter, config.base.uri)
+    if config.scratch is None and found is not None:  # what cannot be used is told before any row is read
+        _refuse_endless(objective.formatter(found.folder, models.load_tokenizer(found.folder, config.base.uri)), config.base.uri)
 
     progress.phase("ReadingData")
     started = time.monotonic()
@@ -101,6 +101,13 @@ def prepare(config: RunConfig, progress: ProgressWriter) -> StageResult:
             )
             objective.look_at(gathered.train, [*gathered.validation, *chain.from_iterable(gathered.suites.values())])
             suites = snapshot_suites(config, gathered, folder / SUITES)
+            base = found.folder if found is not None else folder / bases.OWN
+            if config.scratch is not None:
+                progress.phase("MakingTokenizer")
+                write_base(config, config.scratch, found.folder if found is not None else None, gathered.train, folder / bases.OWN)
+                base = folder / bases.OWN
+            tokenizer = models.load_tokenizer(base, config.base.uri)
+            formatter = objective.formatter(base, tokenizer)
             extended = None
             if config.vocabulary is not None:
                 progress.phase("ExtendingVocabulary")
@@ -118,9 +125,9 @@ def prepare(config: RunConfig, progress: ProgressWriter) -> StageResult:
             summary = summary.model_copy(
                 update={
                     "base_digest": bases.base_digest(base),
-                    "model": read_shape(used),
+                    "model": (read_shape if config.scratch is None else read_shape_without_weights)(used),
                     "reward_bytes": objective.reward_bytes(),
-                    "base_revision": found.revision,
+                    "base_revision": found.revision if found is not None else None,
                     "rows_per_second": round(gathered.rows_in / max(seconds, 1e-3), 1),
                     "peak_memory_bytes": peak_resident_bytes(),
                     "suite_digests": suites,

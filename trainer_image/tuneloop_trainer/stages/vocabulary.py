@@ -16,7 +16,7 @@ from tuneloop_trainer.errors import Invalid
 from tuneloop_trainer.objectives.objective import TERMS
 from tuneloop_trainer.stages.outputs import stage_folder
 
-BASE = "base"
+BASE = bases.OWN
 SAMPLE_TEXTS = 2_000
 """Texts that are read with the old and with the new tokenizer, to see that they stay what they were and how much shorter they are."""
 SHOWN = 20

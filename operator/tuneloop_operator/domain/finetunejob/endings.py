@@ -76,7 +76,8 @@ def _manifest(case: Case, number: int) -> dict[str, object]:
     spec = spec_content(case.job.spec)
     spec.get("runPolicy", {}).pop("suspend", None)
     if case.resolved.base_revision is not None:
-        spec["baseModel"]["revision"] = case.resolved.base_revision
+        starting = spec["baseModel"]
+        (starting if "uri" in starting else starting["tokenizer"]["source"])["revision"] = case.resolved.base_revision
     verdict = case.verdict(Stage.EVALUATE)
     summary = verdict.result.evaluate if isinstance(verdict, Done) else None
     probes = _probes_uri(case, summary.probes if summary is not None else None)
@@ -127,12 +128,13 @@ def _is_own(case: Case, found: ModelVersion) -> bool:
 
 def _is_of_equal_lineage(case: Case, found: ModelVersion) -> bool:
     lineage, resolved = found.spec.lineage, case.resolved
-    if lineage is None or found.spec.base is None or resolved.base_digest is None:
+    if lineage is None or resolved.base_digest is None:
         return False
+    base_digest = found.spec.base.digest if found.spec.base is not None else lineage.base_digest
     return (
         lineage.fine_tune_job == case.job.metadata.name
         and lineage.fine_tune_job_uid != case.job.metadata.uid
         and lineage.config_digest == resolved.config_digest
         and lineage.dataset_digests == resolved.dataset_digests
-        and found.spec.base.digest == resolved.base_digest
+        and base_digest == resolved.base_digest
     )
