@@ -418,6 +418,7 @@ VERSION_EDITS: dict[str, Manifest] = {
     "lineage": {"lineage": {"spec": {"training": {"epochs": "4"}}}},
     "evaluation": {"evaluation": {"verdict": "Fail"}},
     "probesUri": {"probesUri": None},
+    "referenceUri": {"referenceUri": None},
     "prompt": {"prompt": {"format": "Text"}},
 }
 

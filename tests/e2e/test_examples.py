@@ -85,6 +85,8 @@ def _small(job: dict[str, Any]) -> dict[str, Any]:
     job["metadata"]["name"] = spec["output"]["model"] = name
     if "uri" in spec.get("baseModel", {}):
         spec["baseModel"] = {"uri": f"pvc://models/bases/{ENCODER_DECODER if objective.get('type') == 'Seq2Seq' else BASE}"}
+    if "architecture" in spec.get("baseModel", {}):
+        spec["baseModel"] = {"architecture": {"layers": 2, "hiddenSize": 64, "heads": 4}, "tokenizer": {"train": {"vocabularySize": 400}}}
     spec["compute"] = {"acceleratorsPerNode": 0}
     training = spec.setdefault("training", {})
     training.pop("epochs", None)

@@ -148,6 +148,22 @@ def test_a_tokenizer_that_needs_code_is_refused(tmp_path: Path) -> None:
     assert "needs code of its own (auto_map in tokenizer_config.json)" in result.message
 
 
+def test_a_link_out_of_a_claim_is_not_copied_into_the_model(tmp_path: Path, decoder: Path) -> None:
+    given = tmp_path / "given"
+    given.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (given / name).write_bytes((decoder / name).read_bytes())
+    (tmp_path / "secret").write_text("token")
+    (given / "vocab.json").symlink_to(tmp_path / "secret")
+    config = make_scratch(tmp_path, SMALL.model_copy(update={"vocabulary_size": None}), Base(uri="pvc://models/given", path=str(given)))
+
+    result = run_stage(config, Stage.PREPARE)
+
+    assert (result.exit_code, result.reason) == (ExitCode.INVALID, Reason.MODEL_NOT_FOUND)
+    assert "vocab.json is a link that leads outside its claim" in result.message
+    assert not made(config).exists()
+
+
 def test_a_base_that_changed_after_prepare_is_not_trained(tmp_path: Path) -> None:
     config = make_scratch(tmp_path)
     assert run_stage(config, Stage.PREPARE).exit_code == ExitCode.DONE

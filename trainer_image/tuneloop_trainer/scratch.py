@@ -11,6 +11,7 @@ from typing import Any
 from tuneloop_trainer import models
 from tuneloop_trainer.contract import ModelShape, Reason, RunConfig, Scratch
 from tuneloop_trainer.data.records import Record
+from tuneloop_trainer.data.sources import root_of
 from tuneloop_trainer.errors import Invalid
 
 END, PAD = "<|endoftext|>", "<|pad|>"
@@ -36,9 +37,7 @@ def write_base(config: RunConfig, asked: Scratch, given: Path | None, train: Seq
         trained.model_max_length = config.training.max_sequence_length
         trained.save_pretrained(folder)
     elif given is not None:
-        for name in TOKENIZER_FILES:
-            if (given / name).is_file():
-                shutil.copyfile(given / name, folder / name)
+        _copy_tokenizer(given, folder, config.base.uri)
     tokenizer = models.load_tokenizer(folder, config.base.uri)
     if tokenizer.eos_token_id is None:
         raise Invalid(f"The tokenizer of {config.base.uri} has no end-of-sequence token.", Reason.MODEL_NOT_FOUND)
@@ -47,6 +46,16 @@ def write_base(config: RunConfig, asked: Scratch, given: Path | None, train: Seq
     tokens = {name: value for name in ("bos_token_id", "eos_token_id", "pad_token_id") if (value := getattr(shape, name)) is not None}
     (folder / "generation_config.json").write_text(json.dumps(tokens, indent=1))
     return tokenizer
+
+
+def _copy_tokenizer(given: Path, folder: Path, uri: str) -> None:
+    """What is copied becomes part of the model: nothing from elsewhere on the machine may be."""
+    root = root_of(given)
+    for path in (given / name for name in TOKENIZER_FILES):
+        if not path.resolve().is_relative_to(root):
+            raise Invalid(f"Model {uri}: {path.name} is a link that leads outside its claim. Copy the file.", Reason.MODEL_NOT_FOUND)
+        if path.is_file():
+            shutil.copyfile(path, folder / path.name)
 
 
 def train_tokenizer(records: Texts, size: int) -> models.Tokenizer:

@@ -105,7 +105,7 @@ def files_of(path: Path, uri: str) -> list[Path]:
             raise Invalid(f"Dataset {uri} is a folder of {len(entries)} files; at most {MAX_FILES} are read. Join them.")
     else:
         entries = [path]
-    root = _root_of(path)
+    root = root_of(path)
     for entry in entries:
         if not entry.resolve().is_relative_to(root):
             raise Invalid(f"Dataset {uri}: {entry.name} is a link that leads outside its claim. Copy the file.")
@@ -117,7 +117,7 @@ def files_of(path: Path, uri: str) -> list[Path]:
     return entries
 
 
-def _root_of(path: Path) -> Path:
+def root_of(path: Path) -> Path:
     """Links may lead within the claim (as in the hub's cache); outside of a claim, within the source's own folder."""
     if path.is_relative_to(VOLUMES) and len(path.parts) > len(VOLUMES.parts):
         return VOLUMES.joinpath(path.parts[len(VOLUMES.parts)]).resolve()
