@@ -12,6 +12,7 @@ from tuneloop_trainer.contract import Artifact, Base, Manifest, Paths, Reason, R
 from tuneloop_trainer.errors import Invalid, Mismatch
 from tuneloop_trainer.manifests import MANIFEST, files_digest, list_files, publish, read_manifest, staging, verify
 from tuneloop_trainer.shapes import layers_missing
+from tuneloop_trainer.turns import turn
 
 log = logging.getLogger("tuneloop.bases")
 PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
@@ -96,15 +97,26 @@ def require_artifact(artifact: Artifact) -> Path:
 
 
 def _download(base: Base, folder: Path, patterns: tuple[str, ...] = PATTERNS) -> None:
-    if (folder / MANIFEST).is_file():
-        read_manifest(folder)
+    """Once for all runs of the store: those that want the same files at the same time wait for the first of them."""
+    if _is_there(folder):
         return
-    with staging(folder, shared=True) as temporary:
-        hub.download(base, str(base.revision), temporary, patterns)
-        if (folder / MANIFEST).is_file():
-            return  # another run of the store was faster
-        publish(temporary, folder, "model", {"uri": base.uri, "revision": base.revision})
+    with turn(folder.with_name(f".{folder.name}.lock")):
+        if _is_there(folder):
+            return
+        with staging(folder, shared=True) as temporary:
+            hub.download(base, str(base.revision), temporary, patterns)
+            if _is_there(folder):
+                return  # another run was faster, on a store without locks
+            publish(temporary, folder, "model", {"uri": base.uri, "revision": base.revision})
     log.info("downloaded %s at %s to the shared cache", base.uri, base.revision)
+
+
+def _is_there(folder: Path) -> bool:
+    """Raises Mismatch where it is there with a manifest that is none."""
+    if not (folder / MANIFEST).is_file():
+        return False
+    read_manifest(folder)
+    return True
 
 
 def _refuse_unusable(folder: Path, uri: str) -> None:

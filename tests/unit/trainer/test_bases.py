@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +57,23 @@ def test_model_without_a_revision_is_fetched_once_at_its_commit_without_pickles(
     assert [asked for asked in hub.asked if asked.startswith("GET /org")] == downloads, "the second run reads the cache"
     assert {path.name for path in found.folder.iterdir()} == {path.name for path in base.iterdir()} | {"manifest.json"}
     assert not list(Path(paths.cache).rglob("escaped.json"))
+
+
+def test_runs_that_want_a_model_at_the_same_time_fetch_it_once(hub: Hub, paths: Paths) -> None:
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda _: prepare_base(HUB, paths), range(3)))
+
+    assert found[0] == found[1] == found[2]
+    files = [asked for asked in hub.asked if asked.startswith("GET /org")]
+    assert len(files) == len(set(files)) > 3, files
+
+
+def test_model_is_fetched_all_the_same_where_the_store_has_no_locks(hub: Hub, paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(file: int, how: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.flock", refuses)
+    assert (prepare_base(HUB, paths).folder / "config.json").is_file()
 
 
 def test_commit_that_is_in_the_cache_needs_no_hub(hub: Hub, paths: Paths) -> None:
@@ -151,7 +171,7 @@ def test_hub_that_stays_down_ends_the_stage_within_bounds_and_leaves_nothing(hub
         prepare_base(HUB, paths)
     assert (caught.value.exit_code, caught.value.reason) == (ExitCode.UNAVAILABLE, Reason.SOURCE_UNAVAILABLE)
     assert len(hub.asked) == 3
-    assert not any(path.is_file() for path in Path(paths.cache).rglob("*"))
+    assert not [path for path in Path(paths.cache).rglob("*") if path.is_file() and path.suffix != ".lock"]
 
 
 def test_hub_that_goes_down_during_a_download_leaves_no_half_model(hub: Hub, paths: Paths) -> None:
@@ -167,7 +187,7 @@ def test_hub_that_goes_down_during_a_download_leaves_no_half_model(hub: Hub, pat
 
     with pytest.raises(Unavailable):
         prepare_base(pinned, paths)
-    assert not any(path.is_file() for path in Path(paths.cache).rglob("*"))
+    assert not [path for path in Path(paths.cache).rglob("*") if path.is_file() and path.suffix != ".lock"]
 
 
 def test_later_stages_use_the_commit_that_prepare_found(hub: Hub, tmp_path: Path, base: Path) -> None:
