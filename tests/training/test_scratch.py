@@ -8,7 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from tests.training.conftest import Zygote
+from tests.training.test_many_processes import together
 from tests.training.test_objectives import improvement, optimised, row, run_through, source
+from tests.training.test_sharded import prepare_again
 from tests.training.test_training import InterruptAfter, losses
 from tests.unit.trainer.builders import copy_work, make_config, run_stage, write_jsonl
 
@@ -119,6 +124,24 @@ def test_interrupted_run_from_scratch_ends_bit_equal(tmp_path: Path) -> None:
     assert losses(config) == losses(undisturbed)
     finals = [Path(each.paths.work) / "train" / "final" / "model.safetensors" for each in (config, undisturbed)]
     assert sha256_file(finals[0]) == sha256_file(finals[1])
+
+
+@pytest.mark.parametrize("training", [{}, {"parallelism": "FSDP"}], ids=["DataParallel", "FSDP"])
+def test_several_processes_draw_one_model_and_train_it_as_one_does(zygote: Zygote, tmp_path: Path, training: dict[str, str]) -> None:
+    prepared = make_scratch(tmp_path / "prepared", steps=6)
+    assert zygote.run(prepared, Stage.PREPARE).exit_code == ExitCode.DONE
+    alone = prepare_again(zygote, prepared, tmp_path / "alone")
+    assert zygote.run(alone, Stage.TRAIN).exit_code == ExitCode.DONE
+    config = prepare_again(zygote, prepared, tmp_path / "together", **training)
+
+    result = zygote.run(config, Stage.TRAIN, **together())
+
+    assert (result.exit_code, result.message) == (ExitCode.DONE, "")
+    assert losses(config) == pytest.approx(losses(alone), rel=1e-4)
+    found, expected = (load_file(Path(of.paths.work) / "train" / "final" / "model.safetensors") for of in (config, alone))
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0.02, atol=1e-4)
 
 
 def test_a_given_tokenizer_is_taken_without_its_weights(tmp_path: Path, decoder: Path) -> None:
