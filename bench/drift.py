@@ -1,7 +1,8 @@
 """Shows that the drift detector keeps its promise: on average at least c sampled requests between false alarms.
 
 `python -m bench.drift` runs the detector of the gateway, unchanged, on independent random orders of texts of one domain (the demo's tweets
-where their package is at hand, else synthetic token streams), each text used once in a run, one half live and one half reference. It prints
+where their package is at hand, else synthetic token streams), each text used once in a run, one half live and one half reference. Runs
+that need more texts than there are (`--pairs 11000`) draw each request, live or reference, from all of them, independently. It prints
 for each c the mean run length, cut at the run's end (so it can only be too small), with its 95 % lower bound, and the share of runs with an
 alarm, with its 95 % upper bound. Then it lets another domain in and prints how soon that is noticed. The last line is one JSON object.
 """
@@ -67,8 +68,10 @@ def _synthetic(rng: random.Random, rows: int, letters: str) -> list[Features]:
 
 
 def run_once(rows: Sequence[Features], pairs: int, rng: random.Random) -> list[int | None]:
-    """Bets until the first alarm, for each threshold; None where there was none. Every row is used at most once."""
-    order = rng.sample(rows, 2 * (pairs + BURN_IN))
+    """Bets until the first alarm, for each threshold; None where there was none. Every row is used at most once while they suffice; else each
+    request is an independent draw, so that live and reference are of one distribution all the same."""
+    needed = 2 * (pairs + BURN_IN)
+    order = rng.sample(rows, needed) if needed <= len(rows) else rng.choices(rows, k=needed)
     detector = Detector()
     result: list[int | None] = [None] * len(THRESHOLDS)
     limits = [math.log(c) for c in THRESHOLDS]
@@ -130,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     rng = random.Random(options.seed)
     domains = read_domains(rng)
-    pairs = min(options.pairs, len(domains.home) // 2 - BURN_IN)
+    pairs = options.pairs
     started = time.monotonic()
     lengths = []
     for number in range(1, options.runs + 1):

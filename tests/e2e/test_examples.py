@@ -31,7 +31,10 @@ EXAMPLES = {path.stem: path for folder in ("objectives", "methods", "data") for 
 
 def _sources(spec: dict[str, Any]) -> Iterator[str]:
     """Where its rows are read; nothing for feedback."""
-    for entry in [*spec["data"]["train"], *(suite.get("dataset", {}) for suite in spec.get("evaluation", {}).get("suites", ()))]:
+    for entry in [
+        *spec["data"]["train"],
+        *(suite["dataset"] for suite in spec.get("evaluation", {}).get("suites", ()) if "dataset" in suite),
+    ]:
         yield entry.get("source", {}).get("uri", "")
 
 
