@@ -65,6 +65,10 @@ FINE_TUNE_JOB: Manifest = {
             "earlyStopping": {"patience": 3},
             "lossSpikeRatio": "5",
             "extraArguments": {"weight_decay": "0.01"},
+            "reporting": [
+                {"type": "TensorBoard"},
+                {"type": "MLflow", "mlflow": {"trackingUri": "https://mlflow.test", "experiment": "e", "secretRef": {"name": "mlflow"}}},
+            ],
         },
         "compute": {
             "nodes": 2,

@@ -134,6 +134,10 @@ REFUSED: dict[str, list[Manifest]] = {
         changed(FINE_TUNE_JOB, "spec.output.push.0.uri", "https://registry.test/team/sentiment"),
         changed(FINE_TUNE_JOB, "spec.output.push", [{"uri": "s3://models/sentiment"}]),
     ],
+    "type MLflow, and no other, needs mlflow.": [
+        changed(FINE_TUNE_JOB, "spec.training.reporting", [{"type": "MLflow"}]),
+        changed(FINE_TUNE_JOB, "spec.training.reporting.0.mlflow", {"trackingUri": "https://mlflow.test"}),
+    ],
     "plainHttp is for oci:// alone.": [
         changed(changed(FINE_TUNE_JOB, "spec.output.push.0.plainHttp", True), "spec.output.push.0.uri", "s3://models"),
     ],

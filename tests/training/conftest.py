@@ -127,6 +127,6 @@ def encoder_decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_encoder_decoder(tmp_path_factory.mktemp("encoder-decoder") / "tiny")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def base(decoder: Path) -> Path:
     return decoder

@@ -493,6 +493,26 @@ class Paths(Model):
     """Shared by the runs of the store: base model snapshots, baseline results."""
 
 
+MLFLOW_KEYS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
+"""Of a Secret, as files; to MLflow's client they are environment variables."""
+
+
+class Mlflow(Model):
+    """A tracking server of MLflow."""
+
+    tracking_uri: str = Field(max_length=512)
+    experiment: str | None = Field(default=None, max_length=256)
+    credentials: str | None = None
+    """Folder with those of MLFLOW_KEYS that the Secret has, one file each."""
+
+
+class Reporting(Model):
+    """Where the training reports to beside its own progress."""
+
+    tensorboard: bool = False
+    mlflow: Mlflow | None = None
+
+
 class Estimated(Model):
     """What the training was expected to need, for the report: the operator's estimate, as far as it is measured afterwards."""
 
@@ -542,6 +562,7 @@ class RunConfig(Model):
     """The trainer image, for the lineage in the model card."""
     origins: dict[str, Literal["spec", "default"]] = {}
     """Name of a training value -> whether the spec has it, or the table of defaults."""
+    reporting: Reporting | None = None
     estimate: Estimated | None = None
     """Written when the training starts."""
 
@@ -575,6 +596,8 @@ class Progress(Model):
     steps_lost: int = 0
     """As in `TrainSummary`."""
     peak_memory_bytes: int | None = None
+    reports_lost: int = 0
+    """Events that could not be reported to MLflow or TensorBoard."""
     utilisation: float | None = Field(default=None, ge=0)
     """Model FLOPs utilisation in percent; None on a CPU, and on a device whose peak is not known."""
     first_step_seconds: float | None = None

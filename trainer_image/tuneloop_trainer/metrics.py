@@ -23,6 +23,7 @@ GAUGES = {
     "tuneloop_trainer_steps_lost": ("steps_lost", "Steps of the run that had to be done again, over all attempts so far"),
     "tuneloop_trainer_peak_memory_bytes": ("peak_memory_bytes", "Peak memory of the worker: the device's, or resident on a CPU"),
     "tuneloop_trainer_utilisation_ratio": ("utilisation", "Model FLOPs utilisation, 0 to 1; only of devices whose peak is known"),
+    "tuneloop_trainer_reports_lost": ("reports_lost", "Events that MLflow or TensorBoard did not get"),
     "tuneloop_trainer_first_step_seconds": ("first_step_seconds", "From the worker's start to the end of its first step"),
 }
 PERCENT = ("percent", "utilisation")

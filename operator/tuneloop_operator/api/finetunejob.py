@@ -163,6 +163,32 @@ class EarlyStopping(Model):
     patience: int = Field(default=3, ge=1, le=100, description="Evaluations without a better loss.")
 
 
+class MLflow(Model):
+    """A tracking server of MLflow."""
+
+    tracking_uri: str = Field(
+        max_length=512, pattern=r"^https?://[^\s@?#]+$", description="https://host:port of the server; what it asks for is in the Secret."
+    )
+    experiment: str | None = Field(default=None, min_length=1, max_length=256, description="Name; made where it does not exist.")
+    secret_ref: SecretRef | None = Field(
+        default=None,
+        description="Secret with MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN.",
+    )
+
+
+class Reporting(Model):
+    """A place that the training's figures go to beside its own progress."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(("(self.type == 'MLflow') == has(self.mlflow)", "type MLflow, and no other, needs mlflow."))
+    )
+
+    type: Literal["TensorBoard", "MLflow"] = Field(
+        description="TensorBoard: event files on the store, in runs/<run>/train/tensorboard. MLflow: a run on a tracking server."
+    )
+    mlflow: MLflow | None = Field(default=None, description="Which server.")
+
+
 class Training(Model):
     """Hyper-parameters."""
 
@@ -185,6 +211,11 @@ class Training(Model):
     )
     extra_arguments: Annotated[dict[str, Annotated[str, Field(max_length=256)]], Field(max_length=32)] = Field(
         default={}, description="Passed to the trainer's arguments; unknown names are refused before training."
+    )
+    reporting: Annotated[tuple[Reporting, ...], Field(max_length=2)] = Field(
+        default=(),
+        description="Where else the figures of each step go. What cannot be reported is lost and counted; it fails and delays no step.",
+        json_schema_extra=keyed_by("type"),
     )
 
 

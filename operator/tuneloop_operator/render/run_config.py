@@ -27,6 +27,8 @@ from tuneloop_trainer import contract
 
 PUSH_PATH = "/etc/tuneloop/push"
 """Below it, one folder for each place of output.push with its Secret's keys."""
+MLFLOW_PATH = "/etc/tuneloop/mlflow"
+"""Folder of the keys to MLflow's server."""
 SOURCES_PATH = "/etc/tuneloop/sources"
 """Below it, one folder for each Secret of the rows' sources, of its name."""
 FEEDBACK_PATH = "/etc/tuneloop/feedback"
@@ -60,6 +62,7 @@ def run_config(job: api.FineTuneJob, resolved: api.Resolved) -> contract.RunConf
         output_format=output_format(spec),
         push=tuple(_push(target, index) for index, target in enumerate(spec.output.push)),
         image=resolved.image or "",
+        reporting=_reporting(spec.training.reporting),
         origins={"learning_rate": "default" if spec.training.learning_rate is None else "spec"},
     )
 
@@ -198,6 +201,17 @@ def _training(spec: api.FineTuneJobSpec) -> contract.Training:
         loss_spike_ratio=float(asked.loss_spike_ratio) if asked.loss_spike_ratio is not None else None,
         extra_arguments=dict(asked.extra_arguments),
     )
+
+
+def _reporting(asked: tuple[api.Reporting, ...]) -> contract.Reporting | None:
+    if not asked:
+        return None
+    server = next((place.mlflow for place in asked if place.mlflow is not None), None)
+    mlflow = None
+    if server is not None:
+        credentials = MLFLOW_PATH if server.secret_ref is not None else None
+        mlflow = contract.Mlflow(tracking_uri=server.tracking_uri, experiment=server.experiment, credentials=credentials)
+    return contract.Reporting(tensorboard=any(place.type == "TensorBoard" for place in asked), mlflow=mlflow)
 
 
 def _checkpoint(asked: api.Checkpoint) -> contract.Checkpoint:

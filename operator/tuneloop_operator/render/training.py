@@ -9,9 +9,9 @@ from pathlib import PurePosixPath
 from tuneloop_operator.api.finetunejob import FineTuneJob, Resolved
 from tuneloop_operator.render import names, pods, together
 from tuneloop_operator.render.pods import Json
-from tuneloop_operator.render.run_config import FEEDBACK_PATH, INTERNAL_TOKEN, PUSH_PATH, SOURCES_PATH, row_sources
+from tuneloop_operator.render.run_config import FEEDBACK_PATH, INTERNAL_TOKEN, MLFLOW_PATH, PUSH_PATH, SOURCES_PATH, row_sources
 from tuneloop_operator.settings import Settings
-from tuneloop_trainer.contract import CONFIG_PATH, PROGRESS_PORT, Baseline, Estimated, RunConfig, Stage
+from tuneloop_trainer.contract import CONFIG_PATH, MLFLOW_KEYS, PROGRESS_PORT, Baseline, Estimated, RunConfig, Stage
 
 CONTAINER = "stage"
 CONFIG_FILE = PurePosixPath(CONFIG_PATH).name
@@ -236,6 +236,10 @@ def _volumes(job: FineTuneJob, config: RunConfig, stage: Stage, configuration: s
             name = f"source-{names.short_hash(secret)}"
             volumes.append(pods.secret_volume(name, secret))
             mounts.append(pods.read_only_mount(name, f"{SOURCES_PATH}/{secret}"))
+    for place in job.spec.training.reporting if stage is Stage.TRAIN else ():
+        if place.mlflow is not None and place.mlflow.secret_ref is not None:
+            volumes.append(pods.secret_volume("mlflow", place.mlflow.secret_ref.name, MLFLOW_KEYS, optional=True))
+            mounts.append(pods.read_only_mount("mlflow", MLFLOW_PATH))
     if stage is Stage.EVALUATE:
         for index, target in enumerate(job.spec.output.push):
             if target.secret_ref is not None:

@@ -18,6 +18,7 @@ from tuneloop_operator.api.finetunejob import FineTuneJobSpec, Resolved
 from tuneloop_operator.render import names, training
 from tuneloop_operator.render.run_config import run_config
 from tuneloop_trainer.contract import (
+    MLFLOW_KEYS,
     Classification,
     Custom,
     Dpo,
@@ -25,7 +26,9 @@ from tuneloop_trainer.contract import (
     ExactMatch,
     Kto,
     Lora,
+    Mlflow,
     PromptTuning,
+    Reporting,
     Reward,
     Rollouts,
     RunConfig,
@@ -271,6 +274,23 @@ def test_every_example_of_a_method_is_rendered(path: Path) -> None:
     config = run_config(make_job(yaml.safe_load(path.read_text())["spec"]), Resolved())
     assert METHODS[path.stem](config), "what it is an example of reaches the trainer"
     assert config.evaluation.gates, "the model is judged by rows that are held out"
+
+
+def test_keys_of_mlflow_go_to_the_training_alone_and_by_reference() -> None:
+    job = make_job(yaml.safe_load((ROOT / "examples" / "reporting" / "mlflow.yaml").read_text())["spec"])
+    config = run_config(job, Resolved())
+    server = Mlflow(tracking_uri="https://mlflow.example.org", experiment="answers", credentials="/etc/tuneloop/mlflow")
+    assert config.reporting == Reporting(tensorboard=True, mlflow=server)
+
+    world = World(job=job).up_to(Stage.EVALUATE)
+    pods = {stage: pod_of(world.runs[f"tweets-{stage.value}-1"].manifest) for stage in Stage}
+    mounting = {stage for stage, pod in pods.items() if any(volume["name"] == "mlflow" for volume in pod["volumes"])}
+    assert mounting == {Stage.TRAIN}
+    (volume,) = (volume["secret"] for volume in pods[Stage.TRAIN]["volumes"] if volume["name"] == "mlflow")
+    assert (volume["secretName"], volume["optional"]) == ("mlflow", True), "a Secret that is missing keeps no training from starting"
+    assert {item["key"] for item in volume["items"]} == set(MLFLOW_KEYS)
+    (mount,) = (mount for mount in pods[Stage.TRAIN]["containers"][0]["volumeMounts"] if mount["name"] == "mlflow")
+    assert (mount["mountPath"], mount["readOnly"]) == (server.credentials, True)
 
 
 def test_dora_is_merged_where_nothing_is_said() -> None:

@@ -25,7 +25,7 @@ LATER: dict[str, Any] = {"personal_data": "Keep", "quality": "None", "languages"
 it says something, so that it changes no key of a run that was made before it."""
 
 
-NO_PART = frozenset({"paths", "threads", "stall_seconds", "checkpoint", "image", "origins", "push", "estimate"})
+NO_PART = frozenset({"paths", "threads", "stall_seconds", "checkpoint", "image", "origins", "push", "estimate", "reporting"})
 """Fields that change no output."""
 
 

@@ -78,10 +78,11 @@ def run(attempt: Attempt) -> None:
     """Train what is left; nothing, where an attempt was killed between its last checkpoint and the end of the stage."""
     from transformers import TrainerState
 
-    if attempt.resumed is None:
-        attempt.trainer.train()
-    elif attempt.resumed.step < attempt.plan.max_steps:
-        attempt.trainer.train(resume_from_checkpoint=str(attempt.resumed.folder))
+    from tuneloop_trainer.training.reporting import telling_failure
+
+    if attempt.resumed is None or attempt.resumed.step < attempt.plan.max_steps:
+        with telling_failure(attempt.trainer.callback_handler.callbacks):
+            attempt.trainer.train(resume_from_checkpoint=str(attempt.resumed.folder) if attempt.resumed else None)
     else:
         attempt.trainer.state = TrainerState.load_from_json(str(attempt.resumed.folder / "trainer_state.json"))
 
@@ -93,6 +94,7 @@ def assemble(
     from transformers import PrinterCallback
 
     from tuneloop_trainer.training.callbacks import DecideCheckpoints, ReportProgress
+    from tuneloop_trainer.training.reporting import reporters
     from tuneloop_trainer.training.rows import first_steps
     from tuneloop_trainer.training.trainer import trainable_share
     from tuneloop_trainer.training.utilisation import utilisation
@@ -136,6 +138,8 @@ def assemble(
     trainer.figures = report.figures
     for callback in filter(None, (stop_early, report, DecideCheckpoints(config.checkpoint, interrupts, checkpoints, progress))):
         trainer.add_callback(callback)
+    for reporter in reporters(config, stage_folder(config, Stage.TRAIN), progress, interrupts) if world.is_first else ():
+        trainer.add_callback(reporter)
     if stop_early is not None:
         trainer.best_step = stop_early.best_step
         stop_early.keep = lambda step: setattr(trainer, "best_step", step)
