@@ -68,8 +68,8 @@ def _synthetic(rng: random.Random, rows: int, letters: str) -> list[Features]:
 
 
 def run_once(rows: Sequence[Features], pairs: int, rng: random.Random) -> list[int | None]:
-    """Bets until the first alarm, for each threshold; None where there was none. Every row is used at most once while they suffice; else each
-    request is an independent draw, so that live and reference are of one distribution all the same."""
+    """Bets until the first alarm, for each threshold; None where there was none. Every row is used at most once while they suffice; else
+    each request is an independent draw, so that live and reference are of one distribution all the same."""
     needed = 2 * (pairs + BURN_IN)
     order = rng.sample(rows, needed) if needed <= len(rows) else rng.choices(rows, k=needed)
     detector = Detector()
