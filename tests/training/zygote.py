@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -28,7 +29,7 @@ class Forked:
     """What the launcher uses of Popen, for a worker that is forked."""
 
     def __init__(self, command: Sequence[str], env: Mapping[str, str]) -> None:
-        self.pid = os.fork()
+        self.pid = fork(signal.SIG_DFL)
         if self.pid == 0:
             leave(lambda: work(command[-1], env))
 
@@ -89,10 +90,22 @@ def _rows(inputs: Any) -> Any:
     return zip(inputs["input_ids"], mask if mask is not None else torch.ones_like(inputs["input_ids"]), strict=True)
 
 
+def fork(on_sigterm: signal.Handlers) -> int:
+    """As a new program begins: without its parent's handler, and with no moment in which SIGTERM would be lost to that."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM,))
+    pid = os.fork()
+    if pid == 0:
+        signal.signal(signal.SIGTERM, on_sigterm)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM,))
+    return pid
+
+
 def leave(run: Callable[[], int]) -> NoReturn:
     code = 70
     try:
         code = run()
+    except BaseException:  # noqa: BLE001  # the last place where it can be seen
+        traceback.print_exc()
     finally:
         sys.stderr.flush()
         os._exit(code)
@@ -114,7 +127,7 @@ def main() -> None:
     workers.subprocess.Popen = Forked  # type: ignore[misc, assignment]
     for line in sys.stdin:
         asked = json.loads(line)
-        pid = os.fork()
+        pid = fork(signal.SIG_IGN)  # as PID 1 of a container is given no signal that it has no handler for
         if pid == 0:
             os.dup2(2, 1)
             signal.signal(signal.SIGINT, signal.SIG_DFL)

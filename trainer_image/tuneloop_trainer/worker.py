@@ -47,7 +47,8 @@ def main() -> int:
 def run(stage: Stage, config: RunConfig, progress: ProgressWriter, interrupts: Interrupts) -> StageResult:
     """Run a stage; whatever it raises becomes a result."""
     try:
-        return _stage(stage, config, progress, interrupts)
+        with interrupts:
+            return _stage(stage, config, progress, interrupts)
     except (StageError, Interrupted) as error:
         return _failure(stage, error)
     except Exception as error:  # the last place where an error can still be told
