@@ -96,7 +96,7 @@ chart: tools ## lint the chart and package it into build/
 	helm package charts/tuneloop -d build
 
 .PHONY: bench
-bench: bench-operator bench-start bench-gateway bench-estimate bench-training bench-drift ## all benchmarks
+bench: bench-operator bench-start bench-gateway bench-estimate bench-training bench-checkpoints bench-drift ## all benchmarks
 
 .PHONY: bench-operator
 bench-operator: venv control-plane-up ## objects a second, memory, writes when idle and after a restart
@@ -115,6 +115,10 @@ bench-training: venv ## training speed beside TRL, LLaMA-Factory, axolotl and KA
 .PHONY: bench-estimate
 bench-estimate: venv ## how far the memory estimate is from what training takes
 	@$(PY) -m bench.estimate
+
+.PHONY: bench-checkpoints
+bench-checkpoints: venv ## how long a training stands still for a checkpoint, published before the next step or beside it
+	@$(PY) -m bench.checkpoints
 
 .PHONY: bench-drift
 bench-drift: venv ## how often drift is reported where there is none

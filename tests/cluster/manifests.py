@@ -78,7 +78,7 @@ FINE_TUNE_JOB: Manifest = {
             "costPerAcceleratorHour": "2.5",
             "pod": POD,
         },
-        "checkpoint": {"everyMinutes": "10", "everySteps": 50, "keep": 2},
+        "checkpoint": {"everyMinutes": "10", "everySteps": 50, "keep": 2, "publish": "Asynchronous"},
         "evaluation": {
             "suites": [
                 {

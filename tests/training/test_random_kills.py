@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from tests.training.conftest import Attempt, Zygote
@@ -21,6 +22,7 @@ from tuneloop_trainer.manifests import verify
 
 MAX_STEPS = 60
 SEED = 20260301
+Publish = Literal["Asynchronous"] | None
 
 
 @dataclass
@@ -154,7 +156,8 @@ def assert_as_undisturbed(run: Run, summary: TrainSummary, undisturbed: RunConfi
     assert not list(run.train.glob(".*tmp*"))
 
 
-def survive(zygote: Zygote, prepared: RunConfig, undisturbed: RunConfig, root: Path, kills: int) -> None:
+def survive(zygote: Zygote, prepared: RunConfig, undisturbed: RunConfig, root: Path, kills: int, publish: Publish) -> None:
+    prepared = prepared.model_copy(update={"checkpoint": prepared.checkpoint.model_copy(update={"publish": publish})})
     chance = random.Random(SEED + kills)
     killed = rounds = lost = 0
     while killed < kills:
@@ -166,11 +169,13 @@ def survive(zygote: Zygote, prepared: RunConfig, undisturbed: RunConfig, root: P
 
 
 @pytest.mark.timeout(240)
-def test_ten_kills_change_nothing(zygote: Zygote, prepared: RunConfig, undisturbed: RunConfig, tmp_path: Path) -> None:
-    survive(zygote, prepared, undisturbed, tmp_path, kills=10)
+@pytest.mark.parametrize("publish", [None, "Asynchronous"])
+def test_ten_kills_change_nothing(publish: Publish, zygote: Zygote, prepared: RunConfig, undisturbed: RunConfig, tmp_path: Path) -> None:
+    survive(zygote, prepared, undisturbed, tmp_path, kills=10, publish=publish)
 
 
 @pytest.mark.long
 @pytest.mark.timeout(1800)
-def test_sixty_kills_change_nothing(zygote: Zygote, prepared: RunConfig, undisturbed: RunConfig, tmp_path: Path) -> None:
-    survive(zygote, prepared, undisturbed, tmp_path, kills=60)
+@pytest.mark.parametrize("publish", [None, "Asynchronous"])
+def test_sixty_kills_change_nothing(publish: Publish, zygote: Zygote, prepared: RunConfig, undisturbed: RunConfig, tmp_path: Path) -> None:
+    survive(zygote, prepared, undisturbed, tmp_path, kills=60, publish=publish)

@@ -409,6 +409,8 @@ class Checkpoint(Model):
     every_minutes: float | None = 10
     every_steps: int | None = None
     keep: int = 2
+    publish: Literal["Asynchronous"] | None = None
+    """Asynchronous: what is saved by the plan is published beside the training. None: before the next step."""
 
 
 class Curation(Model):

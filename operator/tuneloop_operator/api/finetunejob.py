@@ -252,6 +252,11 @@ class Checkpoint(Model):
     )
     every_steps: int | None = Field(default=None, ge=1, description="Steps between checkpoints.")
     keep: int = Field(default=2, ge=1, le=20, description="Newest checkpoints that are kept.")
+    publish: Literal["Synchronous", "Asynchronous"] = Field(
+        default="Synchronous",
+        description="Asynchronous: a checkpoint is flushed to the store, hashed and published beside the steps that follow. The last one, "
+        "the best one and that of an interruption are published before anything else.",
+    )
 
 
 class SuiteDataset(Model):

@@ -218,7 +218,8 @@ def _checkpoint(asked: api.Checkpoint) -> contract.Checkpoint:
     minutes = float(asked.every_minutes) if asked.every_minutes is not None else None
     if minutes is None and asked.every_steps is None:
         minutes = CHECKPOINT_MINUTES
-    return contract.Checkpoint(every_minutes=minutes, every_steps=asked.every_steps, keep=asked.keep)
+    publish: Literal["Asynchronous"] | None = "Asynchronous" if asked.publish == "Asynchronous" else None
+    return contract.Checkpoint(every_minutes=minutes, every_steps=asked.every_steps, keep=asked.keep, publish=publish)
 
 
 def _rows(

@@ -19,6 +19,7 @@ from tuneloop_operator.render import names, training
 from tuneloop_operator.render.run_config import run_config
 from tuneloop_trainer.contract import (
     MLFLOW_KEYS,
+    Checkpoint,
     Classification,
     Custom,
     Dpo,
@@ -221,6 +222,14 @@ def test_defaults_follow_the_method(method: str, rate: float, output: str) -> No
     assert (config.checkpoint.every_minutes, config.checkpoint.every_steps) == (10, None)
 
 
+def test_what_is_said_of_checkpoints_is_what_the_trainer_does() -> None:
+    said = make_spec(checkpoint={"everySteps": 7, "keep": 3, "publish": "Asynchronous"})
+    assert run_config(make_job(said), Resolved()).checkpoint == Checkpoint(
+        every_minutes=None, every_steps=7, keep=3, publish="Asynchronous"
+    )
+    assert run_config(make_job(make_spec(checkpoint={"publish": "Synchronous"})), Resolved()).checkpoint.publish is None
+
+
 OBJECTIVES = [
     ("SFT", "LoRA", 2e-4, "Adapter", "Loss"),
     ("DPO", "LoRA", 5e-6, "Adapter", "Preference"),
@@ -374,7 +383,9 @@ def test_settings_of_an_objective_reach_the_trainer() -> None:
 SPECS = st.builds(
     lambda **fields: make_spec(**fields),
     training=st.fixed_dictionaries({}, optional={"maxSteps": st.integers(1, 9), "epochs": st.just("0.5"), "packing": st.booleans()}),
-    checkpoint=st.fixed_dictionaries({}, optional={"everySteps": st.integers(1, 9), "everyMinutes": st.just("2.5")}),
+    checkpoint=st.fixed_dictionaries(
+        {}, optional={"everySteps": st.integers(1, 9), "everyMinutes": st.just("2.5"), "publish": st.just("Asynchronous")}
+    ),
     method=st.sampled_from([{}, {"type": "Full"}, {"type": "LoRA", "lora": {}}]),
     compute=st.fixed_dictionaries({}, optional={"acceleratorsPerNode": st.integers(0, 16)}),
     promptFormat=st.sampled_from(["Chat", "Text"]),

@@ -122,6 +122,7 @@ def assemble(
         "consumed": resumed.samples if resumed else 0,
         "checkpoints": checkpoints,
         "is_sharded": plan.is_sharded,
+        "publishes_meanwhile": config.checkpoint.publish == "Asynchronous",
     }
     arguments = settings.values | surroundings(plan, writing, stop_early is not None, hardware.device())
     trainer = make_trainer(objective, base, arguments, _dataset(data, "train"), validation, resuming)
@@ -136,7 +137,8 @@ def assemble(
         trainer.model.config, float(lengths.mean()), is_frozen=config.method.type == "LoRA", processes=plan.processes
     )
     trainer.figures = report.figures
-    for callback in filter(None, (stop_early, report, DecideCheckpoints(config.checkpoint, interrupts, checkpoints, progress))):
+    decide = DecideCheckpoints(config.checkpoint, interrupts, checkpoints, progress, trainer.settle)
+    for callback in filter(None, (stop_early, report, decide)):
         trainer.add_callback(callback)
     for reporter in reporters(config, stage_folder(config, Stage.TRAIN), progress, interrupts) if world.is_first else ():
         trainer.add_callback(reporter)

@@ -141,8 +141,10 @@ class DecideCheckpoints(TrainerCallback):
         interrupts: Interrupts,
         checkpoints: Checkpoints,
         progress: ProgressWriter,
+        settle: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._settle = settle
         self._plan = plan
         self._interrupts = interrupts
         self._checkpoints = checkpoints
@@ -152,6 +154,7 @@ class DecideCheckpoints(TrainerCallback):
         self._saved = clock()
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
+        self._see_to_published()
         # Clocks and signals differ between processes; what follows from them must not.
         is_due = self._is_due(state.global_step) or state.global_step >= state.max_steps
         interrupted, is_due = self._checkpoints.world.any(self._interrupts.requested, is_due)
@@ -165,8 +168,18 @@ class DecideCheckpoints(TrainerCallback):
         return control
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        is_saved = self._checkpoints.saved_step == state.global_step
+        is_saved = state.global_step in (self._checkpoints.saved_step, self._checkpoints.publisher.pending_step)
         self._saved, self._missed_at = (self._clock(), None) if is_saved else (self._saved, self._clock())
+        self._checkpoints.has_missed = False  # of one before this
+
+    def _see_to_published(self) -> None:
+        """Of what was left to be published beside the training: what is now, and what could not be."""
+        before = self._checkpoints.saved_step
+        self._settle()
+        if self._checkpoints.saved_step != before:
+            self._progress.update(checkpoint_step=self._checkpoints.saved_step)
+        if self._checkpoints.has_missed:
+            self._checkpoints.has_missed, self._missed_at = False, self._clock()
 
     def _is_due(self, step: int) -> bool:
         if self._missed_at is not None:

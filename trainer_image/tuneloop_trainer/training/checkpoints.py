@@ -14,6 +14,7 @@ from pathlib import Path
 from tuneloop_trainer.contract import Manifest, Reason
 from tuneloop_trainer.errors import Mismatch, Unavailable
 from tuneloop_trainer.manifests import publish, read_manifest, verify, write_atomically
+from tuneloop_trainer.training.publishing import Publisher
 from tuneloop_trainer.training.world import World
 
 log = logging.getLogger("tuneloop.checkpoints")
@@ -49,6 +50,9 @@ class Checkpoints:
         self._lost = 0
         self.saved_step: int | None = None
         """Of the newest one that this attempt resumed from or published."""
+        self.publisher = Publisher(self.world)
+        self.has_missed = False
+        """Whether one that was being published beside the training could not be."""
         folder.mkdir(parents=True, exist_ok=True)
 
     def newest(self) -> Checkpoint | None:
@@ -133,9 +137,9 @@ class Saves:
         self._wait = wait
         self._failing_since: float | None = None
 
-    def attempt(self, save: Callable[[], None], within: float | None) -> bool:
+    def attempt(self, save: Callable[[], None], within: float | None, *, is_all: bool = True) -> bool:
         """Save; False where the store does not take it. With `within` seconds it is tried until then, and not being able to raises
-        Unavailable, as it does when nothing could be saved for OUTAGE_SECONDS."""
+        Unavailable, as it does when nothing could be saved for OUTAGE_SECONDS. `is_all`: it is published with that."""
         started = self._clock()
         while True:
             try:
@@ -149,8 +153,17 @@ class Saves:
                     return False
                 self._wait(AGAIN_SECONDS)
             else:
-                self._failing_since = None
+                if is_all:
+                    self.succeeded()
                 return True
+
+    def succeeded(self) -> None:
+        self._failing_since = None
+
+    def failed_meanwhile(self, error: Exception) -> None:
+        """What was written could not be published. Raises Unavailable as `attempt` does."""
+        log.error("the checkpoint cannot be published: %s", error)
+        self._failed(error, self._clock(), None)
 
     def _failed(self, error: Exception, started: float, within: float | None) -> None:
         now = self._clock()

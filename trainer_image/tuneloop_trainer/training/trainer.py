@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,13 @@ from peft.utils.other import TrainableTokensWrapper
 from torch.utils.data import Sampler
 from transformers import Trainer
 
+from tuneloop_trainer.contract import Reason
 from tuneloop_trainer.data.schedule import Order
+from tuneloop_trainer.errors import Unavailable
 from tuneloop_trainer.training import parts
-from tuneloop_trainer.training.checkpoints import FAREWELL_SECONDS, OUTAGE_SECONDS, Checkpoints, Saves
+from tuneloop_trainer.training.checkpoints import FAREWELL_SECONDS, OUTAGE_SECONDS, Checkpoints, Saves, is_of_the_store
 from tuneloop_trainer.training.heads import select_positions
+from tuneloop_trainer.training.publishing import Late
 from tuneloop_trainer.training.rows import NewRowsFirst, in_two_parts
 
 SCHEDULER = "scheduler.pt"
@@ -45,6 +50,7 @@ class Resumable(Trainer):
         consumed: int,
         checkpoints: Checkpoints,
         is_sharded: bool = False,
+        publishes_meanwhile: bool = False,
         columns: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -53,6 +59,7 @@ class Resumable(Trainer):
         self.checkpoints = checkpoints
         self.saves = Saves()
         self.is_sharded = is_sharded
+        self.publishes_meanwhile = publishes_meanwhile
         self.columns = columns
         if is_sharded:
             parts.keep_precision(kwargs["args"])
@@ -87,28 +94,74 @@ class Resumable(Trainer):
         return OrderSampler(self.order, self.consumed)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """A save that may not be missed, the last one, the best one or that after SIGTERM, is tried for a while."""
+        """A save that may not be missed, the last one, the best one or that after SIGTERM, is tried for a while, and is published before
+        anything else goes on."""
         step = self.state.global_step
         within = OUTAGE_SECONDS if step >= self.state.max_steps or step == self.best_step else None
         if within is None and self.control.should_training_stop:
-            within = FAREWELL_SECONDS
-        self.saves.attempt(lambda: self._save_once(model, trial), within)
+            within = self._farewell()
+        else:
+            self._wait_for_the_last(OUTAGE_SECONDS)
+        meanwhile = within is None and self.publishes_meanwhile
+        self.saves.attempt(lambda: self._save_once(model, trial, meanwhile=meanwhile), within, is_all=not meanwhile)
 
-    def _save_once(self, model: Any, trial: Any) -> None:
+    def _wait_for_the_last(self, seconds: float) -> None:
+        """One checkpoint at a time. Raises Unavailable where the store does not take the one before."""
+        try:
+            self.settle(seconds)
+        except Late as error:
+            raise Unavailable(f"The store took no checkpoint for {seconds:.0f} s: {error}.", Reason.STORE_UNAVAILABLE) from error
+
+    def _farewell(self) -> float:
+        """After SIGTERM: half of the time for the checkpoint that is on its way, which is the nearer one, and how much is left for that of
+        this step. Where it is late both are published at once, and whichever is complete by then counts."""
+        started = time.monotonic()
+        with suppress(Late):
+            self.settle(FAREWELL_SECONDS / 2)
+        return FAREWELL_SECONDS - (time.monotonic() - started)
+
+    def settle(self, seconds: float = 0.0) -> None:
+        """See to the checkpoint that is being published, and wait so long for it, then raise Late. All processes call this after the
+        same steps."""
+        try:
+            step = self.checkpoints.publisher.settle(seconds)
+        except Exception as error:
+            if not is_of_the_store(error):
+                raise
+            self._drop(Path(self.args.output_dir))
+            self.checkpoints.has_missed = True
+            self.saves.failed_meanwhile(error)
+            return
+        if step is not None:
+            self.checkpoints.saved_step = step
+            self.saves.succeeded()
+
+    def _save_once(self, model: Any, trial: Any, *, meanwhile: bool = False) -> None:
         """All processes write their part; the first one publishes, once all have."""
         step, world = self.state.global_step, self.checkpoints.world
         written = Path(self.args.output_dir) / f"checkpoint-{step}"
+        samples, best = step * len(self.order) // self.state.max_steps, self.best_step
+
+        def publish() -> None:
+            try:
+                self.checkpoints.add(written, step, samples, keep_step=best)
+            finally:
+                shutil.rmtree(written, ignore_errors=True)
+
         try:
             self._together(lambda: super(Resumable, self)._save_checkpoint(model, trial))
-            samples = step * len(self.order) // self.state.max_steps
-            if world.is_first:
-                self._together(lambda: self.checkpoints.add(written, step, samples, keep_step=self.best_step))
-            else:
-                self._together(lambda: None)
-            self.checkpoints.saved_step = step
-        finally:
-            if world.is_first:
-                shutil.rmtree(written, ignore_errors=True)
+        except BaseException:
+            self._drop(written)
+            raise
+        if meanwhile:
+            self.checkpoints.publisher.start(step, written, publish)
+            return
+        self._together(publish if world.is_first else lambda: None)
+        self.checkpoints.saved_step = step
+
+    def _drop(self, written: Path) -> None:
+        if self.checkpoints.world.is_first:
+            shutil.rmtree(written, ignore_errors=True)
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
