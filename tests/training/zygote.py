@@ -14,6 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 from tuneloop_trainer import launcher, worker, workers
@@ -124,7 +125,7 @@ def main() -> None:
     import tuneloop_trainer.training.callbacks
     import tuneloop_trainer.training.trainer  # noqa: F401
 
-    workers.subprocess.Popen = Forked  # type: ignore[misc, assignment]
+    workers.subprocess = SimpleNamespace(Popen=Forked)  # type: ignore[assignment]  # theirs alone: libraries start programs too
     for line in sys.stdin:
         asked = json.loads(line)
         pid = fork(signal.SIG_IGN)  # as PID 1 of a container is given no signal that it has no handler for
