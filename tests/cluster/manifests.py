@@ -298,6 +298,7 @@ TEXTS = changed(
     "spec.vocabulary",
     {"fromCorpus": {"minCount": 50, "minFertility": 4, "maxTokens": 100}, "initialization": "SubtokenMean"},
 )
+QUANTIZED = changed(changed(FINE_TUNE_JOB, "spec.quantization", {"bits": 4, "type": "NF4"}), "spec.compute.parallelism", "DataParallel")
 PROMPTED = changed(FINE_TUNE_JOB, "spec.method", {"type": "PromptTuning", "promptTuning": {"virtualTokens": 8}})
 WRITING: Manifest = {"numGenerations": 4, "maxCompletionLength": 64, "temperature": "0.9", "beta": "0.01"}
 REWARDS: list[Manifest] = [
@@ -335,7 +336,7 @@ SCRATCH = changed(
 SCRATCH_TRAINED = changed(SCRATCH, "spec.baseModel.tokenizer", {"train": {"vocabularySize": 32000}})
 OWN = changed(FINE_TUNE_JOB, "spec.objective", {"type": "Custom", "custom": {"name": "mine", "settings": {"strict": "yes"}}})
 FULL = (
-    FINE_TUNE_JOB, PROMPTED, OWN, PREFERENCES, JUDGEMENTS, CLASSES, TRANSLATIONS, TEXTS, PROMPTS, LEFT_OUT, SCRATCH, SCRATCH_TRAINED,
-    MODEL_VERSION, MODEL_DEPLOYMENT, WITH_DATABASE_SECRET
+    FINE_TUNE_JOB, PROMPTED, QUANTIZED, OWN, PREFERENCES, JUDGEMENTS, CLASSES, TRANSLATIONS, TEXTS, PROMPTS, LEFT_OUT, SCRATCH,
+    SCRATCH_TRAINED, MODEL_VERSION, MODEL_DEPLOYMENT, WITH_DATABASE_SECRET
 )  # fmt: skip
 PLURALS = {"FineTuneJob": "finetunejobs", "ModelVersion": "modelversions", "ModelDeployment": "modeldeployments"}

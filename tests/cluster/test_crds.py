@@ -27,6 +27,7 @@ from tests.cluster.manifests import (
     PREFERENCES,
     PROMPTED,
     PROMPTS,
+    QUANTIZED,
     REWARDS,
     SCRATCH,
     TEXTS,
@@ -228,6 +229,20 @@ REFUSED: dict[str, list[Manifest]] = {
     "PromptTuning trains no row of the vocabulary: leave out vocabulary.": [
         changed(changed(PROMPTED, "spec.vocabulary", {}), "spec.output.format", ...)
     ],
+    "quantization keeps a base that is not trained: method.type must be LoRA.": [changed(PROMPTED, "spec.quantization", {})],
+    "DoRA measures whole weights: leave out quantization, or lora.dora.": [
+        changed(changed(QUANTIZED, "spec.method.lora.dora", True), "spec.output.format", "Merged"),
+    ],
+    "new tokens are written into the base: leave out quantization, or vocabulary.": [
+        changed(changed(QUANTIZED, "spec.vocabulary", {}), "spec.output.format", "Merged"),
+    ],
+    "weights in few bits are not divided: compute.parallelism must not be FSDP.": [
+        changed(QUANTIZED, "spec.compute.parallelism", "FSDP"),
+    ],
+    "quantization does not go with SequenceClassification, RewardModel, Seq2Seq.": [
+        changed(manifest, "spec.quantization", {})
+        for manifest in (CLASSES, TRANSLATIONS, changed(PREFERENCES, "spec.objective", {"type": "RewardModel"}))
+    ],
     "new tokens make a new base, on which no adapter stands: output.format must be Merged.": [
         changed(FINE_TUNE_JOB, "spec.vocabulary", {}),
     ],
@@ -406,6 +421,7 @@ JOB_EDITS: dict[str, Manifest] = {
     "objective": {"objective": {"sft": {"loss": "FullSequence"}}},
     "promptFormat": {"promptFormat": "Text"},
     "method": {"method": {"lora": {"rank": 64}}},
+    "quantization": {"quantization": {}},
     "vocabulary": {"vocabulary": {}, "output": {"format": "Merged"}},
     "data": {"data": {"curation": {"decontaminate": False}}},
     "training": {"training": {"extraArguments": {"weight_decay": "0.02"}}},

@@ -17,6 +17,7 @@ from tuneloop_trainer.contract import (
     ENV_RENDEZVOUS,
     ExactMatch,
     ExitCode,
+    Quantization,
     Reward,
     Rollouts,
     RunConfig,
@@ -124,6 +125,17 @@ def test_completions_of_one_prompt_are_written_and_compared_by_two_processes(zyg
     assert rows_together(both) == {step: sorted(rows) for step, rows in rows_of_steps(config).items()}
     assert {step: len(set(rows)) for step, rows in rows_together(both).items()} == dict.fromkeys(range(1, 5), 1), "one prompt a step"
     assert {forward.rank: len(forward.rows) for forward in forwards(both)} == {0: 2, 1: 2}
+
+
+@pytest.mark.long
+def test_two_processes_train_an_adapter_on_a_base_in_four_bits_as_one_does(zygote: Zygote, base: Path, tmp_path: Path) -> None:
+    alone = prepared_run(zygote, base, tmp_path / "alone", 6, dropout=0.0, quantization=Quantization())
+    both = copy_work(alone, tmp_path / "both")
+
+    results = [zygote.run(alone, Stage.TRAIN), zygote.run(both, Stage.TRAIN, **together())]
+
+    assert [result.exit_code for result in results] == [ExitCode.DONE, ExitCode.DONE]
+    assert_as_alone(both, alone)
 
 
 @pytest.mark.long

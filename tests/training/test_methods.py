@@ -21,6 +21,7 @@ from tuneloop_trainer.contract import (
     Lora,
     Method,
     PromptTuning,
+    Quantization,
     RunConfig,
     Stage,
     Suite,
@@ -318,3 +319,91 @@ def test_learned_prompt_can_be_what_another_run_is_compared_with(tmp_path: Path,
     scored = json.loads((tmp_path / "first" / "work" / "evaluate" / "results.json").read_text())["suites"]["gate"]["candidate"]["losses"]
     mean = sum(loss for loss, _ in scored) / sum(count for _, count in scored)
     assert gate.baseline == pytest.approx(mean, rel=1e-3), "the same losses as when it was judged itself"
+
+
+# --- QLoRA -----------------------------------------------------------------------------------------
+
+
+def test_gradients_through_a_base_in_four_bits_are_those_of_its_rounded_weights(base: Path) -> None:
+    """On the device that is there, after an evaluation as before: what says whether quantised training is sound on it."""
+    import torch
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+
+    for name in ("bfloat16", "float32"):
+        dtype = getattr(torch, name)
+        model = models.load_model(base, "base", name, Quantization())  # type: ignore[arg-type]
+        said_first = logits(model, [3, 4, 5])
+        layer = model.train().model.layers[0].mlp.up_proj
+        assert isinstance(layer, Linear4bit)
+        given = torch.randn(4, 32, dtype=dtype, device=model.device, requires_grad=True)
+        said = layer(given)
+        back = torch.randn_like(said)
+        said.backward(back)
+        rounded = dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(dtype)
+        assert torch.allclose(said, given @ rounded.T, rtol=1e-2, atol=1e-3)
+        assert torch.allclose(given.grad, back @ rounded, rtol=1e-2, atol=1e-3)
+        assert torch.allclose(logits(model, [3, 4, 5]), said_first, rtol=1e-2, atol=1e-2)
+
+
+def in_four_bits(root: Path, base: Path, precision: Any, **fields: Any) -> RunConfig:
+    """A run that is validated between its steps."""
+    validated = {"validation_fraction": 0.2, "curation": Curation(decontaminate=False)}
+    config = make_run(root, base, "SFT", **({"quantization": Quantization()} | validated | fields))
+    return replace(config, training=config.training.model_copy(update={"precision": precision, "early_stopping_patience": 20}))
+
+
+@pytest.mark.parametrize("precision", ["BF16", pytest.param("FP32", marks=pytest.mark.long)])
+def test_adapter_learns_on_a_base_in_four_bits_and_is_judged_on_the_base_as_it_is(
+    precision: Any, tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = in_four_bits(tmp_path, base, precision, output_format="Adapter")
+
+    for stage in (Stage.PREPARE, Stage.TRAIN):
+        result = run_stage(config, stage)
+    assert result.train.validation_loss is not None
+    assert improvement(optimised(config)) > 3
+
+    monkeypatch.delattr(models, "_in_few_bits")
+    assert run_stage(config, Stage.PACKAGE).exit_code == ExitCode.DONE
+    assert run_stage(config, Stage.EVALUATE).evaluate.gates[0].difference < 0
+
+
+def test_adapter_of_a_base_in_four_bits_is_a_plain_adapter_that_merges_into_the_base_as_it_is(tmp_path: Path, base: Path) -> None:
+    from safetensors.torch import load_file
+
+    plain = in_four_bits(tmp_path / "plain", base, "BF16", output_format="Adapter", steps=2, quantization=None)
+    adapter = in_four_bits(tmp_path / "adapter", base, "BF16", output_format="Adapter", steps=2)
+    merged = in_four_bits(tmp_path / "merged", base, "BF16", output_format="Merged", steps=6)
+    for config in (plain, adapter, merged):
+        for stage in (Stage.PREPARE, Stage.TRAIN, Stage.PACKAGE):
+            assert run_stage(config, stage).exit_code == ExitCode.DONE
+
+    files = [load_file(Path(each.paths.artifact) / "adapter_model.safetensors") for each in (plain, adapter)]
+    shapes = [{name: (tensor.shape, tensor.dtype) for name, tensor in file.items()} for file in files]
+    assert shapes[0] == shapes[1], "in fp32 too: small steps are not lost in bf16"
+    settings = [json.loads((Path(each.paths.artifact) / "adapter_config.json").read_text()) for each in (plain, adapter)]
+    assert settings[0] == settings[1], "nothing in it asks an engine for four bits"
+    assert losses(plain)[0] != losses(adapter)[0], "the base was in four bits"
+
+    ids = list(range(3, 40))
+    trained, whole = trained_logits(merged, base, ids), packaged_logits(merged, ids)
+    before = logits(models.load_model(base, "base", "float32"), ids)
+    assert (whole - trained).abs().mean() < 0.05 * (trained - before).abs().mean()
+    assert "quantization_config" not in json.loads((Path(merged.paths.artifact) / "config.json").read_text())
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("objective", ["SFT", "DPO", "KTO", "Pretraining", "GRPO", "RLOO"])
+def test_interrupted_run_on_a_base_in_four_bits_ends_bit_equal(objective: Any, tmp_path: Path, base: Path) -> None:
+    config = make_run(tmp_path, base, objective, steps=4, quantization=Quantization())
+    run_stage(config, Stage.PREPARE)
+    undisturbed = copy_work(config, tmp_path / "undisturbed")
+    run_stage(undisturbed, Stage.TRAIN)
+
+    stopped = run_stage(config, Stage.TRAIN, InterruptAfter(2))
+    resumed = run_stage(config, Stage.TRAIN)
+
+    assert (stopped.exit_code, resumed.exit_code, resumed.train.resumed_from_step) == (ExitCode.INTERRUPTED, ExitCode.DONE, 2)
+    assert losses(config) == losses(undisturbed)
+    assert weights(config) == weights(undisturbed)

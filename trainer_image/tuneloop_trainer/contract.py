@@ -221,6 +221,13 @@ class Method(Model):
     prompt_tuning: PromptTuning | None = None
 
 
+class Quantization(Model):
+    """How the frozen base under an adapter is kept while it is trained."""
+
+    bits: Literal[4] = 4
+    type: Literal["NF4"] = "NF4"
+
+
 NEW_ROWS_SHARE = 0.1
 """Share of a run's steps in which, with a new vocabulary, only the new tokens' rows are learned."""
 
@@ -547,6 +554,7 @@ class RunConfig(Model):
     loss: Literal["CompletionOnly", "FullSequence"] = "CompletionOnly"
     prompt_format: Literal["Chat", "Text"] = "Chat"
     method: Method
+    quantization: Quantization | None = None
     vocabulary: Vocabulary | None = None
     train: tuple[DataSource, ...] = Field(min_length=1, max_length=16)
     validation_fraction: float = 0.0

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from tuneloop_trainer.contract import Reason
+from tuneloop_trainer.contract import Quantization, Reason
 from tuneloop_trainer.errors import Invalid
 from tuneloop_trainer.hardware import loaded_to
 
@@ -24,11 +24,15 @@ def load_tokenizer(folder: Path, uri: str) -> Tokenizer:
         raise Invalid(f"The tokenizer of {uri} does not load: {error}", Reason.MODEL_NOT_FOUND) from error
 
 
-def load_model(folder: Path, uri: str, dtype: Literal["bfloat16", "float32"]) -> Model:
-    """The causal language model on the device, in evaluation mode. Raises Invalid, also where a weight would have to be drawn."""
+def load_model(folder: Path, uri: str, dtype: Literal["bfloat16", "float32"], quantization: Quantization | None = None) -> Model:
+    """The causal language model on the device, in evaluation mode; with `quantization` its linear layers are kept in so many bits and
+    computed in `dtype`. Raises Invalid, also where a weight would have to be drawn."""
     from transformers import AutoModelForCausalLM
 
-    return _load(AutoModelForCausalLM, folder, uri, dtype, "a causal language model")
+    if quantization is None:
+        return _load(AutoModelForCausalLM, folder, uri, dtype, "a causal language model")
+    model = _load(AutoModelForCausalLM, folder, uri, dtype, "a causal language model", quantization_config=_in_few_bits(dtype))
+    return _kept_trainable(model)
 
 
 def load_seq2seq(folder: Path, uri: str, dtype: Literal["bfloat16", "float32"]) -> Model:
@@ -38,7 +42,7 @@ def load_seq2seq(folder: Path, uri: str, dtype: Literal["bfloat16", "float32"]) 
     return _load(AutoModelForSeq2SeqLM, folder, uri, dtype, "an encoder-decoder")
 
 
-def _load(kind: Any, folder: Path, uri: str, dtype: Literal["bfloat16", "float32"], words: str) -> Model:
+def _load(kind: Any, folder: Path, uri: str, dtype: Literal["bfloat16", "float32"], words: str, **chosen: Any) -> Model:
     import torch
     from safetensors import SafetensorError
 
@@ -51,6 +55,7 @@ def _load(kind: Any, folder: Path, uri: str, dtype: Literal["bfloat16", "float32
             use_safetensors=True,
             attn_implementation="sdpa",
             output_loading_info=True,
+            **chosen,
         )
         _refuse_drawn(info["missing_keys"])
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -94,6 +99,31 @@ def load_classifier(folder: Path, uri: str, dtype: Literal["bfloat16", "float32"
             raise
         raise Invalid(f"Model {uri} does not load as a classification model: {error}", Reason.MODEL_NOT_FOUND) from error
     return model.to(loaded_to()).eval()
+
+
+def _in_few_bits(dtype: str) -> Any:
+    """4-bit NormalFloat, the constants of its blocks quantised too (Dettmers et al. 2023, "QLoRA")."""
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=getattr(torch, dtype)
+    )
+
+
+def _kept_trainable(model: Model) -> Model:
+    """On CPUs that compute in bf16, bitsandbytes packs a layer anew when it is first evaluated, for a kernel without a backward pass:
+    what is trained after an evaluation would lose the gradients through it without a word. What is not quantised is taken out of the
+    files' pages, which would stay in memory for it, whole."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    for layer in model.modules():
+        if isinstance(layer, Linear4bit):
+            layer.support_avx512bf16_for_cpu = False
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and not isinstance(parameter, Params4bit):
+            parameter.data = parameter.data.clone()
+    return model
 
 
 def _refuse_drawn(names: Iterable[str]) -> None:

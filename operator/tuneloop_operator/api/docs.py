@@ -62,7 +62,7 @@ def _without_default(row: str) -> str:
 
 def _type(field: Schema) -> str:
     if "enum" in field:
-        return ", ".join(field["enum"])
+        return ", ".join(map(str, field["enum"]))
     if field["type"] == "array":
         return f"list of {_type(field['items'])}"
     if "additionalProperties" in field:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field
 
 from tuneloop_operator.api.definitions import NAME_RULE, Column, Definition, immutable
-from tuneloop_operator.api.methods import Method, Vocabulary, method_rules
+from tuneloop_operator.api.methods import Method, Quantization, Vocabulary, method_rules
 from tuneloop_operator.api.objectives import Objective, spec_rules
 from tuneloop_operator.api.rowsources import RowSource
 from tuneloop_operator.api.starting import StartingModel, starting_rules
@@ -444,6 +444,9 @@ class FineTuneJobSpec(Model):
         description="Chat: prompt as user turn, completion as assistant turn of the tokenizer's template. Text: as they are.",
     )
     method: Method = Field(default=Method(), description="Which weights are trained.")
+    quantization: Quantization | None = Field(
+        default=None, description="Keep the frozen base in few bits while LoRA is trained. Absent: in the precision of the training."
+    )
     vocabulary: Vocabulary | None = Field(default=None, description="New tokens for words of the training rows. Absent: the base's tokens.")
     data: Data = Field(description="Where the rows come from.")
     training: Training = Field(default=Training(), description="Hyper-parameters.")

@@ -53,6 +53,13 @@ class Method(Model):
         return self.type != "Full" and not (self.lora is not None and self.lora.dora)
 
 
+class Quantization(Model):
+    """How the base is kept while adapters are trained on it. It is served, and merged into, as it is."""
+
+    bits: Literal[4] = Field(default=4, description="Bits of each weight of the linear layers.")
+    type: Literal["NF4"] = Field(default="NF4", description="NF4: 4-bit NormalFloat, with constants that are quantised too (QLoRA).")
+
+
 class FromCorpus(Model):
     """Which words of the training rows get tokens of their own."""
 
@@ -78,6 +85,7 @@ def method_rules() -> Iterator[tuple[str, str]]:
         f"!has(self.method.lora) || !self.method.lora.dora || {merged}",
         "no engine serves an adapter of DoRA on its base: output.format must be Merged.",
     )
+    yield from _quantization_rules()
     learned_prompt = "self.method.type != 'PromptTuning'"
     yield (
         f"{learned_prompt} || !has(self.output.format) || self.output.format == 'Adapter'",
@@ -87,3 +95,20 @@ def method_rules() -> Iterator[tuple[str, str]]:
     yield f"{learned_prompt} || !self.training.packing", "a learned prompt stands before each row: training.packing must be false."
     yield f"{learned_prompt} || !has(self.vocabulary)", "PromptTuning trains no row of the vocabulary: leave out vocabulary."
     yield f"!has(self.vocabulary) || {merged}", "new tokens make a new base, on which no adapter stands: output.format must be Merged."
+
+
+NOT_QUANTIZED = ("SequenceClassification", "RewardModel", "Seq2Seq")
+"""Objectives whose models have heads of their own, or two parts."""
+
+
+def _quantization_rules() -> Iterator[tuple[str, str]]:
+    absent = "!has(self.quantization)"
+    yield f"{absent} || self.method.type == 'LoRA'", "quantization keeps a base that is not trained: method.type must be LoRA."
+    yield (
+        f"{absent} || !has(self.method.lora) || !self.method.lora.dora",
+        "DoRA measures whole weights: leave out quantization, or lora.dora.",
+    )
+    yield f"{absent} || !has(self.vocabulary)", "new tokens are written into the base: leave out quantization, or vocabulary."
+    yield f"{absent} || self.compute.parallelism != 'FSDP'", "weights in few bits are not divided: compute.parallelism must not be FSDP."
+    names = ", ".join(f"'{name}'" for name in NOT_QUANTIZED)
+    yield f"{absent} || !(self.objective.type in [{names}])", f"quantization does not go with {', '.join(NOT_QUANTIZED)}."

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from tuneloop_gateway.contract import INTERNAL_PORT
 from tuneloop_operator.api import finetunejob as api
-from tuneloop_operator.api.methods import LoRA, Method, PromptTuning, Vocabulary
+from tuneloop_operator.api.methods import LoRA, Method, PromptTuning, Quantization, Vocabulary
 from tuneloop_operator.api.objectives import (
     DPO,
     KTO,
@@ -51,6 +51,7 @@ def run_config(job: api.FineTuneJob, resolved: api.Resolved) -> contract.RunConf
         **_objective(spec.objective),
         prompt_format=prompt_format(spec.objective.type, spec.prompt_format),
         method=_method(spec.method),
+        quantization=_quantization(spec.quantization),
         vocabulary=_vocabulary(spec.vocabulary),
         train=tuple(_data_source(job, source) for source in spec.data.train),
         validation_fraction=float(spec.data.validation.fraction) if spec.data.validation is not None else 0.0,
@@ -172,6 +173,10 @@ def _method(method: Method) -> contract.Method:
         rank=lora.rank, alpha=lora.alpha, dropout=float(lora.dropout), target_modules=lora.target_modules, dora=lora.dora
     )
     return contract.Method(type="LoRA", lora=settings)
+
+
+def _quantization(asked: Quantization | None) -> contract.Quantization | None:
+    return contract.Quantization(bits=asked.bits, type=asked.type) if asked is not None else None
 
 
 def _vocabulary(asked: Vocabulary | None) -> contract.Vocabulary | None:

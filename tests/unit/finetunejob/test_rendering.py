@@ -29,6 +29,7 @@ from tuneloop_trainer.contract import (
     Lora,
     Mlflow,
     PromptTuning,
+    Quantization,
     Reporting,
     Reward,
     Rollouts,
@@ -273,6 +274,7 @@ def test_every_example_of_an_extension_is_rendered(name: str) -> None:
 
 METHODS: dict[str, Callable[[RunConfig], object]] = {
     "dora": lambda config: config.method.lora is not None and config.method.lora.dora,
+    "qlora": lambda config: (config.quantization, config.output_format) == (Quantization(), "Adapter"),
     "prompttuning": lambda config: (config.method.prompt_tuning, config.output_format) == (PromptTuning(), "Adapter"),
     "vocabulary": lambda config: config.vocabulary == Vocabulary() and config.output_format == "Merged",
 }

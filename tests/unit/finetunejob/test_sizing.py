@@ -95,6 +95,7 @@ def test_a_full_step_holds_weights_gradients_and_two_moments_in_fp32() -> None:
         ({"has_reference": True, "method": "Full"}, True),
         ({"dora": True}, True),
         ({"new_tokens": 500}, True),
+        ({"quantized": True}, False),
         ({"rank": 0, "virtual_tokens": 20}, False),
     ],
 )

@@ -115,6 +115,10 @@ class Objective:
         """The base as this objective trains it."""
         return self.load(folder, self.config.base.uri, dtype)
 
+    def load_quantized(self, folder: Path, dtype: Dtype) -> models.Model:
+        """The base under an adapter that is trained on it in few bits; it is merged into, and served on, the base as it is."""
+        return models.load_model(folder, self.config.base.uri, dtype, self.config.quantization)
+
     def load(self, folder: Path, uri: str, dtype: Dtype) -> models.Model:
         """A model that this objective has trained: a checkpoint's, or a merged one."""
         return models.load_model(folder, uri, dtype)

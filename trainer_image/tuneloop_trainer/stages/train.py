@@ -19,7 +19,7 @@ from tuneloop_trainer.errors import Invalid, StageError
 from tuneloop_trainer.interrupts import Interrupts
 from tuneloop_trainer.manifests import publish, staging
 from tuneloop_trainer.objectives import Objective, objective_of
-from tuneloop_trainer.objectives.objective import Parts
+from tuneloop_trainer.objectives.objective import Dtype, Parts
 from tuneloop_trainer.progress import ProgressWriter
 from tuneloop_trainer.results import RESULT_FILE, write_result
 from tuneloop_trainer.stages.outputs import require_stage, run_key, stage_folder, told_again
@@ -171,7 +171,8 @@ def load(objective: Objective, base: Path) -> models.Model:
     # The adapter's random initialisation is drawn after this.
     torch.manual_seed(config.training.seed)
     frozen_in_half = config.method.type != "Full" and config.training.precision == "BF16"
-    model = objective.load_base(base, "bfloat16" if frozen_in_half else "float32")
+    dtype: Dtype = "bfloat16" if frozen_in_half else "float32"
+    model = objective.load_base(base, dtype) if config.quantization is None else objective.load_quantized(base, dtype)
     return model.train() if config.method.type == "Full" else model
 
 

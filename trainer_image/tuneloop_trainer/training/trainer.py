@@ -70,6 +70,7 @@ class Resumable(Trainer):
         self._random_state_of: str | None = None
         super().__init__(*args, **kwargs)
         _complete_token_wrappers(self.model)
+        _learn_in_full(self.model)
         models = list(filter(None, (self.model, getattr(self, "ref_model", None))))
         for model in models:
             select_positions(model, getattr(self, "temperature", 1.0), self.args.device.type)
@@ -239,6 +240,13 @@ class Resumable(Trainer):
         """Tokens of this attempt so far; TRL's trainers count them themselves."""
         counted = getattr(self, "_total_train_tokens", None)
         return int(self.state.num_input_tokens_seen if counted is None else counted)
+
+
+def _learn_in_full(model: torch.nn.Module) -> None:
+    """TRL rounds adapters on a quantised base to bf16; small steps of the optimiser would be lost in that."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.float()
 
 
 def _complete_token_wrappers(model: torch.nn.Module) -> None:

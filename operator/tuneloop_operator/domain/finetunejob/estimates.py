@@ -26,6 +26,8 @@ FILE_PAGES = 320 * MIB
 STARTED = 40 * MIB
 """What the first step touches whatever the model: kernels of libraries, data loader, optimiser, saving."""
 HOLES = {"LoRA": 0.85, "Full": 0.45}
+NF4_BYTES = 0.516
+"""Of a weight: four bits, and for each 64 of them a constant of a byte, of which 256 share another in fp32."""
 SPARE = 0.92
 """Share of a device's memory that an estimate may fill."""
 POSITIONS = {"cpu": 1024, "cuda": 4096}
@@ -57,6 +59,8 @@ class Workload:
     has_reference: bool = False
     """Whether a frozen copy of all weights stands beside those that are trained."""
     dora: bool = False
+    quantized: bool = False
+    """Whether the frozen linear layers are in 4 bits."""
     virtual_tokens: int = 0
     """Rows of a learned prompt, which stand before every row; an adapter of rank 0 otherwise."""
     new_tokens: int = 0
@@ -175,7 +179,11 @@ def _end_of_backward(work: Workload) -> int:
 
 def _weights(work: Workload) -> int:
     """All of them, as they are held: what is trained in fp32."""
-    frozen = work.shape.parameters * (2 if work.precision == "BF16" else 4) if work.method == "LoRA" else 0
+    each = 2 if work.precision == "BF16" else 4
+    frozen = work.shape.parameters * each if work.method == "LoRA" else 0
+    if work.quantized:
+        layer, outside = _units(work)
+        frozen = int(NF4_BYTES * work.shape.layers * layer) + each * outside
     return frozen + 4 * trained_parameters(work)
 
 
@@ -281,8 +289,9 @@ def _dora_tile(work: Workload) -> int:
 
 
 def _top(work: Workload) -> int:
-    """The larger of what is there for a moment: the head's tile, or the matrices of one layer of DoRA."""
-    return max(_head(work), _dora_tile(work))
+    """The largest of what is there for a moment: the head's tile, the matrices of one layer of DoRA, a matrix out of its 4 bits."""
+    unpacked = (2 if work.precision == "BF16" else 4) * work.shape.hidden_size * work.shape.intermediate_size if work.quantized else 0
+    return max(_head(work), _dora_tile(work), 2 * unpacked)
 
 
 def _head(work: Workload) -> int:

@@ -88,7 +88,7 @@ def size(job: FineTuneJob, config: RunConfig, facts: Facts, settings: Settings) 
 def _shares(job: FineTuneJob, config: RunConfig) -> tuple[int, ...]:
     """Among how many processes the model is divided, in the order in which it is tried."""
     processes, asked = together.processes(job), job.spec.compute.parallelism
-    is_compared = config.objective in DIVIDED and config.vocabulary is None
+    is_compared = config.objective in DIVIDED and config.vocabulary is None and config.quantization is None
     if processes == 1 or asked == "DataParallel" or (asked == "Auto" and not is_compared):
         return (1,)
     return (processes,) if asked == "FSDP" else (1, processes)
@@ -109,6 +109,7 @@ def _workload(job: FineTuneJob, config: RunConfig, facts: Facts) -> Workload:
     return Workload(
         shape=facts.shape,
         method="Full" if method.type == "Full" else "LoRA",
+        quantized=config.quantization is not None,
         virtual_tokens=method.prompt_tuning.virtual_tokens if method.prompt_tuning is not None else 0,
         rank=method.lora.rank if method.lora is not None else 0,
         only_attention=method.lora is not None and method.lora.target_modules == "Attention",
@@ -260,7 +261,7 @@ def _problem(job: FineTuneJob, work: Workload, limit: int) -> str:
 def _remedies(work: Workload, processes: int) -> Iterator[tuple[str, Workload]]:
     """From the smallest change on. The micro-batch is one row already."""
     checkpointed = replace(work, checkpointing=True)
-    if work.shares < processes and not work.new_tokens:
+    if work.shares < processes and not work.new_tokens and not work.quantized:
         yield "Set compute.parallelism to FSDP", replace(work, shares=processes)
     if not work.checkpointing:
         yield "Set training.extraArguments.gradient_checkpointing to 'true'", checkpointed
