@@ -298,7 +298,7 @@ TEXTS = changed(
     "spec.vocabulary",
     {"fromCorpus": {"minCount": 50, "minFertility": 4, "maxTokens": 100}, "initialization": "SubtokenMean"},
 )
-QUANTIZED = changed(changed(FINE_TUNE_JOB, "spec.quantization", {"bits": 4, "type": "NF4"}), "spec.compute.parallelism", "DataParallel")
+QUANTIZED = changed(FINE_TUNE_JOB, "spec.quantization", {"bits": 4, "type": "NF4"})
 PROMPTED = changed(FINE_TUNE_JOB, "spec.method", {"type": "PromptTuning", "promptTuning": {"virtualTokens": 8}})
 WRITING: Manifest = {"numGenerations": 4, "maxCompletionLength": 64, "temperature": "0.9", "beta": "0.01"}
 REWARDS: list[Manifest] = [
