@@ -31,7 +31,9 @@ def load_model(folder: Path, uri: str, dtype: Literal["bfloat16", "float32"], qu
 
     if quantization is None:
         return _load(AutoModelForCausalLM, folder, uri, dtype, "a causal language model")
-    model = _load(AutoModelForCausalLM, folder, uri, dtype, "a causal language model", quantization_config=_in_few_bits(dtype))
+    model = _load(
+        AutoModelForCausalLM, folder, uri, dtype, "a causal language model", quantization_config=_in_few_bits(quantization, dtype)
+    )
     return _kept_trainable(model)
 
 
@@ -101,13 +103,16 @@ def load_classifier(folder: Path, uri: str, dtype: Literal["bfloat16", "float32"
     return model.to(loaded_to()).eval()
 
 
-def _in_few_bits(dtype: str) -> Any:
+def _in_few_bits(quantization: Quantization, dtype: str) -> Any:
     """4-bit NormalFloat, the constants of its blocks quantised too (Dettmers et al. 2023, "QLoRA")."""
     import torch
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=getattr(torch, dtype)
+        load_in_4bit=quantization.bits == 4,
+        bnb_4bit_quant_type=quantization.type.lower(),
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, dtype),
     )
 
 
