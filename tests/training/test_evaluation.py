@@ -180,6 +180,18 @@ def test_report_of_the_run_lies_beside_the_results(judged: Any, learned: RunConf
     assert str(Path(learned.paths.work).parent) not in page, "no path of the store"
 
 
+def test_labels_are_compared_with_the_baseline_one_by_one(judged: Any) -> None:
+    (by_label,) = (told for told in json.loads(Path(judged.uri).read_text())["groups"]["gate"] if told["kind"] == "label")
+    gate = judged.evaluate.gates[0]
+
+    assert {group["name"]: group["n"] for group in by_label["groups"]} == {"positive": 30, "negative": 30}
+    for who in ("candidate", "baseline"):
+        means = [group[who] for group in by_label["groups"]]
+        assert sum(means) / 2 == pytest.approx(getattr(gate, who), abs=1e-4)
+    assert all(group["lower"] <= group["candidate"] - group["baseline"] <= group["upper"] for group in by_label["groups"])
+    assert "gate: Accuracy by label" in Path(judged.uri).with_name(judged.evaluate.page).read_text()
+
+
 def test_evaluation_tells_its_result_again(judged: Any, learned: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "load_model", None)
 

@@ -8,6 +8,7 @@ from typing import Final, Literal
 from tuneloop_trainer.chat import Formatter
 from tuneloop_trainer.evaluation import scoring
 from tuneloop_trainer.evaluation.baselines import SuiteScores
+from tuneloop_trainer.evaluation.groups import Grouping, groupings
 from tuneloop_trainer.evaluation.probes import has_labels
 from tuneloop_trainer.evaluation.suites import PreparedSuite
 from tuneloop_trainer.models import Model
@@ -40,6 +41,7 @@ class Compared:
     suite: str
     shown: tuple[Comparison, ...]
     counts: dict[Change, int]
+    groupings: tuple[Grouping, ...] = ()
 
 
 def places_to_ask(suite: PreparedSuite) -> list[int]:
@@ -70,7 +72,7 @@ def compare(
         if after is not None
     )
     if not suite.labels:
-        return Compared(name, worded, {})
+        return Compared(name, worded, {}, groupings(suite, candidate, baseline))
     old, new = baseline.chosen(), candidate.chosen()
     changes = [_change(old[place] == expected, new[place] == expected) for place, expected in enumerate(suite.expected)]
     counts: dict[Change, int] = {change: changes.count(change) for change in CHANGES}
@@ -85,7 +87,7 @@ def compare(
         )
         for place in picked
     )
-    return Compared(name, labelled + worded, counts)
+    return Compared(name, labelled + worded, counts, groupings(suite, candidate, baseline))
 
 
 CHANGES: tuple[Change, ...] = ("newly right", "newly wrong", "right as before", "wrong as before")

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
-from tuneloop_trainer.contract import Gate, GateResult
+from tuneloop_trainer.contract import Gate, GateMetric, GateResult
 from tuneloop_trainer.evaluation import statistics
 from tuneloop_trainer.evaluation.statistics import Floats, Interval
 
@@ -31,6 +32,13 @@ class Paired:
     baseline: Floats
     weights: Floats
     documents: Sequence[str]
+    places: Sequence[int] = ()
+    """Of these items in the suite; empty: they are its first ones."""
+
+    def part(self, chosen: npt.NDArray[np.bool_]) -> Paired:
+        """Some of the items."""
+        documents = [self.documents[place] for place in np.nonzero(chosen)[0]]
+        return Paired(self.candidate[chosen], self.baseline[chosen], self.weights[chosen], documents)
 
     @property
     def n(self) -> int:
@@ -55,13 +63,10 @@ class Finding:
 def decide(gate: Gate, paired: Paired, promotions: int, seed: int) -> tuple[GateResult, str]:
     """The gate's result, and what would make an Inconclusive one conclusive ("" otherwise)."""
     alpha = gate.alpha / promotions
-    sign = -1.0 if gate.metric == "Loss" else 1.0
-    if gate.metric in MEANS:
-        finding = _compare_means(paired, sign, gate.rule, alpha, seed)
-    else:
-        finding = _compare_accuracy(paired, gate.rule, alpha, seed)
+    sign = _sign(gate.metric)
+    finding = _find(gate.metric, paired, gate.rule, alpha, seed)
     verdict, advice = _verdict(gate, paired.n, finding, alpha)
-    ends = sorted(sign * end for end in finding.interval)
+    ends = _ends(sign, finding)
     result = GateResult(
         suite=gate.suite,
         metric=gate.metric,
@@ -70,14 +75,34 @@ def decide(gate: Gate, paired: Paired, promotions: int, seed: int) -> tuple[Gate
         candidate=_rounded(float(np.average(paired.candidate, weights=paired.weights))),
         baseline=_rounded(float(np.average(paired.baseline, weights=paired.weights))),
         difference=_rounded(sign * finding.improvement),
-        lower=_rounded(ends[0]),
-        upper=_rounded(ends[1]),
+        lower=_rounded(ends.lower),
+        upper=_rounded(ends.upper),
         n=paired.n,
         p=None if finding.p is None else float(f"{finding.p:.3g}"),
         discordant=finding.discordant,
         detectable=_rounded(statistics.detectable(finding.standard_error, alpha)),
     )
     return result, advice
+
+
+def difference(metric: GateMetric, paired: Paired, alpha: float, seed: int = 0) -> Interval:
+    """The interval of candidate less baseline, alpha on each side, by which a gate decides."""
+    return _ends(_sign(metric), _find(metric, paired, "NonInferior", alpha, seed))
+
+
+def _sign(metric: GateMetric) -> float:
+    return -1.0 if metric == "Loss" else 1.0
+
+
+def _ends(sign: float, finding: Finding) -> Interval:
+    lower, upper = sorted(sign * end for end in finding.interval)
+    return Interval(lower, upper)
+
+
+def _find(metric: GateMetric, paired: Paired, rule: str, alpha: float, seed: int) -> Finding:
+    if metric in MEANS:
+        return _compare_means(paired, _sign(metric), rule, alpha, seed)
+    return _compare_accuracy(paired, rule, alpha, seed)
 
 
 def overall(verdicts: Sequence[Verdict]) -> Literal["Pass", "Fail", "Inconclusive", "NoGates"]:

@@ -102,7 +102,7 @@ class PreparedSuite:
         tokens = np.array([count for _, count in baseline.losses])
         kept = np.nonzero(tokens)[0]
         values = [np.array([loss for loss, _ in scores.losses])[kept] / tokens[kept] for scores in (candidate, baseline)]
-        return Paired(values[0], values[1], tokens[kept].astype(float), [documents[place] for place in kept])
+        return Paired(values[0], values[1], tokens[kept].astype(float), [documents[place] for place in kept], kept.tolist())
 
     def chrf(self, scores: SuiteScores) -> list[float]:
         return written.chrf(scores.texts, self.written[: len(scores.texts)])

@@ -6,6 +6,7 @@ import gc
 import json
 import logging
 import shutil
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Final
@@ -206,7 +207,7 @@ def conclude(
         message=sentence(" ".join(advice for _, advice in decided if advice), 300),
     )
     with staging(target) as folder:
-        (folder / RESULTS).write_text(json.dumps(_full(summary, suites, scores, baseline, answers), ensure_ascii=False))
+        (folder / RESULTS).write_text(json.dumps(_full(summary, suites, scores, baseline, answers, told), ensure_ascii=False))
         if summary.has_reference:
             shutil.copyfile(reference, folder / REFERENCE_FILE)
         if probes:
@@ -237,11 +238,17 @@ def _decide(config: RunConfig, gate: Gate, suite: PreparedSuite, candidate: Suit
 
 
 def _full(
-    summary: EvaluateSummary, suites: dict[str, PreparedSuite], scores: Scores, baseline: Scores, answers: Answers
+    summary: EvaluateSummary,
+    suites: dict[str, PreparedSuite],
+    scores: Scores,
+    baseline: Scores,
+    answers: Answers,
+    told: list[comparisons.Compared],
 ) -> dict[str, object]:
     """Every item's scores, so that any figure can be made again. Items are named by their place in the snapshot."""
     return {
         "summary": summary.model_dump(mode="json", by_alias=True),
+        "groups": {compared.suite: [asdict(grouping) for grouping in compared.groupings] for compared in told},
         "suites": {
             name: {
                 "digest": suite.digest,
