@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.training.test_objectives import THINGS, answer, improvement, make_run, optimised, run_through
+from tests.training.test_objectives import OBJECTIVES, THINGS, answer, improvement, make_run, optimised, run_through
 from tests.training.test_training import InterruptAfter, losses, weights
 from tests.unit.trainer.builders import copy_work, make_base, make_config, replace, run_stage, write_jsonl
 
@@ -20,6 +20,7 @@ from tuneloop_trainer.contract import (
     Gate,
     Lora,
     Method,
+    ObjectiveType,
     PromptTuning,
     Quantization,
     RunConfig,
@@ -74,6 +75,16 @@ def test_dora_learns_and_its_merged_model_says_what_the_adapter_said(tmp_path: P
     for value in lengths.values():
         value.data.mul_(1.05)
     assert (logits(adapter, ids) - trained).abs().mean() > 0.02 * learned, "lengths that were lost in the merge would be seen"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("objective", [name for name in OBJECTIVES if name != "SFT"])
+def test_dora_goes_with_every_objective(objective: ObjectiveType, tmp_path: Path, base: Path) -> None:
+    config = make_run(tmp_path, base, objective, method=DORA)
+
+    run_through(config)
+
+    assert improvement(optimised(config)) > 2, "two standard errors: RLOO's rewards scatter"
 
 
 @pytest.mark.long

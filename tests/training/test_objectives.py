@@ -376,7 +376,8 @@ def test_every_value_of_a_run_is_recorded_with_its_origin(tmp_path: Path, base: 
 def test_every_objective_has_a_module_and_defaults() -> None:
     named = set(get_args(ObjectiveType))
     assert named == set(HELD_OUT_METRICS) == {*MODULES, "Custom"}
-    assert set(DEFAULTS) == {(objective, method) for objective in named for method in ("LoRA", "Full")}
+    every = {(objective, method) for objective in named for method in ("LoRA", "Full")}
+    assert set(DEFAULTS) == every | {("SFT", "PromptTuning")}
 
 
 # --- objectives of a derived image ---

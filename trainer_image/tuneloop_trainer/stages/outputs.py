@@ -23,6 +23,8 @@ FIRST_NONES = frozenset(
 LATER: dict[str, Any] = {"personal_data": "Keep", "quality": "None", "languages": [], "dora": False, "rows": "Labels"}
 """Fields of the contract's first release that may be None, and the defaults of those that came later. A later field counts only once
 it says something, so that it changes no key of a run that was made before it."""
+LATER_NONES = frozenset({("train", "repository"), ("source", "repository")})
+"""Later fields whose names the first release had elsewhere: where, and the name."""
 
 
 NO_PART = frozenset({"paths", "threads", "stall_seconds", "checkpoint", "image", "origins", "push", "estimate", "reporting"})
@@ -38,12 +40,14 @@ def run_key(config: RunConfig) -> str:
     return _hash(_without_silent_fields(content))
 
 
-def _without_silent_fields(content: Any) -> Any:
+def _without_silent_fields(content: Any, of: str = "") -> Any:
+    """`of` is the field that holds it."""
     if isinstance(content, dict):
-        said = {name: value for name, value in content.items() if value is not None or name in FIRST_NONES}
+        first = {name for name in content if name in FIRST_NONES and (of, name) not in LATER_NONES}
+        said = {name: value for name, value in content.items() if value is not None or name in first}
         kept = {name: value for name, value in said.items() if name not in LATER or value != LATER[name]}
-        return {name: _without_silent_fields(value) for name, value in kept.items()}
-    return [_without_silent_fields(value) for value in content] if isinstance(content, list) else content
+        return {name: _without_silent_fields(value, name) for name, value in kept.items()}
+    return [_without_silent_fields(value, of) for value in content] if isinstance(content, list) else content
 
 
 def evaluation_key(config: RunConfig) -> str:
