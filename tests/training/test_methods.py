@@ -79,7 +79,8 @@ def test_dora_learns_and_its_merged_model_says_what_the_adapter_said(tmp_path: P
 
 @pytest.mark.long
 @pytest.mark.parametrize("objective", [name for name in OBJECTIVES if name != "SFT"])
-def test_dora_goes_with_every_objective(objective: ObjectiveType, tmp_path: Path, base: Path) -> None:
+def test_dora_goes_with_every_objective(objective: ObjectiveType, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    base = request.getfixturevalue("encoder_decoder" if objective == "Seq2Seq" else "decoder")
     config = make_run(tmp_path, base, objective, method=DORA)
 
     run_through(config)
