@@ -108,6 +108,7 @@ def test_store_that_stays_away_ends_the_run_for_another_attempt(
     assert (result.exit_code, result.reason) == (ExitCode.UNAVAILABLE, Reason.STORE_UNAVAILABLE)
     assert "Input/output error" in result.message
     assert complete(config) == [2]
+    assert store.flushes == 3, "two of the first, and the one that was refused"
     assert not list((Path(config.paths.work) / "train").glob("writing/*"))
     store.refuses = lambda flush: False
     resumed = run_stage(config, Stage.TRAIN)

@@ -12,10 +12,14 @@ import pytest
 from tests.training.conftest import Zygote
 from tests.training.runs import EVERY_STEPS, losses, prepared_run
 from tests.training.test_many_processes import together, wait_for_step
-from tests.unit.trainer.builders import copy_work
+from tests.unit.trainer.builders import copy_work, make_progress
+from transformers import TrainerControl, TrainerState
 
-from tuneloop_trainer.contract import ExitCode, RunConfig, Stage
+from tuneloop_trainer.contract import Checkpoint, ExitCode, RunConfig, Stage
+from tuneloop_trainer.interrupts import Interrupts
 from tuneloop_trainer.manifests import verify
+from tuneloop_trainer.training.callbacks import AGAIN_SECONDS, DecideCheckpoints
+from tuneloop_trainer.training.checkpoints import Checkpoints
 from tuneloop_trainer.training.publishing import Late, Publisher
 from tuneloop_trainer.training.world import World
 
@@ -150,3 +154,19 @@ def test_process_ends_although_the_store_never_comes_back(tmp_path: Path) -> Non
         f"Publisher(World()).start(5, Path({str(tmp_path)!r}), threading.Event().wait)"
     )
     assert subprocess.run([sys.executable, "-c", program], timeout=60, check=False).returncode == 0
+
+
+def test_checkpoint_that_could_not_be_published_is_made_up_for_soon(tmp_path: Path) -> None:
+    checkpoints, now = Checkpoints(tmp_path, "plan", keep=1), [0.0]
+
+    def settle() -> None:
+        checkpoints.has_missed = now[0] == 1.0
+
+    plan, progress = Checkpoint(every_minutes=60), make_progress(tmp_path, Stage.TRAIN)
+    decide = DecideCheckpoints(plan, Interrupts(), checkpoints, progress, settle, lambda: now[0])
+    saves = []
+    for second in (0.0, 1.0, 2.0, 1.0 + AGAIN_SECONDS):
+        now[0] = second
+        saves.append(decide.on_step_end(None, TrainerState(global_step=3, max_steps=9), TrainerControl()).should_save)
+
+    assert saves == [False, False, False, True]

@@ -50,6 +50,9 @@ class Run:
         return max(complete)
 
     def reached(self) -> int:
+        """The last step done. What is final is told by itself: its checkpoints go with it, before the attempt is over."""
+        if (self.train / "final").exists():
+            return MAX_STEPS
         try:
             return int(json.loads((self.train / "checkpoints" / "position.json").read_bytes())["reached"])
         except (OSError, ValueError):
