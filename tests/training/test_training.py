@@ -101,7 +101,9 @@ def test_kill_after_the_last_checkpoint_loses_nothing(
     resumed = run_stage(config, Stage.TRAIN)
 
     assert (resumed.exit_code, resumed.train.step, resumed.train.resumed_from_step) == (ExitCode.DONE, 6, 6)
+    assert resumed.train.loss == losses(undisturbed)[-1]
     assert weights(config) == weights(undisturbed)
+    assert run_stage(config, Stage.TRAIN) == resumed, "what was done without a step is told again too"
 
 
 def test_other_micro_batch_sees_the_same_rows(prepared: RunConfig, undisturbed: RunConfig, tmp_path: Path) -> None:

@@ -727,7 +727,7 @@ class TrainSummary(Model):
     step: int
     max_steps: int
     samples: int
-    loss: float | None
+    loss: float | None = None
     reward: float | None = None
     validation_loss: float | None = None
     tokens_per_second: float | None = None

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import get_args
 
 import pytest
+from pydantic import BaseModel
 
+from tuneloop_trainer import contract
 from tuneloop_trainer.contract import (
     MAX_GATES,
     RESULT_LIMIT,
     EvaluateSummary,
+    ExitCode,
     GateResult,
     ModelShape,
     PrepareSummary,
@@ -17,8 +23,9 @@ from tuneloop_trainer.contract import (
     Stage,
     StageResult,
     SuiteScore,
+    TrainSummary,
 )
-from tuneloop_trainer.results import encode, sentence
+from tuneloop_trainer.results import encode, read_result, sentence, write_result
 
 GATE = GateResult(
     suite="s" * 63,
@@ -126,3 +133,20 @@ def test_a_small_result_is_not_shortened() -> None:
 def test_sentence_is_one_line() -> None:
     assert sentence("a\n b\t c") == "a b c"
     assert len(sentence("x" * 1000)) == 600
+
+
+def test_result_is_read_again_whatever_is_none_in_it(tmp_path: Path) -> None:
+    def models(of: type[BaseModel]) -> Iterator[type[BaseModel]]:
+        for model in of.__subclasses__():
+            yield from (model, *models(model))
+
+    nones = [
+        f"{model.__name__}.{name}"
+        for model in models(contract.Model)
+        for name, field in model.model_fields.items()
+        if model.__module__ == contract.__name__ and type(None) in get_args(field.annotation) and field.is_required()
+    ]
+    assert nones == [], "left out where they are None, and then missed"
+    trained = StageResult(stage=Stage.TRAIN, exit_code=ExitCode.DONE, train=TrainSummary(step=6, max_steps=6, samples=24, seconds=0.1))
+    write_result(tmp_path / "result.json", trained)
+    assert read_result(tmp_path / "result.json") == trained

@@ -182,7 +182,7 @@ def summarize(attempt: Attempt, seconds: float) -> TrainSummary:
         step=state.global_step,
         max_steps=attempt.plan.max_steps,
         samples=state.global_step * attempt.plan.global_batch,
-        loss=report.losses[-1] if report.losses else None,
+        loss=next((entry["loss"] for entry in reversed(state.log_history) if "loss" in entry), None),
         reward=report.reward,
         validation_loss=next((entry["eval_loss"] for entry in reversed(state.log_history) if "eval_loss" in entry), None),
         tokens_per_second=report.tokens_per_second(),
