@@ -1,7 +1,9 @@
-"""Every example of an objective, a method and of data goes from `kubectl apply` to a ModelVersion, with a tiny base and a few steps."""
+"""Every example of an objective, a method and of data goes from `kubectl apply` to a ModelVersion, with a tiny base and a few steps; and to
+the answers of a real engine, where its cell of the table of what goes together says so."""
 
 from __future__ import annotations
 
+import asyncio
 import csv
 import gzip
 import io
@@ -10,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 import yaml
 from dev.demo import story as tale
@@ -43,6 +46,8 @@ NAMES = [
 ]
 """Those that read a bucket, a hub or a deployment's feedback have tests of their own beside what they read."""
 NAMES.sort(key=lambda name: name != JUDGE)
+NOT_SERVABLE = {"classification", "rewardmodel", "seq2seq", "prompttuning"}
+ENGINE = {"acceleratorsPerReplica": 0, "maxModelLength": 256, "options": {"enforce-eager": "true", "max-num-seqs": "4"}}
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +59,11 @@ def finished(installed: Story, tmp_path_factory: pytest.TempPathFactory) -> dict
     rows = [_row(number, row.text, str(row.label)) for number, row in enumerate(installed.files["tweets/train.jsonl"][:ROWS])]
     for uri in {uri for job in jobs.values() for uri in _sources(job["spec"])}:
         _write(datasets / uri.removeprefix("pvc://datasets/"), rows)
-    bases = [make_base(tmp_path_factory.mktemp("base") / BASE), make_encoder_decoder(tmp_path_factory.mktemp("base") / ENCODER_DECODER)]
-    tale._upload(space, {datasets: "/volumes/datasets"} | {base: f"/volumes/models/bases/{base.name}" for base in bases})
+    bases = [
+        make_base(tmp_path_factory.mktemp("base") / BASE, head_dim=32),
+        make_encoder_decoder(tmp_path_factory.mktemp("base") / ENCODER_DECODER),
+    ]
+    tale._upload(space, {datasets: "/volumes/datasets", bases: "/volumes/models/bases"})
     found: dict[str, dict[str, Any]] = {}
     for start in range(0, len(NAMES), AT_ONCE):
         wave = NAMES[start : start + AT_ONCE]
@@ -65,6 +73,28 @@ def finished(installed: Story, tmp_path_factory: pytest.TempPathFactory) -> dict
         for name in wave:
             found[name] = space.wait_until("finetunejob", jobs[name]["metadata"]["name"], tale._is_finished)
             tale.say(f"{name}: {condition(found[name], 'Succeeded')}")
+    return found
+
+
+@pytest.fixture(scope="module")
+def deployed(installed: Story, finished: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Example -> its ModelDeployment, and what it `answered`."""
+    found: dict[str, dict[str, Any]] = {}
+    made = [name for name in NAMES if "modelVersion" in finished[name].get("status", {})]
+    for start in range(0, len(made), AT_ONCE):
+        wave = {name: finished[name]["spec"]["output"]["model"] for name in made[start : start + AT_ONCE]}
+        for name, model in wave.items():
+            approval = json.dumps({"spec": {"approval": "Approved"}})  # three steps make no model better
+            installed.space.kubectl("patch", "modelversion", f"{model}-v1", "--type=merge", "-p", approval)
+            installed.space.apply(json.dumps(_deployment(model, finished[name])))
+        for name, model in wave.items():
+            found[name] = installed.space.wait_until("modeldeployment", model, _is_settled, timeout=900)
+            tale.say(f"{name}: {condition(found[name], 'Ready')}")
+            if condition(found[name], "Ready").get("status") == "True":
+                with installed.space.forward(f"service/{model}", 80) as url:
+                    found[name]["answered"] = asyncio.run(_answer(url, model, found[name]["spec"].get("task", "Chat")))
+        for model in wave.values():
+            installed.space.kubectl("delete", "modeldeployment", model, "--wait=true")
     return found
 
 
@@ -81,6 +111,34 @@ def test_an_example_becomes_a_model_version(installed: Story, finished: dict[str
     assert version["spec"]["lineage"]["fineTuneJob"] == job["metadata"]["name"]
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_an_example_is_served_or_said_not_to_be(deployed: dict[str, dict[str, Any]], name: str) -> None:
+    if name in NOT_SERVABLE:
+        assert condition(deployed[name], "Stalled").get("reason") == "NotServable"
+    else:
+        assert condition(deployed[name], "Ready").get("status") == "True", condition(deployed[name], "Ready").get("message")
+        assert deployed[name]["answered"]["usage"]["completion_tokens"] > 0
+
+
+def _deployment(model: str, job: dict[str, Any]) -> dict[str, Any]:
+    is_completion = job["spec"].get("objective", {}).get("type") == "Pretraining"
+    spec = {"model": {"name": model}, "engine": ENGINE} | ({"task": "Completion"} if is_completion else {})
+    return {"apiVersion": "tuneloop.dev/v1alpha1", "kind": "ModelDeployment", "metadata": {"name": model}, "spec": spec}
+
+
+def _is_settled(deployment: dict[str, Any]) -> bool:
+    return "True" in {condition(deployment, kind).get("status") for kind in ("Ready", "Stalled")}
+
+
+async def _answer(url: str, model: str, task: str) -> dict[str, Any]:
+    chat = task == "Chat"
+    body = {"messages": [{"role": "user", "content": "Is it good?"}]} if chat else {"prompt": "It was"}
+    body |= {"model": model, "max_tokens": 4, "temperature": 0}
+    address = f"{url}/v1/{'chat/' if chat else ''}completions"
+    async with aiohttp.ClientSession(raise_for_status=True) as client, client.post(address, json=body) as response:
+        return dict(await response.json())
+
+
 def _small(job: dict[str, Any]) -> dict[str, Any]:
     """What is an example's own stays; its size becomes a test's."""
     name, spec = f"example-{job['metadata']['name']}", job["spec"]
@@ -89,7 +147,7 @@ def _small(job: dict[str, Any]) -> dict[str, Any]:
     if "uri" in spec.get("baseModel", {}):
         spec["baseModel"] = {"uri": f"pvc://models/bases/{ENCODER_DECODER if objective.get('type') == 'Seq2Seq' else BASE}"}
     if "architecture" in spec.get("baseModel", {}):
-        spec["baseModel"] = {"architecture": {"layers": 2, "hiddenSize": 64, "heads": 4}, "tokenizer": {"train": {"vocabularySize": 400}}}
+        spec["baseModel"] = {"architecture": {"layers": 2, "hiddenSize": 64, "heads": 2}, "tokenizer": {"train": {"vocabularySize": 400}}}
     spec["compute"] = {"acceleratorsPerNode": 0}
     training = spec.setdefault("training", {})
     training.pop("epochs", None)
