@@ -257,6 +257,18 @@ def test_refused_data_stalls_the_job_until_the_spec_changes(trainee: Trainee) ->
     assert "Stalled" not in {condition["type"] for condition in trainee.status()["conditions"]}
 
 
+def test_an_unknown_argument_is_refused_before_any_job_until_it_is_corrected(trainee: Trainee) -> None:
+    trainee.make(training={"extraArguments": {"wieght_decay": "0.1"}})
+    message = trainee.wait_for("True", "InvalidArgument", "Stalled")["message"]
+    assert message.startswith("training.extraArguments has no 'wieght_decay' with SFT; did you mean weight_decay? It may hold adam_beta1, ")
+    assert trainee.jobs() == []
+    assert "InvalidArgument" in trainee.events()
+    trainee.edit(training={"extraArguments": {"wieght_decay": None, "weight_decay": "0.1"}})
+    trainee.ends(Stage.PREPARE)
+    trainee.wait_for("Unknown", "Training")
+    assert "Stalled" not in {condition["type"] for condition in trainee.status()["conditions"]}
+
+
 def test_the_retry_annotation_tries_again(api: Api, trainee: Trainee) -> None:
     trainee.make().ends(Stage.PREPARE, result=failed(Stage.PREPARE, 10, Reason.MODEL_NOT_FOUND, "Model x does not exist."))
     trainee.wait_for("True", "ModelNotFound", "Stalled")

@@ -7,6 +7,7 @@ A stage answers with a `StageResult` in its termination message (at most `RESULT
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import math
@@ -375,6 +376,95 @@ FROM_SCRATCH = Defaults(learning_rate=6e-4, warmup_share=0.02, weight_decay=0.1)
 """As the table, for Pretraining of weights that were drawn."""
 
 
+SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt")
+"""Of transformers' schedules those that need no arguments of their own."""
+OPTIMIZERS = (
+    *("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused", "adamw_torch_4bit", "adamw_torch_8bit"),
+    *("adamw_anyprecision", "adamw_bnb_8bit", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "stable_adamw", "grokadamw"),
+    *("ademamix", "ademamix_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit", "adafactor", "adagrad", "sgd"),
+    *("lion_8bit", "lion_32bit", "paged_lion_32bit", "paged_lion_8bit", "lomo", "adalomo"),
+    *("rmsprop", "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit"),
+    *("galore_adamw", "galore_adamw_8bit", "galore_adafactor", "galore_adamw_layerwise", "galore_adamw_8bit_layerwise"),
+    *("galore_adafactor_layerwise", "apollo_adamw", "apollo_adamw_layerwise"),
+    *("schedule_free_radam", "schedule_free_adamw", "schedule_free_sgd"),
+)
+"""Those that transformers knows by name; some need a package that the trainer's image does not bring."""
+
+Value = str | int | float | bool
+ArgumentType = type[float] | type[bool] | type[str] | tuple[str, ...]
+"""A tuple: one of these words."""
+_OF_ANY: dict[str, ArgumentType] = {
+    "adam_beta1": float,
+    "adam_beta2": float,
+    "adam_epsilon": float,
+    "gradient_checkpointing": bool,
+    "lr_scheduler_type": SCHEDULES,
+    "max_grad_norm": float,
+    "neftune_noise_alpha": float,
+    "optim": OPTIMIZERS,
+    "weight_decay": float,
+}
+EXTRA_ARGUMENTS: dict[ObjectiveType, dict[str, ArgumentType]] = {
+    "SFT": _OF_ANY,
+    "Pretraining": _OF_ANY,
+    "SequenceClassification": _OF_ANY,
+    "Seq2Seq": _OF_ANY,
+    "DPO": _OF_ANY | {"disable_dropout": bool},
+    "KTO": _OF_ANY | {"disable_dropout": bool},
+    "RewardModel": _OF_ANY | {"center_rewards_coefficient": float, "disable_dropout": bool},
+    "GRPO": _OF_ANY | {"mask_truncated_completions": bool, "scale_rewards": ("group", "batch", "none")},
+    "RLOO": _OF_ANY | {"mask_truncated_completions": bool, "normalize_advantages": bool},
+    "Custom": _OF_ANY | {"lr_scheduler_type": str, "optim": str},
+}
+"""What `training.extraArguments` may hold: of the arguments of each objective's trainer those that Tuneloop does not decide itself. A
+derived image may know more words than ours. `tests/training/test_arguments.py` compares it with the libraries."""
+OWN_FIELDS = {
+    "beta": "beta of the objective's settings",
+    "bf16": "training.precision",
+    "learning_rate": "training.learningRate",
+    "max_length": "training.maxSequenceLength",
+    "max_steps": "training.maxSteps",
+    "num_train_epochs": "training.epochs",
+    "packing": "training.packing",
+    "per_device_train_batch_size": "training.globalBatchSize",
+    "report_to": "training.reporting",
+    "seed": "training.seed",
+    "warmup_steps": "training.warmupSteps",
+}
+"""Arguments that have a field of the spec."""
+
+
+def parse_arguments(objective: ObjectiveType, extra: Mapping[str, Value]) -> dict[str, Value]:
+    """The extra arguments with their types. Raises ValueError, a sentence that names the argument and what was probably meant."""
+    known = EXTRA_ARGUMENTS[objective]
+    for name in sorted(extra.keys() - known.keys()):
+        meant = difflib.get_close_matches(name[:64], [*known, *OWN_FIELDS], n=1, cutoff=0.5)
+        hint = f"did you mean {OWN_FIELDS.get(meant[0], meant[0])}? It" if meant else "it"
+        raise ValueError(f"training.extraArguments has no {name[:64]!r} with {objective}; {hint} may hold {', '.join(sorted(known))}.")
+    return {name: _argument(name, known[name], value) for name, value in extra.items()}
+
+
+def _argument(name: str, type_: ArgumentType, value: Value) -> Value:
+    text = str(value).strip()
+    said = f"training.extraArguments.{name}: {text[:40]!r}"
+    if isinstance(type_, tuple):
+        if text not in type_:
+            nearest = difflib.get_close_matches(text[:64], type_, n=1, cutoff=0)[0]
+            raise ValueError(f"{said} is none of its words; the nearest is {nearest}.")
+        return text
+    if type_ is bool and text.lower() not in ("true", "false"):
+        raise ValueError(f"{said} is no bool: set true or false.")
+    if type_ is bool:
+        return text.lower() == "true"
+    try:
+        parsed: Value = type_(text)
+    except ValueError:
+        parsed = math.nan
+    if isinstance(parsed, float) and not math.isfinite(parsed):
+        raise ValueError(f"{said} is no float.")
+    return parsed
+
+
 HELD_OUT_METRICS: dict[ObjectiveType, tuple[Metric, ...]] = {
     "SFT": ("Loss",),
     "Pretraining": ("Loss",),
@@ -409,7 +499,7 @@ class Training(Model):
     early_stopping_patience: int | None = None
     loss_spike_ratio: float | None = Field(default=None, gt=1.0)
     """A step whose loss is above so many times the median of the 20 steps before ends the run. None: only a loss that is no number."""
-    extra_arguments: dict[str, str | int | float | bool] = {}
+    extra_arguments: dict[str, Value] = {}
 
 
 class Checkpoint(Model):

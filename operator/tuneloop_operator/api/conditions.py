@@ -57,6 +57,7 @@ class JobReason(StrEnum):
     NO_GATES = "NoGates"
     SUITE_EXHAUSTED = "SuiteExhausted"
     # what went wrong
+    INVALID_ARGUMENT = "InvalidArgument"
     DATA_INVALID = "DataInvalid"
     DATA_EMPTY = "DataEmpty"
     MODEL_NOT_FOUND = "ModelNotFound"

@@ -210,7 +210,8 @@ class Training(Model):
         "before; '5' is cautious. Absent: only where the loss is no number.",
     )
     extra_arguments: Annotated[dict[str, Annotated[str, Field(max_length=256)]], Field(max_length=32)] = Field(
-        default={}, description="Passed to the trainer's arguments; unknown names are refused before training."
+        default={},
+        description="Passed to the trainer's arguments; other names than those of docs/objectives.md are refused before any Job is made.",
     )
     reporting: Annotated[tuple[Reporting, ...], Field(max_length=2)] = Field(
         default=(),

@@ -15,7 +15,9 @@ from tuneloop_operator.api import finetunejob
 from tuneloop_operator.api.finetunejob import FineTuneJob, Resolved
 from tuneloop_operator.cli.errors import Failure
 from tuneloop_operator.cli.rendering import read_manifests
+from tuneloop_operator.domain.decision import Invalid
 from tuneloop_operator.domain.finetunejob import sizing
+from tuneloop_operator.domain.finetunejob.resolve import refuse_unreadable
 from tuneloop_operator.render.run_config import run_config
 from tuneloop_operator.settings import read_settings
 from tuneloop_trainer.contract import ModelShape
@@ -49,6 +51,7 @@ def add_to(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """The estimate to stdout. Raises Failure, also where the training does not fit."""
     job = read_job(arguments.file)
+    _refuse(job)
     shape = read_shape(arguments.model)
     config = run_config(job, Resolved())
     training = config.training
@@ -66,6 +69,14 @@ def run(arguments: argparse.Namespace) -> None:
     print(json.dumps(found.estimate.model_dump(mode="json", by_alias=True, exclude_none=True), indent=2))
     if found.problem is not None:
         raise Failure(f"DoesNotFit: {found.problem}")
+
+
+def _refuse(job: FineTuneJob) -> None:
+    """What the operator makes no Job for. Raises Failure."""
+    try:
+        refuse_unreadable(job.spec)
+    except Invalid as problem:
+        raise Failure(f"{problem.reason}: {problem.message}") from problem
 
 
 def read_job(path: Path) -> FineTuneJob:

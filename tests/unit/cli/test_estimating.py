@@ -92,3 +92,11 @@ def test_a_file_without_a_job_is_refused(tmp_path: Path, capsys: pytest.CaptureF
     (tmp_path / "empty.yaml").write_text("")
     assert estimate("-f", tmp_path / "empty.yaml", "--model", tmp_path) == 1
     assert "holds 0 FineTuneJobs" in capsys.readouterr().err
+
+
+def test_an_unknown_argument_is_refused_as_the_operator_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = write_job(tmp_path / "job.yaml", training={"extraArguments": {"wieght_decay": "0.1"}})
+    assert estimate("-f", job, "--model", write_model(tmp_path / "m")) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("tuneloop: InvalidArgument: training.extraArguments has no 'wieght_decay' with SFT; did you mean weight_decay?")

@@ -45,6 +45,18 @@ def test_a_job_becomes_its_configuration_and_its_first_stage(capsys: pytest.Capt
     assert "FineTuneJob sentiment-tweets: Reconciling=True Preparing" in err
 
 
+def test_a_job_with_an_unknown_argument_becomes_nothing_and_the_condition_names_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "job.yaml"
+    job = yaml.safe_load((QUICKSTART / "finetunejob.yaml").read_text())
+    path.write_text(yaml.safe_dump(changed(job, "spec.training.extraArguments", {"wieght_decay": "0.1"})))
+    objects, err = render(capsys, "-f", str(path))
+    assert objects in ([], [None])
+    said = "training.extraArguments has no 'wieght_decay' with SFT; did you mean weight_decay?"
+    assert f"Stalled=True InvalidArgument: {said}" in err
+
+
 def test_the_same_manifest_gives_the_same_objects(capsys: pytest.CaptureFixture[str]) -> None:
     first, _ = render(capsys, "-f", str(QUICKSTART / "finetunejob.yaml"))
     second, _ = render(capsys, "-f", str(QUICKSTART / "finetunejob.yaml"))

@@ -42,7 +42,7 @@ from tuneloop_trainer.scratch import write_base
 from tuneloop_trainer.shapes import read_shape
 from tuneloop_trainer.stages.outputs import run_key, stage_folder, told_again
 from tuneloop_trainer.stages.vocabulary import Extended, describe, extend_vocabulary
-from tuneloop_trainer.training.arguments import parse_arguments
+from tuneloop_trainer.training.arguments import read_arguments
 
 log = logging.getLogger("tuneloop.prepare")
 CARD, PAGE = "card.json", "card.html"
@@ -83,7 +83,7 @@ class Observed:
 def prepare(config: RunConfig, progress: ProgressWriter) -> StageResult:
     if (result := told_again(config, Stage.PREPARE)) is not None:
         return result
-    parse_arguments(config.training.extra_arguments)
+    read_arguments(config)
     progress.phase("DownloadingModel")
     found = (bases.prepare_base if config.scratch is None else bases.prepare_tokenizer)(config.base, config.paths)
     progress.phase("LoadingModel")

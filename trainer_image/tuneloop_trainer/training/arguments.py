@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from tuneloop_trainer.contract import Defaults, RunConfig
+from tuneloop_trainer import contract
+from tuneloop_trainer.contract import Defaults, RunConfig, Value
 from tuneloop_trainer.errors import Invalid
 from tuneloop_trainer.training.plan import Plan
 
@@ -26,37 +26,13 @@ SHARDED: dict[str, Any] = {
 last one. Activations are computed again by the model's own gradient checkpointing: accelerate's keeps no state of random numbers, so that
 dropout would differ in the backward pass."""
 
-Value = str | int | float | bool
-ALLOWED: dict[str, type] = {
-    "adam_beta1": float,
-    "adam_beta2": float,
-    "adam_epsilon": float,
-    "gradient_checkpointing": bool,
-    "lr_scheduler_type": str,
-    "max_grad_norm": float,
-    "neftune_noise_alpha": float,
-    "optim": str,
-    "weight_decay": float,
-}
 
-
-def parse_arguments(extra: Mapping[str, Value]) -> dict[str, Value]:
-    """The extra arguments with their types. Raises Invalid, naming the argument."""
-    unknown = sorted(extra.keys() - ALLOWED.keys())
-    if unknown:
-        raise Invalid(f"training.extraArguments has no '{unknown[0]}'; it may hold {', '.join(ALLOWED)}.")
-    return {name: _parse(name, value) for name, value in extra.items()}
-
-
-def _parse(name: str, value: Value) -> Value:
-    text = str(value).strip()
+def read_arguments(config: RunConfig) -> dict[str, Value]:
+    """The extra arguments with their types. Raises Invalid; the operator refuses the same before any stage."""
     try:
-        if ALLOWED[name] is bool:
-            return {"true": True, "false": False}[text.lower()]
-        parsed: Value = ALLOWED[name](text)
-        return parsed
-    except (KeyError, ValueError):
-        raise Invalid(f"training.extraArguments.{name}: '{text[:40]}' is no {ALLOWED[name].__name__}.") from None
+        return contract.parse_arguments(config.objective, config.training.extra_arguments)
+    except ValueError as error:
+        raise Invalid(str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -103,9 +79,7 @@ def resolve(config: RunConfig, plan: Plan, defaults: Defaults, device: str) -> S
         "seed": (training.seed, "spec"),
         "gradient_checkpointing": (device != "cpu", "derived"),
     }
-    extra: dict[str, tuple[Any, Origin]] = {
-        name: (value, "extraArguments") for name, value in parse_arguments(training.extra_arguments).items()
-    }
+    extra: dict[str, tuple[Any, Origin]] = {name: (value, "extraArguments") for name, value in read_arguments(config).items()}
     chosen |= extra
     return Settings({name: value for name, (value, _) in chosen.items()}, {name: origin for name, (_, origin) in chosen.items()})
 

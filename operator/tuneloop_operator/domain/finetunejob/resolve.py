@@ -16,6 +16,7 @@ from tuneloop_operator.domain.finetunejob.snapshot import FineTuneJobSnapshot
 from tuneloop_operator.render import names
 from tuneloop_operator.render.run_config import row_sources
 from tuneloop_operator.settings import Settings
+from tuneloop_trainer.contract import parse_arguments
 
 BASELINE_SECONDS = 30.0
 BASE = PinnedBaseline(type="Base", name="base")
@@ -35,10 +36,15 @@ def resolve(snapshot: FineTuneJobSnapshot, settings: Settings) -> Resolved:
 
 
 def refuse_unreadable(spec: FineTuneJobSpec) -> None:
-    """What the schema refuses by now, of a job that was made under an earlier one. Raises Invalid."""
+    """What no Job is made for: what the schema refuses by now, of a job that was made under an earlier one, and what it does not say.
+    Raises Invalid."""
     for source in row_sources(spec):
         if not source.uri.startswith(PLACES):
             raise Invalid(JobReason.DATA_INVALID, f"Rows are read from {', '.join(PLACES)} only, not from {source.uri}.")
+    try:
+        parse_arguments(spec.objective.type, spec.training.extra_arguments)
+    except ValueError as error:
+        raise Invalid(JobReason.INVALID_ARGUMENT, str(error)) from error
 
 
 def config_digest(spec: FineTuneJobSpec) -> str:
