@@ -62,6 +62,8 @@ def finished(installed: Story, tmp_path_factory: pytest.TempPathFactory) -> dict
     bases = tmp_path_factory.mktemp("bases")
     make_base(bases / BASE, head_dim=32)  # 8, as it has otherwise, is none of the engine's
     make_encoder_decoder(bases / ENCODER_DECODER)
+    for file in bases.rglob("*.safetensors"):
+        file.chmod(0o644)  # trainer and engine are not of one user
     tale._upload(space, {datasets: "/volumes/datasets", bases: "/volumes/models/bases"})
     found: dict[str, dict[str, Any]] = {}
     for start in range(0, len(NAMES), AT_ONCE):
