@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.training.test_objectives import make_run
 from tests.training.test_training import losses
 from tests.unit.trainer.builders import replace, run_stage
+from tests.unit.trainer.objectives import make_run
 
 from tuneloop_trainer.contract import EXTRA_ARGUMENTS, OPTIMIZERS, OWN_FIELDS, SCHEDULES, ArgumentType, ExitCode, ObjectiveType, Stage
 from tuneloop_trainer.objectives import MODULES

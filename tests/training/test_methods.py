@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.training.test_objectives import OBJECTIVES, THINGS, answer, improvement, make_run, optimised, run_through
+from tests.training.test_objectives import OBJECTIVES, answer, improvement, optimised, run_through
 from tests.training.test_training import InterruptAfter, losses, weights
 from tests.unit.trainer.builders import copy_work, make_base, make_config, replace, run_stage, write_jsonl
+from tests.unit.trainer.objectives import THINGS, make_run
 
 from tuneloop_trainer import models
 from tuneloop_trainer.contract import (

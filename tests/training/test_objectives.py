@@ -4,33 +4,22 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import statistics
-import sys
-import tomllib
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 from tests.training.test_training import InterruptAfter, checkpoints, losses, weights
-from tests.unit.trainer.builders import copy_work, make_config, replace, run_stage, write_jsonl
+from tests.unit.trainer.builders import copy_work, replace, run_stage
+from tests.unit.trainer.objectives import WRITING, install, make_custom, make_run, rewarded
 
 from tuneloop_trainer.contract import (
-    DEFAULTS,
     HELD_OUT_METRICS,
-    Checkpoint,
-    Classification,
     Curation,
-    Custom,
-    DataSource,
-    Dpo,
     EntryPoint,
     Evaluation,
     ExactMatch,
     ExitCode,
-    Gate,
-    Kto,
     Lora,
     Method,
     ObjectiveType,
@@ -39,95 +28,13 @@ from tuneloop_trainer.contract import (
     Rollouts,
     RunConfig,
     Scorer,
-    Seq2Seq,
     Stage,
-    Suite,
-    Training,
 )
 from tuneloop_trainer.data.records import RowReader
 from tuneloop_trainer.objectives import MODULES, objective_of
-from tuneloop_trainer.objectives.classification import SequenceClassification
 
-THINGS = ("day", "tea", "song", "film", "street", "letter", "garden", "answer", "morning", "story")
 OBJECTIVES: tuple[ObjectiveType, ...] = tuple(MODULES)  # type: ignore[arg-type]
-PLUGINS = Path(__file__).parents[2] / "examples" / "objectives"
 ROLLING_OUT = ("GRPO", "RLOO")
-
-
-def row(objective: str, number: int) -> dict[str, object]:
-    """A row whose answer follows from one word of it, in the columns that the objective reads."""
-    good = number % 2 == 0
-    prompt = f"{'sunny' if good else 'rainy'} {THINGS[number // 2 % 10]} {number}"
-    answer, other = ("positive", "negative") if good else ("negative", "positive")
-    match objective:
-        case "Pretraining":
-            return {"text": f"{prompt} is {answer} because the {THINGS[number % 7]} said so. " * (1 + number % 3)}
-        case "SequenceClassification":
-            return {"text": prompt, "label": answer}
-        case "Seq2Seq":
-            return {"prompt": prompt, "completion": f"{answer} {THINGS[number // 2 % 10]}"}
-        case "DPO" | "RewardModel":
-            return {"prompt": prompt, "chosen": answer, "rejected": other}
-        case "KTO":
-            liked = number // 2 % 2 == 0
-            return {"prompt": prompt, "completion": answer if liked else other, "desirable": liked}
-    return {"prompt": prompt, "completion": answer}
-
-
-def source(root: Path, objective: str, name: str, first: int, count: int) -> DataSource:
-    path = write_jsonl(root / "data" / f"{name}.jsonl", [row(objective, number) for number in range(first, first + count)])
-    return DataSource(uri=f"pvc://data/{name}.jsonl", path=str(path))
-
-
-# A rate at which the first ten steps are not the whole of what is learned.
-RATES = {"SequenceClassification": 2e-3, "RewardModel": 5e-3}
-BATCHES = {"GRPO": 32, "RLOO": 32}
-WRITING = {"num_generations": 8, "max_completion_length": 4, "beta": 0.001}
-FORMATS = {"Seq2Seq": "Text"}
-SETTINGS: dict[str, dict[str, Any]] = {
-    "SFT": {},
-    "Pretraining": {},
-    "SequenceClassification": {"classification": Classification(class_weights="Balanced")},
-    "Seq2Seq": {"seq2seq": Seq2Seq(max_answer_tokens=12, beams=2)},
-    "DPO": {"dpo": Dpo(beta=0.1)},
-    "KTO": {"kto": Kto(beta=0.1)},
-    "RewardModel": {},
-    "GRPO": {"rollouts": Rollouts(rewards=(Reward(exact_match=ExactMatch(match="Contains")),), **WRITING)},
-    "RLOO": {"rollouts": Rollouts(rewards=(Reward(exact_match=ExactMatch(match="Contains")),), **WRITING)},
-}
-
-
-def make_run(root: Path, base: Path, objective: ObjectiveType, steps: int = 24, seed: int = 42, **fields: Any) -> RunConfig:
-    """A LoRA run over 80 rows, with a suite of 20 unseen ones."""
-    batch = BATCHES.get(objective, 8)
-    metrics = HELD_OUT_METRICS[objective]
-    rate = RATES.get(objective, 1e-2)
-    suite = Suite(name="gate", type="Dataset", source=source(root, judged_as(objective), "gate", 1000, 20), metrics=metrics)
-    gate = Gate(suite="gate", metric=metrics[0], rule="Superior", min_items=10)  # type: ignore[arg-type]
-    values: dict[str, Any] = {
-        "objective": objective,
-        "method": Method(type="LoRA", lora=Lora(rank=8, alpha=16)),
-        "training": Training(
-            max_steps=steps,
-            global_batch_size=batch,
-            learning_rate=rate,
-            max_sequence_length=48,
-            warmup_steps=2,
-            precision="FP32",
-            seed=seed,
-        ),
-        "checkpoint": Checkpoint(every_minutes=None, every_steps=10, keep=2),
-        "evaluation": Evaluation(suites=(suite,), gates=(gate,)),
-        "output_format": "Merged",
-        "prompt_format": FORMATS.get(objective, "Chat"),
-        **SETTINGS[objective],
-    }
-    return make_config(root, base, [source(root, objective, "train", 0, 80)], **(values | fields))
-
-
-def judged_as(objective: str) -> str:
-    """Whose columns a suite of the objective has."""
-    return "SFT" if objective == "KTO" else objective
 
 
 def optimised(config: RunConfig) -> list[float]:
@@ -310,53 +217,6 @@ def test_pretraining_keeps_every_token(tmp_path: Path, base: Path) -> None:
     assert any(len(made.sequences) > 1 for made in rows), "short texts share a row"
 
 
-def prepare_rows(root: Path, base: Path, objective: ObjectiveType, rows: list[dict[str, object]]) -> Any:
-    """What prepare says to these rows; there is no suite."""
-    config = make_run(root, base, objective, evaluation=Evaluation())
-    write_jsonl(root / "data" / "train.jsonl", rows)
-    return run_stage(config, Stage.PREPARE)
-
-
-@pytest.mark.parametrize(
-    ("objective", "edit", "sentence"),
-    [
-        pytest.param("SequenceClassification", lambda row: row | {"label": "positive"}, "one label only", id="one class"),
-        pytest.param("KTO", lambda row: row | {"desirable": True}, "Every training row is desirable", id="one kind of judgement"),
-        pytest.param("DPO", lambda row: row | {"rejected": row["chosen"]}, "its chosen and rejected answers are equal", id="equal answers"),
-        pytest.param("KTO", lambda row: row | {"desirable": "perhaps"}, "true or false is needed", id="no judgement"),
-        pytest.param("DPO", lambda row: {"prompt": row["prompt"], "chosen": "a"}, "no column 'rejected'", id="no second answer"),
-        pytest.param("SequenceClassification", lambda row: row | {"label": float("nan")}, "column 'label' has nan", id="NaN label"),
-    ],
-)
-def test_rows_that_an_objective_cannot_learn_from_are_refused(
-    objective: ObjectiveType, edit: Callable[[dict[str, object]], dict[str, object]], sentence: str, tmp_path: Path, base: Path
-) -> None:
-    result = prepare_rows(tmp_path, base, objective, [edit(row(objective, number)) for number in range(40)])
-
-    assert (result.exit_code, result.reason) == (ExitCode.INVALID, Reason.DATA_INVALID)
-    assert sentence in result.message
-
-
-def test_label_that_training_lacks_is_refused_in_a_suite(tmp_path: Path, base: Path) -> None:
-    config = make_run(tmp_path, base, "SequenceClassification")
-    write_jsonl(tmp_path / "data" / "gate.jsonl", [{"text": "an odd one", "label": "mixed"}, *(row(config.objective, n) for n in range(9))])
-
-    result = run_stage(config, Stage.PREPARE)
-
-    assert result.exit_code == ExitCode.INVALID
-    assert "has the label 'mixed'; the training rows have negative, positive." in result.message
-
-
-def test_balanced_weights_make_every_class_count_the_same(tmp_path: Path, base: Path) -> None:
-    config = make_run(tmp_path, base, "SequenceClassification")
-    objective = SequenceClassification(config)
-    objective.labels, objective.counts = ("a", "b", "c"), (10, 30, 60)
-
-    assert [weight * count for weight, count in zip(objective.class_weights(), objective.counts, strict=True)] == pytest.approx(
-        [100 / 3] * 3
-    )
-
-
 def test_every_value_of_a_run_is_recorded_with_its_origin(tmp_path: Path, base: Path) -> None:
     config = make_run(tmp_path, base, "DPO", steps=2, origins={"learning_rate": "default"})
     training = config.training.model_copy(update={"warmup_steps": None, "extra_arguments": {"weight_decay": "0.5"}})
@@ -373,39 +233,12 @@ def test_every_value_of_a_run_is_recorded_with_its_origin(tmp_path: Path, base: 
     assert record["per_device_train_batch_size"]["from"] == "derived"
 
 
-def test_every_objective_has_a_module_and_defaults() -> None:
-    named = set(get_args(ObjectiveType))
-    assert named == set(HELD_OUT_METRICS) == {*MODULES, "Custom"}
-    every = {(objective, method) for objective in named for method in ("LoRA", "Full")}
-    assert set(DEFAULTS) == every | {("SFT", "PromptTuning")}
-
-
 # --- objectives of a derived image ---
-
-
-def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, example: str, module: str) -> Path:
-    """The example's package, as pip would install it into the image."""
-    site, folder = tmp_path / "site", PLUGINS / example
-    project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
-    about = site / f"{module}-{project['version']}.dist-info"
-    about.mkdir(parents=True)
-    lines = [f"[{group}]\n{name} = {target}" for group, points in project["entry-points"].items() for name, target in points.items()]
-    (about / "entry_points.txt").write_text("\n".join(lines))
-    (about / "METADATA").write_text(f"Name: {project['name']}\nVersion: {project['version']}\n")
-    shutil.copy(folder / f"{module}.py", site)
-    monkeypatch.syspath_prepend(str(site))
-    monkeypatch.delitem(sys.modules, module, raising=False)
-    return site
 
 
 @pytest.fixture
 def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return install(tmp_path, monkeypatch, "custom", "dynamic_fine_tuning")
-
-
-def make_custom(root: Path, base: Path, name: str = "dynamic-fine-tuning", **settings: str) -> RunConfig:
-    config = make_run(root, base, "SFT")
-    return replace(config, objective="Custom", custom=Custom(name=name, settings=settings))
 
 
 @pytest.mark.long
@@ -424,32 +257,7 @@ def test_objective_of_a_derived_image_trains_and_is_judged(plugin: Path, tmp_pat
     assert answer(config, base, "rainy tea 1001"), "what was packaged writes answers"
 
 
-@pytest.mark.parametrize(
-    ("name", "code", "sentence"),
-    [
-        ("unknown", "", "has no objective 'unknown' in the entry points tuneloop.objectives; it has dynamic-fine-tuning."),
-        ("dynamic-fine-tuning", "raise OSError('no disk')", "does not load: OSError: no disk"),
-        ("dynamic-fine-tuning", "DynamicFineTuning = dict", "is no class below"),
-    ],
-)
-def test_objective_that_the_image_does_not_have_is_refused(
-    name: str, code: str, sentence: str, plugin: Path, tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if code:
-        (plugin / "dynamic_fine_tuning.py").write_text(code)
-    monkeypatch.delitem(sys.modules, "dynamic_fine_tuning", raising=False)
-
-    result = run_stage(make_custom(tmp_path / "own", base, name), Stage.PREPARE)
-
-    assert (result.exit_code, result.reason) == (ExitCode.INVALID, Reason.DATA_INVALID)
-    assert sentence in result.message
-
-
 # --- completions and their rewards ---
-
-
-def rewarded(root: Path, base: Path, *rewards: Reward, steps: int = 2, **fields: Any) -> RunConfig:
-    return make_run(root, base, "GRPO", steps=steps, rollouts=Rollouts(rewards=rewards, **(WRITING | fields)))
 
 
 def test_reward_of_a_derived_image_is_learned_and_gates(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -546,39 +354,3 @@ def test_chances_of_model_and_reference_are_those_of_the_temperature(tmp_path: P
 
     assert run_stage(config, Stage.TRAIN).exit_code == ExitCode.DONE
     assert logged(config)[0]["kl"] == pytest.approx(0, abs=1e-6)
-
-
-def test_prompts_without_answers_are_enough_where_no_reward_reads_one(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    install(tmp_path, monkeypatch, "reward", "brief")
-    prompts = [{"prompt": row("SFT", number)["prompt"]} for number in range(40)]
-    matching = rewarded(tmp_path / "match", base, Reward(exact_match=ExactMatch()))
-    brief = rewarded(tmp_path / "brief", base, Reward(entry_point=EntryPoint(name="brief")))
-    for config in (matching, brief):
-        write_jsonl(Path(config.train[0].path or ""), prompts)
-        write_jsonl(Path(config.paths.work).parent / "data" / "gate.jsonl", [{"prompt": "a new one"}, {"prompt": "another"}])
-
-    refused, kept = (run_stage(config, Stage.PREPARE) for config in (matching, brief))
-
-    assert "has no column 'completion'" in refused.message
-    assert (kept.exit_code, kept.prepare.rows_kept) == (ExitCode.DONE, 40)
-
-
-def test_prompt_that_leaves_no_room_for_its_completion_is_dropped(tmp_path: Path, base: Path) -> None:
-    config = rewarded(tmp_path, base, Reward(exact_match=ExactMatch()))
-    rows = [row("SFT", number) for number in range(40)]
-    write_jsonl(Path(config.train[0].path or ""), [*rows, {"prompt": "long " * 40, "completion": "positive"}])
-
-    prepared = run_stage(config, Stage.PREPARE).prepare
-
-    assert (prepared.rows_kept, prepared.truncated) == (40, 0)
-    assert prepared.longest_row <= 48, "prompt and completion together"
-
-
-def test_configuration_of_the_first_release_keeps_its_key() -> None:
-    """Checkpoints and outputs of runs that were made before an objective was added are still found."""
-    from tests.unit.trainer.builders import make_gated
-
-    from tuneloop_trainer.stages.outputs import run_key
-
-    root = Path("/tmp/key-of-a-run")
-    assert run_key(make_gated(root, root / "base")) == "8757cb24a2ca8955cab3c707e0e1ca5c5789adebb0e07d7d87ff9cc7a8a55a64"

@@ -16,26 +16,12 @@ from tests.unit.trainer.builders import make_config, make_progress, run_stage
 
 from tuneloop_trainer import manifests
 from tuneloop_trainer.contract import ExitCode, Reason, RunConfig, Stage
-from tuneloop_trainer.errors import LossSpike, Unavailable
+from tuneloop_trainer.errors import LossSpike
 from tuneloop_trainer.interrupts import Interrupts
 from tuneloop_trainer.manifests import verify
 from tuneloop_trainer.training import checkpoints as checkpointing
-from tuneloop_trainer.training.checkpoints import OUTAGE_SECONDS, Saves
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
-
-
-class Clock:
-    """Time passes where somebody waits."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def wait(self, seconds: float) -> None:
-        self.now += seconds
 
 
 class Store:
@@ -114,39 +100,6 @@ def test_store_that_stays_away_ends_the_run_for_another_attempt(
     resumed = run_stage(config, Stage.TRAIN)
     assert (resumed.exit_code, resumed.train.resumed_from_step) == (ExitCode.DONE, 2)
     assert resumed.train.steps_lost == 2 if publish is None else resumed.train.steps_lost in (3, 4), "noticed after a later step"
-
-
-def test_ten_minutes_without_a_save_end_the_run() -> None:
-    clock = Clock()
-    saves = Saves(clock, clock.wait)
-
-    def refuse() -> None:
-        raise FULL
-
-    for minute in range(10):
-        clock.now = 60.0 * minute
-        assert not saves.attempt(refuse, within=None)
-    clock.now = OUTAGE_SECONDS
-    with pytest.raises(Unavailable, match=r"took no checkpoint for 600 s: .*No space left"):
-        saves.attempt(refuse, within=None)
-
-
-def test_last_save_is_tried_until_the_store_is_back() -> None:
-    clock, refused = Clock(), []
-    saves = Saves(clock, clock.wait)
-
-    def save() -> None:
-        if clock.now < 300:
-            refused.append(clock.now)
-            raise FULL
-
-    assert saves.attempt(save, within=OUTAGE_SECONDS)
-    assert len(refused) == 30
-
-
-def test_save_that_fails_by_a_mistake_of_its_own_is_not_tried_again() -> None:
-    with pytest.raises(KeyError):
-        Saves().attempt(lambda: {}["x"], within=OUTAGE_SECONDS)
 
 
 @pytest.mark.parametrize("stage", [Stage.PREPARE, Stage.TRAIN])

@@ -11,7 +11,6 @@ import pytest
 import yaml
 from tests.unit.trainer.builders import make_config, make_rows, make_source, replace, run_stage, write_jsonl
 
-from tuneloop_trainer.card import base_licence
 from tuneloop_trainer.contract import ExitCode, RunConfig, Stage
 from tuneloop_trainer.manifests import verify
 
@@ -64,22 +63,3 @@ def test_card_has_a_header_for_hubs_and_the_counts_of_the_data(tmp_path: Path, b
     assert "| rows trained on | 40 |" in card
     assert "The base model's files do not say" in card
     assert str(tmp_path) not in card
-
-
-@pytest.mark.parametrize(
-    ("card", "licence"),
-    [
-        ("---\nlicense: apache-2.0\ntags: []\n---\n# x", "apache-2.0"),
-        ('---\ntags: []\nlicense: "mit"\n---\n', "mit"),
-        ("---\ntags: []\n---\nlicense: mit\n", None),
-        ("---\nlicense: [a, b]\n---\n", None),
-        ("license: mit\n", None),
-    ],
-)
-def test_licence_of_the_base_is_what_its_header_says(tmp_path: Path, card: str, licence: str | None) -> None:
-    (tmp_path / "README.md").write_text(card)
-    assert base_licence(tmp_path) == licence
-
-
-def test_base_without_a_card_has_no_known_licence(tmp_path: Path) -> None:
-    assert base_licence(tmp_path) is None

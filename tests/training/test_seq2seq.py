@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.training.test_objectives import answer, improvement, make_run, optimised, row, run_through
+from tests.training.test_objectives import answer, improvement, optimised, run_through
 from tests.training.test_training import losses
 from tests.unit.trainer.builders import copy_work, make_encoder_decoder, replace, run_stage, write_jsonl
+from tests.unit.trainer.objectives import make_run, row
 
 from tuneloop_trainer import models
 from tuneloop_trainer.contract import ExitCode, Gate, Lora, Method, Reason, RunConfig, Seq2Seq, Stage
@@ -78,13 +79,6 @@ def test_rows_whose_answers_cannot_be_learned_are_refused(
 
     assert (result.exit_code, result.reason) == (ExitCode.INVALID, Reason.DATA_INVALID)
     assert sentence in result.message
-
-
-def test_base_without_an_encoder_is_refused_before_training(tmp_path: Path, decoder: Path) -> None:
-    result = run_stage(make_run(tmp_path, decoder, "Seq2Seq"), Stage.PREPARE)
-
-    assert (result.exit_code, result.reason) == (ExitCode.INVALID, Reason.MODEL_NOT_FOUND)
-    assert "has no encoder. Seq2Seq needs one as T5 or BART have" in result.message
 
 
 def test_rows_longer_than_the_positions_of_the_base_are_refused_before_training(tmp_path: Path) -> None:

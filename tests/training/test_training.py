@@ -12,7 +12,6 @@ from tests.unit.trainer.builders import copy_work, make_base, make_config, make_
 from tuneloop_trainer.contract import Base, Checkpoint, Curation, ExitCode, Method, Reason, RunConfig, Stage
 from tuneloop_trainer.interrupts import Interrupts
 from tuneloop_trainer.manifests import verify
-from tuneloop_trainer.training.plan import micro_batch
 
 
 class InterruptAfter(Interrupts):
@@ -223,14 +222,6 @@ def test_training_stops_early_and_keeps_the_best_weights(tmp_path: Path, base: P
     assert interrupted.exit_code == ExitCode.INTERRUPTED
     assert (result.exit_code, result.train.step) == (ExitCode.DONE, 6), "the resumed run stops where an undisturbed one would"
     assert verify(tmp_path / "work" / "train" / "final").metadata["step"] == 2
-
-
-@pytest.mark.parametrize(
-    ("batch", "configured", "longest", "expected"),
-    [(16, None, 10, 16), (16, None, 100, 4), (16, 5, 10, 4), (6, 4, 10, 3), (7, None, 9000, 1)],
-)
-def test_micro_batch_divides_the_global_batch(batch: int, configured: int | None, longest: int, expected: int) -> None:
-    assert micro_batch(batch, configured, longest, "cpu") == expected
 
 
 def test_changed_base_is_refused(prepared: RunConfig, tmp_path: Path, base: Path) -> None:
