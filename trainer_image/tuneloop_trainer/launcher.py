@@ -30,6 +30,7 @@ from tuneloop_trainer.workers import Place, Workers
 
 log = logging.getLogger("tuneloop.launcher")
 WORKER = (sys.executable, "-m", "tuneloop_trainer.worker")
+ENDING = (signal.SIGTERM, signal.SIGINT)
 POLL_SECONDS = 0.2
 STACKS_SECONDS = 1.0
 """Time that a stalled worker has to print its stacks before it is killed."""
@@ -79,8 +80,9 @@ class Launcher:
     def run(self) -> int:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
         os.umask(0o022)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in ENDING:
             signal.signal(number, self._forward)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
         try:
             return self._run()
         finally:

@@ -36,6 +36,15 @@ def result(code, **fields):
         json.dump({"stage": sys.argv[1], "exitCode": code} | fields, file)
     sys.exit(code)
 """
+EARLY = """
+import importlib.abc, os, runpy, signal, sys
+class SendsSigterm(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "tuneloop_trainer.launcher":
+            os.kill(os.getpid(), signal.SIGTERM)
+sys.meta_path.insert(0, SendsSigterm())
+runpy.run_module("tuneloop_trainer", run_name="__main__", alter_sys=True)
+"""
 
 
 class Run:
@@ -146,6 +155,15 @@ while True: time.sleep(0.01)
     launched[0].process.send_signal(signal.SIGTERM)
 
     assert launched[0].result().message == "Saved at step 4 of 9."
+
+
+def test_sigterm_that_comes_while_the_launcher_imports_is_not_lost(tmp_path: Path) -> None:
+    config = make_config(tmp_path, tmp_path / "base")
+    (tmp_path / "config.json").write_text(config.model_dump_json(by_alias=True))
+    environment = dict(os.environ) | {"TUNELOOP_CONFIG": str(tmp_path / "config.json"), "TERMINATION_PATH": str(tmp_path / "termination")}
+    environment |= {"PROGRESS_PORT": str(_free_port()), "TMPDIR": str(tmp_path)}
+    ended = subprocess.run([sys.executable, "-c", EARLY, "train"], env=environment, timeout=60, check=False)
+    assert ended.returncode == ExitCode.INTERRUPTED
 
 
 def test_worker_that_stops_moving_is_ended(tmp_path: Path, launched: list[Run]) -> None:
