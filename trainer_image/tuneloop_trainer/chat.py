@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from tuneloop_trainer.contract import Reason
 from tuneloop_trainer.costs import TooCostly
@@ -13,6 +14,24 @@ from tuneloop_trainer.errors import Invalid
 
 IGNORED = -100
 """The label of a token without loss."""
+
+
+class Turn(NamedTuple):
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+    learned: bool
+    """Whether an assistant's turn is one to learn."""
+
+
+def turns_of(values: Iterable[Sequence[Any]] | None) -> tuple[Turn, ...] | None:
+    """As JSON has them."""
+    return None if values is None else tuple(Turn(*value) for value in values)
+
+
+History = Sequence[Turn] | None
+"""The turns of a conversation between the system turn and the last prompt; None: there are none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +67,16 @@ class Formatter:
         """The tokens at which the engine stops."""
         return self._stop_ids
 
-    def prompt_text(self, prompt: str, system: str | None = None) -> str:
+    def prompt_text(self, prompt: str, system: str | None = None, history: History = None) -> str:
+        if not self._chat and history:
+            raise Invalid("A conversation is rendered by the base model's chat template. Set promptFormat: Chat.")
         if not self._chat:
             return prompt if system is None else f"{system}\n{prompt}"
-        return self._render(_messages(prompt, system), add_generation_prompt=True)
+        return self._render(_messages(prompt, system, history), add_generation_prompt=True)
 
-    def prompt_ids(self, prompt: str, system: str | None = None) -> list[int]:
+    def prompt_ids(self, prompt: str, system: str | None = None, history: History = None) -> list[int]:
         """Chat: the template writes the special tokens itself. Text: the tokenizer adds what it adds when serving."""
-        return self._ids(self.prompt_text(prompt, system))
+        return self._ids(self.prompt_text(prompt, system, history))
 
     def _ids(self, prompt_text: str) -> list[int]:
         ids: list[int] = self._tokenizer(prompt_text, add_special_tokens=not self._chat)["input_ids"]
@@ -63,11 +84,12 @@ class Formatter:
             ids = ids[:-1]
         return [*self.before, *ids]
 
-    def encode(self, prompt: str, completion: str, system: str | None = None) -> Encoded:
-        prompt_text = self.prompt_text(prompt, system)
+    def encode(self, prompt: str, completion: str, system: str | None = None, history: History = None) -> Encoded:
+        prompt_text = self.prompt_text(prompt, system, history)
         rest = completion
         if self._chat:
-            whole = self._render([*_messages(prompt, system), {"role": "assistant", "content": completion}], add_generation_prompt=False)
+            messages = [*_messages(prompt, system, history), {"role": "assistant", "content": completion}]
+            whole = self._render(messages, add_generation_prompt=False)
             if not whole.startswith(prompt_text):
                 raise Invalid(
                     "The base model's chat template renders a prompt differently once it has an answer, so that what is trained on "
@@ -76,6 +98,34 @@ class Formatter:
             rest = whole[len(prompt_text) :]
         ids: list[int] = self._tokenizer(rest, add_special_tokens=False)["input_ids"]
         return Encoded(self._ids(prompt_text), self._ended(ids))
+
+    def converse(
+        self, prompt: str, completion: str, system: str | None, history: Sequence[Turn], limit: int
+    ) -> tuple[list[int], list[int], int]:
+        """Token ids and labels of a conversation, cut at the limit, and its length uncut.
+
+        Each answer that is learned stands behind exactly what the engine reads when it is asked for it: all turns so far, rendered and
+        tokenised anew. Raises Invalid where that does not begin with what the row has so far.
+        """
+        whole = self.encode(prompt, completion, system, history)
+        ids: list[int] = []
+        labels: list[int] = []
+        for place, turn in enumerate((*history, Turn("user", prompt, False), Turn("assistant", completion, True))):
+            if not turn.learned:
+                continue
+            if len(ids) >= limit:
+                break
+            earlier = place < len(history)
+            one = self.encode(history[place - 1].content, turn.content, system, history[: place - 1]) if earlier else whole
+            if one.prompt[: len(ids)] != ids:
+                raise Invalid(
+                    f"turn {place + 1 + (system is not None)}: the base model's chat template or tokenizer writes the turns before it "
+                    "otherwise than when they were answers: one row cannot be what is served. Make a row of each answer, with weight: 0 on "
+                    "the assistant's turns before it, or use another base model."
+                )
+            labels += [IGNORED] * (len(one.prompt) - len(ids)) + one.completion
+            ids = one.prompt + one.completion
+        return ids[:limit], labels[:limit], len(whole.prompt) + len(whole.completion)
 
     def decode(self, ids: list[int]) -> str:
         text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
@@ -108,6 +158,7 @@ def stop_ids(model_folder: Path, tokenizer: Any) -> frozenset[int]:  # Any: tran
     return frozenset([tokenizer.eos_token_id, *(token for token in more if isinstance(token, int))])
 
 
-def _messages(prompt: str, system: str | None) -> list[dict[str, str]]:
-    user = {"role": "user", "content": prompt}
-    return [user] if system is None else [{"role": "system", "content": system}, user]
+def _messages(prompt: str, system: str | None, history: History = None) -> list[dict[str, str]]:
+    before = [] if system is None else [{"role": "system", "content": system}]
+    said = [{"role": turn.role, "content": turn.content} for turn in history or ()]
+    return [*before, *said, {"role": "user", "content": prompt}]

@@ -163,7 +163,7 @@ class DataSource(Model):
     bucket: Bucket | None = None
     repository: Repository | None = None
     columns: dict[str, str] = {}
-    """Role -> column in the file. Roles: prompt, completion, chosen, rejected, desirable, text, label, document, system.
+    """Role -> column in the file. Roles: prompt, completion, messages, chosen, rejected, desirable, text, label, document, system.
     A role that is absent is read from the column of the same name."""
     template: Template | None = None
     """Renders texts from the row; absent: the roles are used as they are."""

@@ -56,8 +56,20 @@ class RowTemplate(Model):
 class Columns(Model):
     """Role -> column. A role that is absent is read from the column of the same name."""
 
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            ("!has(self.messages) || !(has(self.prompt) || has(self.completion))", "messages takes the place of prompt and completion."),
+        )
+    )
+
     prompt: ColumnName | None = Field(default=None, description="Column of the prompt, where there is no template.")
     completion: ColumnName | None = Field(default=None, description="Column of the completion, where there is no template.")
+    messages: ColumnName | None = Field(
+        default=None,
+        description="Column of a conversation, in the place of prompt and completion (SFT): a list of {role, content} with the roles "
+        "system, user and assistant. Each assistant's turn is learned but those with weight: 0. Absent: `messages`, where the rows have "
+        "it and no prompt.",
+    )
     chosen: ColumnName | None = Field(default=None, description="Column of the better of two answers.")
     rejected: ColumnName | None = Field(default=None, description="Column of the worse of two answers.")
     desirable: ColumnName | None = Field(default=None, description="Column that says, by true or false, whether the completion is good.")
@@ -81,6 +93,10 @@ class FeedbackRef(Model):
 
 ONE_PLACE = rules(
     ("has(self.source) != has(self.feedback)", "exactly one of source and feedback must be set."),
+    (
+        "!has(self.columns) || !has(self.columns.messages) || !has(self.template)",
+        "columns.messages names conversations, which no template renders: template cannot be set.",
+    ),
 )
 
 

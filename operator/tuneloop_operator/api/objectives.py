@@ -28,6 +28,8 @@ class Traits:
     packs: bool = False
     turns: bool = True
     """Whether a prompt may be a user's turn of a chat."""
+    converses: bool = False
+    """Whether a row may be a conversation in the place of prompt and completion."""
     feedback: FeedbackRows | None = "Labels"
     """What of the gateway's feedback it learns from."""
     block: str | None = None
@@ -35,7 +37,7 @@ class Traits:
 
 
 TRAITS: dict[ObjectiveType, Traits] = {
-    "SFT": Traits("learns the answers to prompts", ("prompt", "completion"), packs=True, block="sft"),
+    "SFT": Traits("learns the answers to prompts", ("prompt", "completion"), packs=True, converses=True, block="sft"),
     "Pretraining": Traits(
         "learns texts, every token of them, from a base or from scratch", ("text",), adapter=False, packs=True, feedback=None
     ),
@@ -65,7 +67,7 @@ TRAITS: dict[ObjectiveType, Traits] = {
         "has completions written, and learns from those of a higher reward than the others", ("prompt", "completion"), block="grpo"
     ),
     "RLOO": Traits("as GRPO, each completion against the mean of the others", ("prompt", "completion"), block="rloo"),
-    "Custom": Traits("is a class of a derived trainer image", ("prompt", "completion"), packs=True, block="custom"),
+    "Custom": Traits("is a class of a derived trainer image", ("prompt", "completion"), packs=True, converses=True, block="custom"),
 }
 ROLLING_OUT = ["GRPO", "RLOO"]
 """Objectives whose model writes the completions that it learns from."""
@@ -180,6 +182,16 @@ def _output_rules() -> Iterator[tuple[str, str]]:
 
 
 def _data_rules() -> Iterator[tuple[str, str]]:
+    converse: list[str] = [name for name, traits in TRAITS.items() if traits.converses]
+    trained = "self.data.train.exists(s, has(s.columns) && has(s.columns.messages))"
+    judged = (
+        "(has(self.evaluation) && has(self.evaluation.suites) && self.evaluation.suites.exists(s, has(s.dataset) && has(s.dataset.columns)"
+        " && has(s.dataset.columns.messages)))"
+    )
+    yield (
+        f"({_in(converse)} && self.promptFormat == 'Chat') || !({trained} || {judged})",
+        f"columns.messages names conversations: it needs promptFormat: Chat, and an objective of {_only(converse)}.",
+    )
     names = _without("feedback")
     yield (
         f"!({_in(names)}) || self.data.train.all(s, !has(s.feedback))",
@@ -318,7 +330,8 @@ def combinations() -> str:
     """The table of what goes together, for the reference."""
     lines = ["| objective, method | a row has | output.format | served as |", "|---|---|---|---|"]
     for name, traits in TRAITS.items():
-        roles, served = ", ".join(traits.texts), "Chat, Completion" if traits.servable else "not served: reason NotServable"
+        roles = ", ".join(traits.texts) + (", or messages" if traits.converses else "")
+        served = "Chat, Completion" if traits.servable else "not served: reason NotServable"
         for method in ("LoRA", "Full"):
             both = method == "LoRA" and traits.adapter
             formats = "Adapter (absent means this): the operator serves it on its base; or Merged" if both else "Merged only"

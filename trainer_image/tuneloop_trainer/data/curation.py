@@ -109,4 +109,4 @@ def classes_of(records: Iterable[Record]) -> Counter[str] | None:
 def _names(records: Iterable[Record]) -> Iterator[str | None]:
     for record in records:
         name = record.completion.strip()
-        yield name if len(name) <= MAX_CLASS_CHARACTERS else None
+        yield name if len(name) <= MAX_CLASS_CHARACTERS and not record.history else None

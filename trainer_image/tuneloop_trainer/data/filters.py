@@ -24,7 +24,7 @@ def batches(records: Iterable[Record]) -> Iterator[list[Record]]:
     size = 0
     for record in records:
         batch.append(record)
-        size += len(record.prompt) + len(record.completion)
+        size += record.size
         if len(batch) >= BATCH_ROWS or size >= BATCH_CHARACTERS:
             yield batch
             batch, size = [], 0
@@ -66,11 +66,14 @@ class Filters:
         found: Counter[str] = Counter()
         texts = {name: getattr(record, name) for name in TEXTS}
         redacted = {name: personal.redact(text, found) for name, text in texts.items() if text is not None}
+        history = None
+        if record.history is not None:
+            history = tuple(turn._replace(content=personal.redact(turn.content, found)) for turn in record.history)
         if not found:
             return record
         self.details["personalData"].update(found.keys())
         if self._personal_data == "Redact":
-            return replace(record, **redacted)  # type: ignore[arg-type]  # TEXTS are fields that hold text
+            return replace(record, history=history, **redacted)  # type: ignore[arg-type]  # TEXTS are fields that hold text
         self.drops["PersonalData"] += 1
         return None
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from tuneloop_trainer.chat import stop_ids
+from tuneloop_trainer.chat import IGNORED, stop_ids
 from tuneloop_trainer.contract import RunConfig
 from tuneloop_trainer.data.curation import MAX_CLASS_CHARACTERS, MAX_CLASSES
 from tuneloop_trainer.data.records import MAX_BAD_SHARE, Record
@@ -119,9 +119,10 @@ class Preflight:
             self._refuse_unknown_token(record, row)
             self._refuse_double_start(record, row)
         if whole_length <= self.config.training.max_sequence_length and max(rows[-1].labels, default=-1) >= 0:
+            ends = _ends(rows[-1].labels) if record.history else {rows[-1].labels[-1]}
             self.whole += 1
-            self.ended += rows[-1].labels[-1] in self.vocabulary.stop_ids
-            self.ends.add(rows[-1].labels[-1])
+            self.ended += ends <= self.vocabulary.stop_ids
+            self.ends |= ends
         if self.config.objective == "Seq2Seq":
             self.endless += rows[-1].labels[-1] not in self.vocabulary.stop_ids
         self._count_class(record)
@@ -278,7 +279,7 @@ class Preflight:
         return "method.lora.targetModules Attention leaves out the MLP layers, where most is learned. AllLinear is the default."
 
     def _count_class(self, record: Record) -> None:
-        if self.classes is None or record.rejected is not None:
+        if self.classes is None or record.rejected is not None or record.history:
             self.classes = None
             return
         name = record.completion.strip()
@@ -286,3 +287,8 @@ class Preflight:
             self.classes = None
         else:
             self.classes[name] += 1
+
+
+def _ends(labels: list[int]) -> set[int]:
+    """The last token of each answer: of each run of tokens with loss."""
+    return {label for label, after in zip(labels, [*labels[1:], IGNORED], strict=True) if label != IGNORED and after == IGNORED}

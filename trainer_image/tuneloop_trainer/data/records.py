@@ -10,14 +10,17 @@ from dataclasses import dataclass, field
 
 from jinja2 import TemplateError
 
+from tuneloop_trainer.chat import History
 from tuneloop_trainer.contract import DataSource, Reason
 from tuneloop_trainer.costs import TooCostly
+from tuneloop_trainer.data.conversations import Unusable, read_conversation
 from tuneloop_trainer.data.fetching import Workplace
 from tuneloop_trainer.data.sources import Reading, Row
 from tuneloop_trainer.data.templates import MAX_OUTPUT, RowTemplate
 from tuneloop_trainer.errors import Invalid
 
-ROLES = ("prompt", "completion", "chosen", "rejected", "desirable", "text", "label", "document", "system")
+MESSAGES = "messages"
+ROLES = ("prompt", "completion", "chosen", "rejected", "desirable", "text", "label", "document", "system", MESSAGES)
 YES, NO = frozenset({"true", "1", "yes"}), frozenset({"false", "0", "no"})
 MAX_BAD_SHARE = 0.2
 _NAMES_SHOWN = 20
@@ -34,6 +37,8 @@ class Shape:
     desirable: str | None = None
     optional: bool = False
     """Whether a row may do without its completion."""
+    messages: bool = False
+    """Whether a row may be a conversation instead."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -41,6 +46,7 @@ class Shape:
 
 
 PROMPTED = Shape("prompt", "completion")
+CONVERSED = Shape("prompt", "completion", messages=True)
 PREFERRED = Shape("prompt", "chosen", rejected="rejected")
 JUDGED = Shape("prompt", "completion", desirable="desirable")
 ASKED = Shape("prompt", "completion", optional=True)
@@ -65,6 +71,14 @@ class Record:
     """The answer that the completion is preferred to."""
     desirable: bool | None = None
     """Whether the completion is an answer to give, or one not to give."""
+    history: History = None
+    """What was said before the prompt, where the row is a conversation."""
+
+    @property
+    def size(self) -> int:
+        """Characters that are tokenised."""
+        said = sum(len(turn.content) for turn in self.history or ())
+        return said + len(self.prompt) + len(self.completion) + len(self.rejected or "")
 
     @property
     def key(self) -> bytes:
@@ -72,6 +86,7 @@ class Record:
         parts = [self.system or "", self.prompt, self.completion]
         parts += [self.rejected] if self.rejected is not None else []
         parts += [str(self.desirable)] if self.desirable is not None else []
+        parts += [part for turn in self.history or () for part in (turn.role, turn.content)]
         text = "\0".join(" ".join(part.split()) for part in parts)
         return hashlib.sha256(text.encode()).digest()
 
@@ -99,6 +114,11 @@ class RowReader:
         self._where = where
         self._shape = shape
         asked = source.template.model_dump(exclude_none=True) if source.template else {}
+        self._converses = MESSAGES in source.columns
+        if self._converses and not shape.messages:
+            raise Invalid(f"{where}.columns.messages is not read: these rows have {', '.join(shape.names)}.")
+        if self._converses and asked:
+            raise Invalid(f"{where}.columns.messages names whole conversations, which no template renders. Remove {where}.template.")
         unread = sorted(asked.keys() - set(shape.names))
         if unread:
             raise Invalid(f"{where}.template.{unread[0]} is not read: these rows have {', '.join(shape.names)}.")
@@ -130,7 +150,11 @@ class RowReader:
         self._refuse_if_mostly_bad()
 
     def _check_columns(self, values: dict[str, object]) -> None:
-        needed = self._columns_read | {role for role in self._source.columns if role in ROLES}
+        # Without a word about columns, a row that has no prompt is the conversation that it has.
+        silent = self._shape.messages and not self._templates and not self._source.columns.keys() & set(self._shape.names)
+        self._converses |= silent and MESSAGES in values and not values.keys() >= set(self._shape.names)
+        read = {MESSAGES} if self._converses else self._columns_read
+        needed = read | {role for role in self._source.columns if role in ROLES}
         for name in sorted(needed):
             column = self._source.columns.get(name, name)
             if column not in values:
@@ -141,6 +165,8 @@ class RowReader:
         if row.values is None:
             return self._drop("Malformed", row, row.problem)
         context = row.values | {role: row.values.get(column) for role, column in self._source.columns.items()}
+        if self._converses:
+            return self._conversation(row, context)
         needed = [name for name in sorted(self._columns_read) if name in ROLES]
         missing = next((name for name in needed if _text(context.get(name)) is None), None)
         if missing is not None:
@@ -153,6 +179,18 @@ class RowReader:
         except TooCostly as error:
             raise Invalid(f"The template of {self._where} is refused at row {row.number}: {error}. Set {self._where}.template.") from error
         return self._made(row, context, texts)
+
+    def _conversation(self, row: Row, context: dict[str, object]) -> Record | None:
+        try:
+            said = read_conversation(context.get(MESSAGES))
+        except Unusable as error:
+            return self._drop(error.reason, row, f"column '{self._source.columns.get(MESSAGES, MESSAGES)}' has {error}")
+        content = "\n".join([*(turn.content for turn in said.history), said.prompt])
+        if len(content) + len(said.completion) + len(said.system or "") > MAX_OUTPUT:
+            return self._drop("TooLong", row, f"its conversation is longer than {MAX_OUTPUT} characters")
+        document = _text(context.get("document")) or _own_document(content)
+        user = None if said.history else said.prompt
+        return Record(said.prompt, said.completion, document, content, row.number, said.system, user, history=said.history or None)
 
     def _made(self, row: Row, context: dict[str, object], texts: dict[str, str]) -> Record | None:
         shape = self._shape

@@ -10,10 +10,11 @@ import hashlib
 import json
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from operator import attrgetter
 from pathlib import Path
 
+from tuneloop_trainer.chat import turns_of
 from tuneloop_trainer.data.records import Record
 from tuneloop_trainer.data.splits import boundary, place
 
@@ -115,7 +116,8 @@ class Rows:
 
 
 def _record(text: str) -> Record:
-    return Record(*json.loads(text))
+    record = Record(*json.loads(text))
+    return record if record.history is None else replace(record, history=turns_of(record.history))
 
 
 def order_key(record: Record, seed: int) -> bytes:

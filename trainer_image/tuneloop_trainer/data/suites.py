@@ -7,7 +7,9 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+from tuneloop_trainer.chat import History, turns_of
 from tuneloop_trainer.contract import HELD_OUT_METRICS, RunConfig, Suite
 from tuneloop_trainer.data.records import Record
 from tuneloop_trainer.errors import Invalid
@@ -28,6 +30,13 @@ class Item:
     user: str | None = None
     """As in the record: what a user would send."""
     rejected: str | None = None
+    history: History = None
+    """As in the record: what was said before the prompt."""
+
+    @property
+    def asked(self) -> int:
+        """Characters up to the answer."""
+        return len(self.prompt) + sum(len(turn.content) for turn in self.history or ())
 
 
 def suites_of(config: RunConfig) -> tuple[Suite, ...]:
@@ -42,7 +51,7 @@ def items_of(records: Iterable[Record]) -> list[Item]:
     """Distinct records as items: an item that occurs twice would count twice in a test."""
     distinct = {record.key: record for record in records}
     return [
-        Item(number, record.document, record.prompt, record.completion, record.system, record.user, record.rejected)
+        Item(number, record.document, record.prompt, record.completion, record.system, record.user, record.rejected, record.history)
         for number, record in enumerate(distinct.values())
     ]
 
@@ -57,13 +66,17 @@ def write_items(folder: Path, suite: Suite, items: list[Item]) -> str:
 
 
 def _content(item: Item) -> dict[str, object]:
-    """Without an answer that there is not: the digest of other suites stays what it was."""
-    return {name: value for name, value in asdict(item).items() if name != "rejected" or value is not None}
+    """Without an answer or turns that there are not: the digest of other suites stays what it was."""
+    return {name: value for name, value in asdict(item).items() if name not in ("rejected", "history") or value is not None}
 
 
 def read_items(folder: Path, suite: Suite) -> list[Item]:
     with (folder / f"{suite.name}.jsonl").open(encoding="utf-8") as file:
-        return [Item(**json.loads(line)) for line in file]
+        return [_item(json.loads(line)) for line in file]
+
+
+def _item(content: dict[str, Any]) -> Item:
+    return Item(**(content | {"history": turns_of(content.get("history"))}))
 
 
 def labels_of(suite: Suite, items: list[Item]) -> tuple[str, ...]:

@@ -41,7 +41,8 @@ class Term:
 
 def texts_of(records: Iterable[Record]) -> Iterator[str]:
     for record in records:
-        yield from (text for text in (record.system, record.prompt, record.completion, record.rejected) if text)
+        said = (turn.content for turn in record.history or ())
+        yield from (text for text in (record.system, *said, record.prompt, record.completion, record.rejected) if text)
 
 
 def words(text: str) -> Iterator[str]:

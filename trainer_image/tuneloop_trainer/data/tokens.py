@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 
 from tuneloop_trainer.chat import Formatter
 from tuneloop_trainer.contract import RunConfig
@@ -61,7 +62,7 @@ class Tokenizing:
     ) -> None:
         self.counts = TokenCounts()
         self.drops = Drops()
-        self._tokens = InOrder(partial(objective.tokens, formatter), _size, workers)
+        self._tokens = InOrder(partial(objective.tokens, formatter), attrgetter("size"), workers)
         self._limit = config.training.max_sequence_length
         self._needed = 0
         self._done = done
@@ -94,7 +95,3 @@ class Tokenizing:
         for row in tokens.rows:
             self.counts.add(row, truncated=tokens.whole > self._limit)
         return tokens.rows
-
-
-def _size(record: Record) -> int:
-    return len(record.prompt) + len(record.completion) + len(record.rejected or "")

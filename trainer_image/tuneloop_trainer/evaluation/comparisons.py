@@ -48,7 +48,7 @@ def places_to_ask(suite: PreparedSuite) -> list[int]:
     """The first items that a model writes an answer to; none where an item has one of a few labels."""
     if has_labels(suite):
         return []
-    fitting = (place for place, item in enumerate(suite.items) if 0 < len(item.prompt) <= PROMPT_CHARACTERS)
+    fitting = (place for place, item in enumerate(suite.items) if item.prompt and item.asked <= PROMPT_CHARACTERS)
     return [place for place, _ in zip(fitting, range(ASKED), strict=False)]
 
 

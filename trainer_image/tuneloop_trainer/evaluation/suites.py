@@ -146,9 +146,9 @@ def prepare_suite(
     """Read the snapshot and turn it into tokens. By bytes, every token of a text without a prompt is predicted, the first one too."""
     items = read_items(folder, suite)
     if set(suite.metrics) == {"Reward"}:  # an item may have no completion
-        encoded = [Encoded(formatter.prompt_ids(item.prompt, item.system), []) for item in items]
+        encoded = [Encoded(formatter.prompt_ids(item.prompt, item.system, item.history), []) for item in items]
     else:
-        encoded = [formatter.encode(item.prompt, item.completion, item.system) for item in items]
+        encoded = [formatter.encode(item.prompt, item.completion, item.system, item.history) for item in items]
     if by_bytes:
         encoded = [Encoded(item.prompt or item.completion[-1:], item.completion) for item in encoded]
     if "Preference" in suite.metrics:
@@ -158,7 +158,7 @@ def prepare_suite(
         labels = labels_of(suite, items) if needs_labels(suite) else ()
         choices = [labels for _ in items] if labels else []
     tokens = [
-        [formatter.encode(item.prompt, choice, item.system).completion for choice in options]
+        [formatter.encode(item.prompt, choice, item.system, item.history).completion for choice in options]
         for item, options in zip(items, choices, strict=bool(choices))
     ]
     content = repr([(item.prompt, item.completion) for item in encoded]) + repr(tokens)

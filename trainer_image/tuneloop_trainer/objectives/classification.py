@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tuneloop_trainer import models
-from tuneloop_trainer.chat import Encoded, Formatter
+from tuneloop_trainer.chat import Encoded, Formatter, History
 from tuneloop_trainer.contract import Classification, Suite
 from tuneloop_trainer.data.records import LABELLED, Record, Shape
 from tuneloop_trainer.data.shards import TokenRow
@@ -31,8 +31,8 @@ class Texts(Formatter):
     def __init__(self, tokenizer: Any) -> None:  # Any: transformers is untyped
         super().__init__(tokenizer, frozenset(), "Text")
 
-    def encode(self, prompt: str, completion: str, system: str | None = None) -> Encoded:
-        return Encoded(self.prompt_ids(prompt, system), [])
+    def encode(self, prompt: str, completion: str, system: str | None = None, history: History = None) -> Encoded:
+        return Encoded(self.prompt_ids(prompt, system, history), [])
 
 
 class SequenceClassification(Objective):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tuneloop_trainer import models
-from tuneloop_trainer.chat import IGNORED, Encoded, Formatter, stop_ids
+from tuneloop_trainer.chat import IGNORED, Encoded, Formatter, History, stop_ids
 from tuneloop_trainer.contract import Reason, Suite
 from tuneloop_trainer.contract import Seq2Seq as Settings
 from tuneloop_trainer.data.records import PROMPTED, Record, Shape
@@ -29,14 +29,14 @@ class Sides(Formatter):
     def __init__(self, tokenizer: Any, stops: frozenset[int]) -> None:  # Any: transformers is untyped
         super().__init__(tokenizer, stops, "Text")
 
-    def prompt_ids(self, prompt: str, system: str | None = None) -> list[int]:
-        ids: list[int] = self._tokenizer(self.prompt_text(prompt, system))["input_ids"]
+    def prompt_ids(self, prompt: str, system: str | None = None, history: History = None) -> list[int]:
+        ids: list[int] = self._tokenizer(self.prompt_text(prompt, system, history))["input_ids"]
         return ids
 
-    def encode(self, prompt: str, completion: str, system: str | None = None) -> Encoded:
+    def encode(self, prompt: str, completion: str, system: str | None = None, history: History = None) -> Encoded:
         target: list[int] = self._tokenizer(text_target=completion)["input_ids"]
         ended = bool(target) and target[-1] in self._stop_ids
-        return Encoded(self.prompt_ids(prompt, system), target if ended else [*target, self._tokenizer.eos_token_id])
+        return Encoded(self.prompt_ids(prompt, system, history), target if ended else [*target, self._tokenizer.eos_token_id])
 
 
 class Seq2Seq(Objective):
