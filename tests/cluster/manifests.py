@@ -335,8 +335,16 @@ SCRATCH = changed(
 # The other tokenizer: one of the corpus's own.
 SCRATCH_TRAINED = changed(SCRATCH, "spec.baseModel.tokenizer", {"train": {"vocabularySize": 32000}})
 OWN = changed(FINE_TUNE_JOB, "spec.objective", {"type": "Custom", "custom": {"name": "mine", "settings": {"strict": "yes"}}})
+CONVERSATIONS = of_objective(
+    {"type": "SFT"},
+    {"messages": "turns", "document": "d"},
+    {},
+    [suite("talks", "Loss", columns={"messages": "turns"})],
+    {"suite": "talks", "metric": "Loss", "rule": "Superior"},
+)
+CONVERSATIONS = changed(CONVERSATIONS, "spec.data.train.0.template", ...)
 FULL = (
-    FINE_TUNE_JOB, PROMPTED, QUANTIZED, OWN, PREFERENCES, JUDGEMENTS, CLASSES, TRANSLATIONS, TEXTS, PROMPTS, LEFT_OUT, SCRATCH,
+    FINE_TUNE_JOB, CONVERSATIONS, PROMPTED, QUANTIZED, OWN, PREFERENCES, JUDGEMENTS, CLASSES, TRANSLATIONS, TEXTS, PROMPTS, LEFT_OUT, SCRATCH,
     SCRATCH_TRAINED, MODEL_VERSION, MODEL_DEPLOYMENT, WITH_DATABASE_SECRET
 )  # fmt: skip
 PLURALS = {"FineTuneJob": "finetunejobs", "ModelVersion": "modelversions", "ModelDeployment": "modeldeployments"}

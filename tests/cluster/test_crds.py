@@ -16,6 +16,7 @@ import yaml
 from tests.cluster.harness import MERGE, ROOT, Api, ApiAnswer, wait_for
 from tests.cluster.manifests import (
     CLASSES,
+    CONVERSATIONS,
     DIGEST,
     FINE_TUNE_JOB,
     FULL,
@@ -200,6 +201,23 @@ REFUSED: dict[str, list[Manifest]] = {
         changed(FINE_TUNE_JOB, "spec.data.train.0.feedback", {"deployment": "sentiment"}),
         changed(FINE_TUNE_JOB, "spec.evaluation.suites.0.dataset.source", ...),
         changed(FINE_TUNE_JOB, "spec.evaluation.suites.0.dataset.feedback", {"deployment": "sentiment"}),
+    ],
+    "messages takes the place of prompt and completion.": [
+        changed(CONVERSATIONS, f"{path}.columns.{role}", "c")
+        for path in ("spec.data.train.0", "spec.evaluation.suites.0.dataset")
+        for role in ("prompt", "completion")
+    ],
+    "columns.messages names conversations, which no template renders: template cannot be set.": [
+        changed(CONVERSATIONS, f"{path}.template", {"prompt": "x"}) for path in ("spec.data.train.0", "spec.evaluation.suites.0.dataset")
+    ],
+    "columns.messages names conversations: it needs promptFormat: Chat, and the objective SFT or Custom.": [
+        changed(CONVERSATIONS, "spec.promptFormat", "Text"),
+        changed(changed(CONVERSATIONS, "spec.promptFormat", "Text"), "spec.evaluation.suites.0.dataset.columns", {}),
+        *(
+            changed(manifest, f"{path}.columns", {"messages": "turns"})
+            for manifest in (PREFERENCES, JUDGEMENTS, CLASSES, TEXTS, PROMPTS)
+            for path in ("spec.data.train.0", "spec.evaluation.suites.0.dataset")
+        ),
     ],
     "dataset must be set with type: Dataset, and only then.": [
         changed(FINE_TUNE_JOB, "spec.evaluation.suites.0.dataset", ...),

@@ -190,5 +190,9 @@ def _row(number: int, text: str, label: str) -> dict[str, Any]:
         "thumb": number % 2 == 0, "subject": f"Letter {number}", "body": text, "topic": label, "question": question, "answer": label,
         "source": text, "target": label, "reference": label, "article": text, "summary": label,
         "de": text, "en": label,
+        "turns": [
+            {"role": "user", "content": question}, {"role": "assistant", "content": "What of it?", "weight": 0},
+            {"role": "user", "content": f"Is it {label} or {other}?"}, {"role": "assistant", "content": label},
+        ],
         "ticket": f"t{number}", "document": f"d{number}",
     }  # fmt: skip

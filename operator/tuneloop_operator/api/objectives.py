@@ -190,7 +190,7 @@ def _data_rules() -> Iterator[tuple[str, str]]:
     )
     yield (
         f"({_in(converse)} && self.promptFormat == 'Chat') || !({trained} || {judged})",
-        f"columns.messages names conversations: it needs promptFormat: Chat, and an objective of {_only(converse)}.",
+        f"columns.messages names conversations: it needs promptFormat: Chat, and the objective {' or '.join(converse)}.",
     )
     names = _without("feedback")
     yield (

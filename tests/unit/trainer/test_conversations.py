@@ -147,7 +147,7 @@ def test_a_prompt_that_would_merge_with_the_answer_before_it_is_refused(base: Pa
     """Texts that go on are not enough: the engine tokenises question and answer together once they are the past."""
     plain = with_template(base, tmp_path / "plain", JOINED)
 
-    result = run_stage(make_talk(tmp_path, plain, [{"messages": said("posi", "tive", "nega", "tive")}]), Stage.PREPARE)
+    result = run_stage(make_talk(tmp_path, plain, [{"messages": said(" posi", "tive", " nega", "tive")}]), Stage.PREPARE)
 
     assert result.exit_code == ExitCode.INVALID
     assert "Row 1: turn 4" in result.message
