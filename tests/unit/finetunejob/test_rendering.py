@@ -435,3 +435,14 @@ def test_an_objective_reads_the_feedback_that_it_learns_from(objective: str, row
     assert suite is not None
     assert suite.feedback is not None
     assert (suite.feedback.rows, suite.feedback.split) == ("Labels", "gate"), "no vote has a say in a gate"
+
+
+def test_the_column_of_conversations_is_named_to_training_and_evaluation() -> None:
+    rows = {"source": {"uri": "pvc://datasets/talks.jsonl"}, "columns": {"messages": "turns", "document": "ticket"}}
+    spec = make_spec(data={"train": [rows]}, evaluation={"suites": [{"name": "talks", "dataset": rows, "metrics": ["Loss"]}]})
+
+    config = run_config(make_job(spec), Resolved())
+
+    suite = config.evaluation.suites[0].source
+    assert suite is not None
+    assert config.train[0].columns == suite.columns == {"messages": "turns", "document": "ticket"}
