@@ -89,7 +89,7 @@ def test_a_bucket_is_no_claim() -> None:
 def test_every_example_of_data_is_rendered_and_judged(path: Path) -> None:
     config = run_config(make_job(yaml.safe_load(path.read_text())["spec"]), Resolved())
     assert config.evaluation.gates
-    places = {"s3": "bucket", "hub": "repository", "curated": "path", "votes": "uri"}
+    places = {"s3": "bucket", "hub": "repository", "curated": "path", "conversations": "path", "votes": "uri"}
     assert all(getattr(source, places[path.stem]) for source in config.train)
     curated = {name for name, value in config.curation if value != getattr(contract.Curation(), name)}
     assert curated == ({"deduplicate", "personal_data", "quality", "languages", "max_toxicity"} if path.stem == "curated" else set())
