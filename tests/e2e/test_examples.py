@@ -191,7 +191,7 @@ def _row(number: int, text: str, label: str) -> dict[str, Any]:
         "source": text, "target": label, "reference": label, "article": text, "summary": label,
         "de": text, "en": label,
         "turns": [
-            {"role": "user", "content": question}, {"role": "assistant", "content": "What of it?", "weight": 0},
+            {"role": "user", "content": text[:60]}, {"role": "assistant", "content": "What of it?", "weight": 0},
             {"role": "user", "content": f"Is it {label} or {other}?"}, {"role": "assistant", "content": label},
         ],
         "ticket": f"t{number}", "document": f"d{number}",
