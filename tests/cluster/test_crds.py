@@ -569,8 +569,9 @@ def test_an_object_from_before_a_rule_can_still_be_reported_on_edited_and_delete
         wait_for(lambda: server.call("POST", path, bad)[0] == 201)
         assert server.call("PATCH", f"{crds}/{name}", {"spec": crd["spec"]}, MERGE)[0] == 200
         wait_for(lambda: server.call("POST", path + "?dryRun=All", changed(bad, "metadata.name", "fresh"))[0] == 422)
-        assert server.call("PATCH", f"{path}/full/status", {"status": {"phase": "Pending"}}, MERGE)[0] == 200
-        assert server.call("PATCH", f"{path}/full", {"spec": {"training": {"seed": 7}}}, MERGE)[0] == 200
+        # The handler of a changed definition is made anew, for each subresource when it is first asked for.
+        wait_for(lambda: server.call("PATCH", f"{path}/full/status", {"status": {"phase": "Pending"}}, MERGE)[0] == 200)
+        wait_for(lambda: server.call("PATCH", f"{path}/full", {"spec": {"training": {"seed": 7}}}, MERGE)[0] == 200)
         assert server.call("PATCH", f"{path}/full", {"spec": {"training": {"learningRate": "slow"}}}, MERGE)[0] == 422
         assert server.call("DELETE", f"{path}/full")[0] == 200
     finally:
