@@ -563,7 +563,6 @@ def test_an_object_from_before_a_rule_can_still_be_reported_on_edited_and_delete
     crds = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
     assert server.call("POST", crds, old)[0] == 201
     try:
-        subprocess.run(["kubectl", "wait", "--for=condition=Established", f"crd/{name}", "--timeout=30s"], check=True, capture_output=True)
         path = f"/apis/{group}/v1alpha1/namespaces/{place}/finetunejobs"
         bad = changed(changed(FINE_TUNE_JOB, "apiVersion", f"{group}/v1alpha1"), "spec.training.learningRate", "fast")
         wait_for(lambda: server.call("POST", path, bad)[0] == 201)
