@@ -7,7 +7,8 @@ prometheus() {
     --server "https://127.0.0.1:$API" --pki "$H/pki" --out "$state")
   # What an operator of Prometheus would bring along, so that charts see it.
   kubectl apply --server-side --force-conflicts -f "$HERE/../prometheus/crds.yaml" >/dev/null
-  kubectl wait --for=condition=Established --timeout=30s -f "$HERE/../prometheus/crds.yaml" >/dev/null
+  # `kubectl wait` fails at once on a definition that is too new to have conditions.
+  await kube-apiserver 30 kubectl wait --for=condition=Established --timeout=10s -f "$HERE/../prometheus/crds.yaml"
   "${monitors[@]}" >"$H/log/prometheus-first.log" 2>&1 ||
     { tail -n 8 "$H/log/prometheus-first.log" >&2; fail "the monitors in the cluster give no configuration"; }
   start prometheus /usr/bin/prometheus --config.file="$state/prometheus.yml" --storage.tsdb.path="$state/data" \
