@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 from tests.unit.trainer.builders import make_config, make_rows, make_source, replace, run_stage, write_jsonl
-from transformers import AutoTokenizer
 
 from tuneloop_trainer.chat import IGNORED, Formatter, stop_ids
 from tuneloop_trainer.contract import Stage, Template, tokens_digest
@@ -17,6 +16,8 @@ from tuneloop_trainer.data.shards import read_rows
 
 @pytest.fixture(scope="module")
 def tokenizer(base: Path) -> Any:
+    from transformers import AutoTokenizer
+
     return AutoTokenizer.from_pretrained(base)
 
 
@@ -104,6 +105,8 @@ def test_the_prompt_that_training_makes_of_a_fixed_text_is_recorded(
 
 
 def test_a_chat_template_that_writes_the_date_makes_no_prompt_to_compare_with(base: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
     dated = tmp_path / "dated"
     shutil.copytree(base, dated)
     template = AutoTokenizer.from_pretrained(base).chat_template

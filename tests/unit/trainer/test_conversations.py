@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 from tests.unit.trainer.builders import make_config, make_source, replace, run_stage, write_jsonl
-from transformers import AutoTokenizer
 
 from tuneloop_trainer.chat import IGNORED, Formatter, Turn, stop_ids
 from tuneloop_trainer.contract import Curation, Evaluation, ExitCode, Gate, RunConfig, Stage, Suite, Template
@@ -68,6 +67,8 @@ def shown(tokenizer: Any, row: TokenRow) -> list[str]:
 
 @pytest.fixture(scope="module")
 def tokenizer(base: Path) -> Any:
+    from transformers import AutoTokenizer
+
     return AutoTokenizer.from_pretrained(base)
 
 
@@ -137,6 +138,8 @@ def test_such_a_template_learns_the_answers_of_rows_that_have_one_each(tokenizer
 
 def with_template(base: Path, folder: Path, template: str) -> Path:
     shutil.copytree(base, folder)
+    from transformers import AutoTokenizer
+
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
@@ -283,6 +286,8 @@ def test_curation_sees_every_turn(base: Path, tmp_path: Path) -> None:
 
     assert result.exit_code == 0, result.message
     assert result.prepare.dropped == {"ContaminatedNgram": 1, "NearDuplicate": 1}
+    from transformers import AutoTokenizer
+
     tokenizer = AutoTokenizer.from_pretrained(base)
     texts = [tokenizer.decode(row.input_ids) for row in read_rows(tmp_path / "work" / "prepare", "train")]
     assert [text for text in texts if "[EMAIL]" in text]

@@ -11,7 +11,7 @@ import pytest
 from tuneloop_trainer.chat import Encoded
 from tuneloop_trainer.contract import DataSource, Gate, Suite, Template
 from tuneloop_trainer.data.suites import Item
-from tuneloop_trainer.evaluation import probes, scoring
+from tuneloop_trainer.evaluation import probes
 from tuneloop_trainer.evaluation.baselines import SuiteScores
 from tuneloop_trainer.evaluation.probes import Answer, answer_freely, parse_rate, probes_of
 from tuneloop_trainer.evaluation.suites import PreparedSuite
@@ -94,9 +94,11 @@ def test_suite_without_a_sure_answer_leaves_the_probes_to_the_next() -> None:
 
 
 def answered(one: PreparedSuite, monkeypatch: pytest.MonkeyPatch, leads: list[float]) -> tuple[dict[int, Answer], list[int]]:
+    from tuneloop_trainer.evaluation import scoring
+
     limits = []
 
-    def greedy(model: Any, prompts: list[list[int]], tokens: int, *_: Any) -> list[scoring.Greedy]:
+    def greedy(model: Any, prompts: list[list[int]], tokens: int, *_: Any) -> list[Any]:
         limits.append(tokens)
         return [scoring.Greedy([1, 2], leads) for _ in prompts]
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from tuneloop_trainer.chat import Formatter
-from tuneloop_trainer.evaluation import scoring
 from tuneloop_trainer.evaluation.baselines import SuiteScores
 from tuneloop_trainer.evaluation.groups import Grouping, groupings
 from tuneloop_trainer.evaluation.probes import has_labels
@@ -54,6 +53,8 @@ def places_to_ask(suite: PreparedSuite) -> list[int]:
 
 def ask(model: Model, suite: PreparedSuite, formatter: Formatter, stops: frozenset[int], progress: ProgressWriter) -> list[str]:
     """The model's own answers to `places_to_ask`."""
+    from tuneloop_trainer.evaluation import scoring
+
     prompts = [suite.encoded[place].prompt for place in places_to_ask(suite)]
     if not prompts:
         return []

@@ -15,16 +15,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import islice
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from tuneloop_trainer.chat import Formatter
 from tuneloop_trainer.contract import Gate, Probe
 from tuneloop_trainer.data.templates import served_prompt
-from tuneloop_trainer.evaluation import scoring
 from tuneloop_trainer.evaluation.baselines import SuiteScores
 from tuneloop_trainer.evaluation.suites import PreparedSuite
 from tuneloop_trainer.models import Model
 from tuneloop_trainer.progress import ProgressWriter
+
+if TYPE_CHECKING:
+    from tuneloop_trainer.evaluation.scoring import Greedy
 
 MAX_PROBES = 50
 SAMPLE = 50
@@ -66,6 +68,8 @@ def answer_freely(
     model: Model, suites: dict[str, PreparedSuite], formatter: Formatter, stops: frozenset[int], progress: ProgressWriter
 ) -> Answers:
     """The model's own answers to the first items of each suite; where there are no labels, to the first that can be probes."""
+    from tuneloop_trainer.evaluation import scoring
+
     answers = {}
     for name, suite in suites.items():
         places = list(range(len(suite.items)))[:ASKED]
@@ -87,7 +91,7 @@ def _is_askable(suite: PreparedSuite, place: int) -> bool:
     return 0 < tokens <= suite.limit - MAX_ANSWER_TOKENS and served_prompt(suite.objective.config, item.user) == item.prompt
 
 
-def _answer(formatter: Formatter, greedy: scoring.Greedy) -> Answer:
+def _answer(formatter: Formatter, greedy: Greedy) -> Answer:
     steps = next((step for step, lead in enumerate(greedy.leads) if lead < MARGIN), len(greedy.leads))
     beginning = formatter.decode(greedy.tokens[:steps])
     return Answer(formatter.decode(greedy.tokens), steps == len(greedy.leads), beginning, steps)

@@ -13,7 +13,6 @@ import numpy as np
 from tuneloop_trainer.chat import Encoded, Formatter
 from tuneloop_trainer.contract import RunConfig, Suite, SuiteScore
 from tuneloop_trainer.data.suites import Item, labels_of, needs_labels, read_items
-from tuneloop_trainer.evaluation import scoring, written
 from tuneloop_trainer.evaluation.baselines import SuiteScores, cache_key
 from tuneloop_trainer.evaluation.gates import Paired
 from tuneloop_trainer.evaluation.statistics import macro_f1
@@ -59,6 +58,8 @@ class PreparedSuite:
         return max((len(tokens) for choices in self.label_tokens for tokens in choices), default=0)
 
     def key(self, model_digest: str, dtype: str) -> str:
+        from tuneloop_trainer.evaluation import scoring
+
         return cache_key(
             model=model_digest, suite=self.digest, prompt=self.prompt_hash, dtype=dtype, rule=scoring.LABEL_SCORING,
             metrics=",".join(sorted(self.suite.metrics)), limit=self.limit,
@@ -105,6 +106,8 @@ class PreparedSuite:
         return Paired(values[0], values[1], tokens[kept].astype(float), [documents[place] for place in kept], kept.tolist())
 
     def chrf(self, scores: SuiteScores) -> list[float]:
+        from tuneloop_trainer.evaluation import written
+
         return written.chrf(scores.texts, self.written[: len(scores.texts)])
 
     @property
@@ -135,6 +138,8 @@ class PreparedSuite:
             chrf = {
                 name: _rounded(float(np.mean(self.chrf(scores)))) for name, scores in (("chrf", candidate), ("baseline_chrf", baseline))
             }
+            from tuneloop_trainer.evaluation import written
+
             bleu = _rounded(written.bleu(candidate.texts, self.written[: len(candidate.texts)]))
             score = score.model_copy(update={**chrf, "bleu": bleu})
         return score
