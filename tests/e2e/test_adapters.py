@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,7 +138,7 @@ class Served:
 
 
 @pytest.fixture(scope="module")
-def adapter(installed: Story) -> Served:
+def adapter(installed: Story) -> Iterator[Served]:
     """A FineTuneJob made an adapter, and a ModelDeployment serves it."""
     space = installed.space
     job = yaml.safe_load((QUICKSTART / "finetunejob.yaml").read_text())
@@ -160,7 +160,9 @@ def adapter(installed: Story) -> Served:
     served.wait_for(lambda found: condition(found, "Ready").get("status") == "True")
     space.apply((QUICKSTART.parents[1] / "dev/demo/loader.yaml").read_text().replace("$IMAGE", tale.operator_image()))
     space.kubectl("wait", "--for=condition=Ready", "pod/loader", "--timeout=120s")
-    return served
+    yield served
+    space.kubectl("delete", "modeldeployment", MODEL)  # its engine takes the CPUs of others
+    space.kubectl("delete", "pod", "loader", "--wait=false")
 
 
 def test_an_adapter_is_served_under_the_models_name_with_its_evaluators_answers(adapter: Served) -> None:

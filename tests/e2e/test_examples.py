@@ -27,6 +27,7 @@ ENCODER_DECODER = "tiny-t5"
 JUDGE = "rewardmodel"
 """What it makes, rloo's model earns its rewards from."""
 AT_ONCE = 3
+ENGINES_AT_ONCE = 2
 STEPS = 3
 ROWS = 240
 EXAMPLES = {path.stem: path for folder in ("objectives", "methods", "data") for path in sorted((ROOT / "examples" / folder).glob("*.yaml"))}
@@ -82,8 +83,8 @@ def deployed(installed: Story, finished: dict[str, dict[str, Any]]) -> dict[str,
     """Example -> its ModelDeployment, and what it `answered`."""
     found: dict[str, dict[str, Any]] = {}
     made = [name for name in NAMES if "modelVersion" in finished[name].get("status", {})]
-    for start in range(0, len(made), AT_ONCE):
-        wave = {name: finished[name]["spec"]["output"]["model"] for name in made[start : start + AT_ONCE]}
+    for start in range(0, len(made), ENGINES_AT_ONCE):
+        wave = {name: finished[name]["spec"]["output"]["model"] for name in made[start : start + ENGINES_AT_ONCE]}
         for name, model in wave.items():
             approval = json.dumps({"spec": {"approval": "Approved"}})  # three steps make no model better
             installed.space.kubectl("patch", "modelversion", f"{model}-v1", "--type=merge", "-p", approval)
