@@ -103,7 +103,7 @@ GRID = (
     Point("t5", "Full", 512, 2),
     Point("bart", "Full", 1024, 1),
     Point("bart", "LoRA", 1024, 2),
-    Point("bart", "Full", 256, 2, "FP32"),
+    Point("bart", "Full", 256, 2, precision="FP32"),
     Point("wordy", "Full", 64, 8, processes=2),
     Point("wide", "Full", 256, 4, processes=4),
     Point("deep", "Full", 1024, 2, processes=2),
