@@ -167,6 +167,23 @@ def test_an_object_that_breaks_off_is_not_read(bucket: stores.FakeBucket, tmp_pa
     assert_nothing_is_left(tmp_path)
 
 
+def test_an_object_that_breaks_off_is_known_whatever_was_in_the_memory(
+    bucket: stores.FakeBucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket.objects["rows.jsonl"] = LINES[:2000]
+    bucket.ends_at = 500
+    monkeypatch.setattr("tuneloop_trainer.stores.buckets.CHUNK", 2000)  # of a size whose memory is used again at once
+    source = source_of(tmp_path, bucket.address)
+    assert source.bucket is not None
+    remote = objects.Objects(source.bucket, source.uri)
+    (file,) = remote.files()
+    for _ in range(20):
+        used = [bytes([255]) * 2000 for _ in range(50)]
+        del used
+        with pytest.raises(Unavailable, match="broke off"):
+            remote.fetch(file, tmp_path / "rows.jsonl", Pace(source.uri, file.name))
+
+
 def test_an_object_that_grows_while_it_is_read_is_not_a_mixture(bucket: stores.FakeBucket, tmp_path: Path, base: Path) -> None:
     bucket.objects["rows.jsonl"] = LINES
     bucket.grows = b'{"text": "late", "label": "positive"}\n'
