@@ -15,7 +15,7 @@ from tests.unit.trainer.builders import make_config, make_rows, make_source, run
 
 from tuneloop_trainer.contract import Bucket, DataSource, ExitCode, Reason, Stage, StageResult
 from tuneloop_trainer.data import fetching, formats, objects
-from tuneloop_trainer.data.fetching import LEAST_BYTES_PER_SECOND, MAX_FILES, Pace, Workplace
+from tuneloop_trainer.data.fetching import LEAST_BYTES_PER_SECOND, MAX_FILES, Pace, Workspace
 from tuneloop_trainer.data.sources import Reading
 from tuneloop_trainer.errors import Invalid, Unavailable
 from tuneloop_trainer.stores.buckets import filesystem
@@ -46,7 +46,7 @@ def source_of(root: Path, endpoint: str, path: str = "data/rows.jsonl", **fields
 
 
 def rows_of(root: Path, endpoint: str, path: str = "data/rows.jsonl") -> list[tuple[str, dict[str, object] | None]]:
-    reading = Reading(source_of(root, endpoint, path), Workplace(root / "work"))
+    reading = Reading(source_of(root, endpoint, path), Workspace(root / "work"))
     return [(row.file, row.values) for row in reading.rows()]
 
 
@@ -55,7 +55,7 @@ def rows_of(root: Path, endpoint: str, path: str = "data/rows.jsonl") -> list[tu
 
 def test_an_object_has_the_rows_and_the_digest_of_the_same_file_on_a_claim(bucket: stores.FakeBucket, tmp_path: Path) -> None:
     bucket.objects["rows.jsonl"] = LINES
-    fetched = Reading(source_of(tmp_path, bucket.address), Workplace(tmp_path / "work"))
+    fetched = Reading(source_of(tmp_path, bucket.address), Workspace(tmp_path / "work"))
     local = Reading(make_source(write_jsonl(tmp_path / "rows.jsonl", ROWS)))
 
     assert [row.values for row in fetched.rows()] == [row.values for row in local.rows()] == ROWS
@@ -79,7 +79,7 @@ def test_a_prefix_is_read_in_the_order_of_names_without_what_is_deeper_or_of_oth
 
 def test_only_one_file_lies_on_the_disk_at_a_time(bucket: stores.FakeBucket, tmp_path: Path) -> None:
     bucket.objects |= {f"set/{number}.jsonl": LINES for number in range(3)}
-    reading = Reading(source_of(tmp_path, bucket.address, "data/set"), Workplace(tmp_path / "work"))
+    reading = Reading(source_of(tmp_path, bucket.address, "data/set"), Workspace(tmp_path / "work"))
 
     assert max(len(list((tmp_path / "work").rglob("*.jsonl"))) for _ in reading.rows()) == 1
     assert not list((tmp_path / "work").rglob("*.jsonl"))
@@ -117,7 +117,7 @@ def test_what_a_real_s3_refuses_is_named(tmp_path: Path, path: str, secret: str,
     with stores.s3(tmp_path / "server") as endpoint:
         source = DataSource(uri=f"s3://{path}", bucket=Bucket(path=path, credentials=secret_of(tmp_path, endpoint, secret)))
         with pytest.raises(Invalid, match=said) as refused:
-            list(Reading(source, Workplace(tmp_path / "work")).rows())
+            list(Reading(source, Workspace(tmp_path / "work")).rows())
     assert refused.value.reason is reason
     assert secret not in str(refused.value)
 
@@ -195,7 +195,7 @@ def test_an_object_that_grows_while_it_is_read_is_not_a_mixture(bucket: stores.F
 
 def test_an_object_that_grew_after_it_was_listed_is_read_as_it_is(bucket: stores.FakeBucket, tmp_path: Path) -> None:
     bucket.objects |= {"set/1.jsonl": b'{"text": "one"}\n', "set/2.jsonl": b'{"text": "two"}\n'}
-    reading = Reading(source_of(tmp_path, bucket.address, "data/set"), Workplace(tmp_path / "work"))
+    reading = Reading(source_of(tmp_path, bucket.address, "data/set"), Workspace(tmp_path / "work"))
     seen = []
     for row in reading.rows():
         seen.append(row.values)
@@ -261,7 +261,7 @@ def test_a_file_that_comes_too_slowly_or_never_ends_is_given_up(monkeypatch: pyt
 def test_how_far_it_is_can_be_seen(bucket: stores.FakeBucket, tmp_path: Path) -> None:
     bucket.objects |= {f"set/{number}.jsonl": LINES for number in range(4)}
     shares: list[float] = []
-    reading = Reading(source_of(tmp_path, bucket.address, "data/set"), Workplace(tmp_path / "work", shares.append))
+    reading = Reading(source_of(tmp_path, bucket.address, "data/set"), Workspace(tmp_path / "work", shares.append))
     list(reading.rows())
     assert shares == [25.0, 50.0, 75.0, 100.0]
 

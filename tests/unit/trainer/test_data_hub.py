@@ -16,7 +16,7 @@ from tests.unit.trainer.stores import write_secret
 
 from tuneloop_trainer import hub as hub_client
 from tuneloop_trainer.contract import DataSource, Evaluation, ExitCode, Reason, Repository, Stage, Suite
-from tuneloop_trainer.data.fetching import Workplace
+from tuneloop_trainer.data.fetching import Workspace
 from tuneloop_trainer.data.repositories import chosen
 from tuneloop_trainer.data.sources import Reading
 from tuneloop_trainer.errors import Invalid, Unavailable
@@ -63,7 +63,7 @@ def source_of(path: str = "", **fields: Any) -> DataSource:
 
 
 def reading_of(root: Path, path: str = "", **fields: Any) -> Reading:
-    return Reading(source_of(path, **fields), Workplace(root / "work"))
+    return Reading(source_of(path, **fields), Workspace(root / "work"))
 
 
 def fill_cache(hub: Hub, root: Path, prefix: str) -> None:

@@ -43,7 +43,7 @@ class Remote(Protocol):
 
 
 @dataclass
-class Workplace:
+class Workspace:
     """Where files are fetched to, and who is told how far it is: the share of the source's bytes, 0 to 100."""
 
     folder: Path = field(default_factory=lambda: Path(tempfile.gettempdir()))
@@ -83,7 +83,7 @@ class Pace:
         return self._bytes
 
 
-def fetched(remote: Remote, uri: str, work: Workplace) -> Iterator[tuple[str, Path]]:
+def fetched(remote: Remote, uri: str, work: Workspace) -> Iterator[tuple[str, Path]]:
     """(name, path) of every file; it is there until the next one is asked for. Raises Invalid or Unavailable."""
     files = remote.files()
     _refuse_too_many(files, uri)
@@ -100,7 +100,7 @@ def fetched(remote: Remote, uri: str, work: Workplace) -> Iterator[tuple[str, Pa
 
 
 @contextmanager
-def _folder(work: Workplace, file: RemoteFile, uri: str) -> Iterator[Path]:
+def _folder(work: Workspace, file: RemoteFile, uri: str) -> Iterator[Path]:
     work.folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(work.folder).free
     if (file.size or 0) > free:

@@ -14,7 +14,7 @@ from tuneloop_trainer.chat import History
 from tuneloop_trainer.contract import DataSource, Reason
 from tuneloop_trainer.costs import TooCostly
 from tuneloop_trainer.data.conversations import Unusable, read_conversation
-from tuneloop_trainer.data.fetching import Workplace
+from tuneloop_trainer.data.fetching import Workspace
 from tuneloop_trainer.data.sources import Reading, Row
 from tuneloop_trainer.data.templates import MAX_OUTPUT, RowTemplate
 from tuneloop_trainer.errors import Invalid
@@ -106,8 +106,8 @@ class Drops:
 class RowReader:
     """Reads a source into records. `where` is the field of the spec that the user would change, such as data.train[0]."""
 
-    def __init__(self, source: DataSource, where: str, shape: Shape = PROMPTED, work: Workplace | None = None) -> None:
-        self.reading = Reading(source, work or Workplace())
+    def __init__(self, source: DataSource, where: str, shape: Shape = PROMPTED, work: Workspace | None = None) -> None:
+        self.reading = Reading(source, work or Workspace())
         self.drops = Drops()
         self.rows = 0
         self._source = source

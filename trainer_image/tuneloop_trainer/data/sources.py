@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tuneloop_trainer.contract import DataSource, Reason
 from tuneloop_trainer.data.exports import open_export
-from tuneloop_trainer.data.fetching import KNOWN, MAX_FILES, Remote, Workplace, fetched, refuse_unknown_format
+from tuneloop_trainer.data.fetching import KNOWN, MAX_FILES, Remote, Workspace, fetched, refuse_unknown_format
 from tuneloop_trainer.data.formats import Intake, Values, format_of, read_file, read_json_lines
 from tuneloop_trainer.errors import Invalid, StageError
 
@@ -33,7 +33,7 @@ class Reading:
     """A source while it is read: iterate over `rows()` once, then `digest` is the sha256 of all bytes read."""
 
     source: DataSource
-    work: Workplace = field(default_factory=Workplace)
+    work: Workspace = field(default_factory=Workspace)
     _intake: Intake = field(init=False)
 
     def __post_init__(self) -> None:
@@ -80,7 +80,7 @@ class Reading:
                 yield path.name if len(files) > 1 else "", values
 
 
-def remote_of(source: DataSource, work: Workplace) -> Remote | None:
+def remote_of(source: DataSource, work: Workspace) -> Remote | None:
     """Where the source's files are fetched from; None for one that lies on a claim."""
     if source.bucket is not None:
         from tuneloop_trainer.data.objects import Objects

@@ -18,7 +18,7 @@ from tuneloop_trainer.chat import Formatter
 from tuneloop_trainer.contract import PROBE_TEXT, ExitCode, PrepareSummary, Reason, RunConfig, Stage, StageResult, Suite, tokens_digest
 from tuneloop_trainer.costs import TooCostly, bounded
 from tuneloop_trainer.data import curation, page, schedule
-from tuneloop_trainer.data.fetching import Workplace
+from tuneloop_trainer.data.fetching import Workspace
 from tuneloop_trainer.data.filters import Filters
 from tuneloop_trainer.data.packing import pack_stream
 from tuneloop_trainer.data.parallel import processes
@@ -97,7 +97,7 @@ def prepare(config: RunConfig, progress: ProgressWriter) -> StageResult:
         curating = curation.Curating(config.curation, spool, config.training.seed, MAX_ITEMS)
         with closing(curating):
             gathered = gather(
-                config, objective, curating, Workplace(spool / "fetched", lambda share: progress.phase("Fetching", percent=share)), progress
+                config, objective, curating, Workspace(spool / "fetched", lambda share: progress.phase("Fetching", percent=share)), progress
             )
             objective.look_at(gathered.train, [*gathered.validation, *chain.from_iterable(gathered.suites.values())])
             suites = snapshot_suites(config, gathered, folder / SUITES)
@@ -162,7 +162,7 @@ def scratch(folder: Path) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def gather(config: RunConfig, objective: Objective, curating: curation.Curating, work: Workplace, progress: ProgressWriter) -> Gathered:
+def gather(config: RunConfig, objective: Objective, curating: curation.Curating, work: Workspace, progress: ProgressWriter) -> Gathered:
     """Read every Dataset suite and every source; what is kept of the sources goes to disk."""
     suites = read_suites(config, objective, work)
     curating.guard(chain.from_iterable(suites.values()))
@@ -192,7 +192,7 @@ def _told(reader: RowReader, before: int, progress: ProgressWriter) -> Iterator[
         yield record
 
 
-def read_suites(config: RunConfig, objective: Objective, work: Workplace) -> dict[str, list[Record]]:
+def read_suites(config: RunConfig, objective: Objective, work: Workspace) -> dict[str, list[Record]]:
     """The records of every Dataset suite."""
     suites = {}
     for index, suite in enumerate(config.evaluation.suites):
