@@ -78,6 +78,19 @@ def test_dora_learns_and_its_merged_model_says_what_the_adapter_said(tmp_path: P
     assert (logits(adapter, ids) - trained).abs().mean() > 0.02 * learned, "lengths that were lost in the merge would be seen"
 
 
+def assert_ends_bit_equal_though_interrupted(config: RunConfig, beside: Path) -> None:
+    run_stage(config, Stage.PREPARE)
+    undisturbed = copy_work(config, beside)
+    run_stage(undisturbed, Stage.TRAIN)
+
+    stopped = run_stage(config, Stage.TRAIN, InterruptAfter(2))
+    resumed = run_stage(config, Stage.TRAIN)
+
+    assert (stopped.exit_code, resumed.exit_code, resumed.train.resumed_from_step) == (ExitCode.INTERRUPTED, ExitCode.DONE, 2)
+    assert losses(config) == losses(undisturbed)
+    assert weights(config) == weights(undisturbed)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("objective", [name for name in OBJECTIVES if name != "SFT"])
 def test_dora_goes_with_every_objective(objective: ObjectiveType, tmp_path: Path, request: pytest.FixtureRequest) -> None:
@@ -92,16 +105,7 @@ def test_dora_goes_with_every_objective(objective: ObjectiveType, tmp_path: Path
 @pytest.mark.long
 def test_interrupted_run_of_dora_ends_bit_equal(tmp_path: Path, base: Path) -> None:
     config = make_run(tmp_path, base, "SFT", steps=4, method=Method(type="LoRA", lora=Lora(rank=4, alpha=8, dropout=0.1, dora=True)))
-    run_stage(config, Stage.PREPARE)
-    undisturbed = copy_work(config, tmp_path / "undisturbed")
-    run_stage(undisturbed, Stage.TRAIN)
-
-    stopped = run_stage(config, Stage.TRAIN, InterruptAfter(2))
-    resumed = run_stage(config, Stage.TRAIN)
-
-    assert (stopped.exit_code, resumed.exit_code, resumed.train.resumed_from_step) == (ExitCode.INTERRUPTED, ExitCode.DONE, 2)
-    assert losses(config) == losses(undisturbed)
-    assert weights(config) == weights(undisturbed)
+    assert_ends_bit_equal_though_interrupted(config, tmp_path / "undisturbed")
 
 
 # --- a new vocabulary ------------------------------------------------------------------------------
@@ -304,16 +308,7 @@ def test_learned_prompt_is_kept_alone_and_read_as_it_was_trained(tmp_path: Path,
 
 def test_interrupted_run_of_a_learned_prompt_ends_bit_equal(tmp_path: Path, base: Path) -> None:
     config = prompt_run(tmp_path, base, steps=4)
-    run_stage(config, Stage.PREPARE)
-    undisturbed = copy_work(config, tmp_path / "undisturbed")
-    run_stage(undisturbed, Stage.TRAIN)
-
-    stopped = run_stage(config, Stage.TRAIN, InterruptAfter(2))
-    resumed = run_stage(config, Stage.TRAIN)
-
-    assert (stopped.exit_code, resumed.exit_code, resumed.train.resumed_from_step) == (ExitCode.INTERRUPTED, ExitCode.DONE, 2)
-    assert losses(config) == losses(undisturbed)
-    assert weights(config) == weights(undisturbed)
+    assert_ends_bit_equal_though_interrupted(config, tmp_path / "undisturbed")
 
 
 @pytest.mark.long
@@ -410,13 +405,4 @@ def test_adapter_of_a_base_in_four_bits_is_a_plain_adapter_that_merges_into_the_
 @pytest.mark.parametrize("objective", ["SFT", "DPO", "KTO", "Pretraining", "GRPO", "RLOO"])
 def test_interrupted_run_on_a_base_in_four_bits_ends_bit_equal(objective: Any, tmp_path: Path, base: Path) -> None:
     config = make_run(tmp_path, base, objective, steps=4, quantization=Quantization())
-    run_stage(config, Stage.PREPARE)
-    undisturbed = copy_work(config, tmp_path / "undisturbed")
-    run_stage(undisturbed, Stage.TRAIN)
-
-    stopped = run_stage(config, Stage.TRAIN, InterruptAfter(2))
-    resumed = run_stage(config, Stage.TRAIN)
-
-    assert (stopped.exit_code, resumed.exit_code, resumed.train.resumed_from_step) == (ExitCode.INTERRUPTED, ExitCode.DONE, 2)
-    assert losses(config) == losses(undisturbed)
-    assert weights(config) == weights(undisturbed)
+    assert_ends_bit_equal_though_interrupted(config, tmp_path / "undisturbed")

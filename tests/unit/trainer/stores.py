@@ -109,6 +109,19 @@ def has_s3() -> bool:
 
 
 @contextmanager
+def listening(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """Address of a server on this machine, for the time of the block."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    try:
+        yield f"127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@contextmanager
 def answering(status: int | None) -> Iterator[tuple[str, list[str]]]:
     """Address and log of a server that gives every request this status; None: it takes the request and says nothing."""
     asked: list[str] = []
@@ -129,16 +142,11 @@ def answering(status: int | None) -> Iterator[tuple[str, list[str]]]:
         def log_message(self, *arguments: object) -> None:
             """Quiet."""
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
-    try:
-        yield f"127.0.0.1:{server.server_address[1]}", asked
-    finally:
-        done.set()
-        server.shutdown()
-        server.server_close()
+    with listening(Handler) as address:
+        try:
+            yield address, asked
+        finally:
+            done.set()
 
 
 class FakeBucket:
@@ -221,13 +229,6 @@ def fake_bucket() -> Iterator[FakeBucket]:
         def log_message(self, *arguments: object) -> None:
             """Quiet."""
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
-    thread.start()
-    bucket.address = f"http://127.0.0.1:{server.server_address[1]}"
-    try:
+    with listening(Handler) as address:
+        bucket.address = f"http://{address}"
         yield bucket
-    finally:
-        server.shutdown()
-        server.server_close()

@@ -12,13 +12,12 @@ from tests.unit.trainer.builders import make_config, make_rows, make_source, rep
 from tuneloop_trainer.chat import IGNORED, Formatter, stop_ids
 from tuneloop_trainer.contract import Stage, Template, tokens_digest
 from tuneloop_trainer.data.shards import read_rows
+from tuneloop_trainer.models import load_tokenizer
 
 
 @pytest.fixture(scope="module")
 def tokenizer(base: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(base)
+    return load_tokenizer(base, "base")
 
 
 def test_chat_prompt_is_what_the_engine_renders(tokenizer: Any, base: Path) -> None:
@@ -105,12 +104,10 @@ def test_the_prompt_that_training_makes_of_a_fixed_text_is_recorded(
 
 
 def test_a_chat_template_that_writes_the_date_makes_no_prompt_to_compare_with(base: Path, tmp_path: Path) -> None:
-    from transformers import AutoTokenizer
-
     dated = tmp_path / "dated"
     shutil.copytree(base, dated)
-    template = AutoTokenizer.from_pretrained(base).chat_template
-    tokenizer = AutoTokenizer.from_pretrained(dated)
+    template = load_tokenizer(base, "base").chat_template
+    tokenizer = load_tokenizer(dated, "base")
     tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + template
     tokenizer.save_pretrained(dated)
 

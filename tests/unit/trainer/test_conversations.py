@@ -23,6 +23,7 @@ from tuneloop_trainer.data.suites import items_of, read_items, write_items
 from tuneloop_trainer.data.terms import texts_of
 from tuneloop_trainer.errors import Invalid
 from tuneloop_trainer.evaluation.suites import prepare_suite
+from tuneloop_trainer.models import load_tokenizer
 from tuneloop_trainer.objectives import objective_of
 
 FORGETFUL = (
@@ -67,9 +68,7 @@ def shown(tokenizer: Any, row: TokenRow) -> list[str]:
 
 @pytest.fixture(scope="module")
 def tokenizer(base: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(base)
+    return load_tokenizer(base, "base")
 
 
 # --- tokens ---
@@ -138,9 +137,7 @@ def test_such_a_template_learns_the_answers_of_rows_that_have_one_each(tokenizer
 
 def with_template(base: Path, folder: Path, template: str) -> Path:
     shutil.copytree(base, folder)
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder, "base")
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
     return folder
@@ -286,9 +283,7 @@ def test_curation_sees_every_turn(base: Path, tmp_path: Path) -> None:
 
     assert result.exit_code == 0, result.message
     assert result.prepare.dropped == {"ContaminatedNgram": 1, "NearDuplicate": 1}
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = load_tokenizer(base, "base")
     texts = [tokenizer.decode(row.input_ids) for row in read_rows(tmp_path / "work" / "prepare", "train")]
     assert [text for text in texts if "[EMAIL]" in text]
     assert not [text for text in texts if "ann@example.org" in text]
