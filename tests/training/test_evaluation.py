@@ -117,6 +117,11 @@ def learned(tmp_path_factory: pytest.TempPathFactory, base: Path) -> RunConfig:
     root = tmp_path_factory.mktemp("learned")
     train = make_source(write_jsonl(root / "data" / "train.jsonl", make_rows(200)))
     config = make_gated(root, base, items=60, train=(train,), method=Method(type="Full"), output_format="Merged")
+    written = [row | {"site": "north" if number < 40 else "south"} for number, row in enumerate(make_rows(60, offset=1000))]
+    suite = config.evaluation.suites[0]
+    source = make_source(write_jsonl(root / "data" / "gate.jsonl", written), columns={"group": "site"})
+    evaluation = config.evaluation.model_copy(update={"suites": (suite.model_copy(update={"source": source}),)})
+    config = replace(config, evaluation=evaluation)
     training = config.training.model_copy(update={"max_steps": 48, "global_batch_size": 16, "learning_rate": 1e-2})
     config = replace(config, training=training, checkpoint=Checkpoint(every_minutes=None, every_steps=None))
     for stage in (Stage.PREPARE, Stage.TRAIN, Stage.PACKAGE):
@@ -190,6 +195,21 @@ def test_labels_are_compared_with_the_baseline_one_by_one(judged: Any) -> None:
         assert sum(means) / 2 == pytest.approx(getattr(gate, who), abs=1e-4)
     assert all(group["lower"] <= group["candidate"] - group["baseline"] <= group["upper"] for group in by_label["groups"])
     assert "gate: Accuracy by label" in Path(judged.uri).with_name(judged.evaluate.page).read_text()
+
+
+def test_items_are_compared_by_who_wrote_them(judged: Any) -> None:
+    (by_site,) = (told for told in json.loads(Path(judged.uri).read_text())["groups"]["gate"] if told["kind"] == "site")
+    gap = by_site["gap"]
+    north, south = by_site["groups"]
+
+    assert [(group["name"], group["n"]) for group in by_site["groups"]] == [("north", 40), ("south", 20)]
+    for who in ("candidate", "baseline"):
+        assert gap[who] == pytest.approx(abs(north[who] - south[who]), abs=1e-4)
+    assert gap["lower"] <= gap["candidate"] <= gap["upper"]
+    assert gap["growth_lower"] <= gap["candidate"] - gap["baseline"] <= gap["growth_upper"]
+    page = Path(judged.uri).with_name(judged.evaluate.page).read_text()
+    assert "gate: Accuracy by site" in page
+    assert page.count("Gap between the best and the worst: ") >= 2, "of sites and of labels"
 
 
 def test_evaluation_tells_its_result_again(judged: Any, learned: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -163,8 +163,8 @@ class DataSource(Model):
     bucket: Bucket | None = None
     repository: Repository | None = None
     columns: dict[str, str] = {}
-    """Role -> column in the file. Roles: prompt, completion, messages, chosen, rejected, desirable, text, label, document, system.
-    A role that is absent is read from the column of the same name."""
+    """Role -> column in the file. Roles: prompt, completion, messages, chosen, rejected, desirable, text, label, document, system,
+    group. A role that is absent is read from the column of the same name, but group: it is read where it is named alone."""
     template: Template | None = None
     """Renders texts from the row; absent: the roles are used as they are."""
     weight: float = 1.0

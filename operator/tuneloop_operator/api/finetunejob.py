@@ -76,6 +76,11 @@ class Columns(Model):
     text: ColumnName | None = Field(default=None, description="Column of the text, and what templates call `text`.")
     label: ColumnName | None = Field(default=None, description="Column of the label, and what templates call `label`.")
     document: ColumnName | None = Field(default=None, description="Column of the document id: rows of one document are never split.")
+    group: ColumnName | None = Field(
+        default=None,
+        description="Column that says who wrote a row (a dialect, an age band, a site), by which the report divides evaluation items and "
+        "validation rows. Absent: none, whatever the columns are called.",
+    )
 
 
 class FeedbackRef(Model):
@@ -636,6 +641,11 @@ class EvaluationStatus(Model):
     artifact_digest: str = Field(default="", max_length=80, description="Digest of the manifest that was evaluated.")
     gates: Annotated[tuple[GateStatus, ...], Field(max_length=16)] = Field(default=(), description="Per gate.")
     scores: Annotated[tuple[ScoreStatus, ...], Field(max_length=8)] = Field(default=(), description="Per suite.")
+    message: str | None = Field(
+        default=None,
+        max_length=300,
+        description="How many items an inconclusive gate needs, and the groups of a suite that are further apart than by the baseline.",
+    )
     report_uri: str | None = Field(default=None, max_length=512, description="The full results.")
 
 

@@ -114,6 +114,18 @@ def test_the_gates_verdict_decides_the_approval_and_never_fails_the_job(verdict:
     assert world.condition("Succeeded") == ("True", reason)
 
 
+@pytest.mark.parametrize("verdict", ["Inconclusive", "NoGates"])
+def test_what_the_evaluation_adds_to_its_gates_is_told(verdict: str) -> None:
+    world = World(job=make_job()).up_to(Stage.EVALUATE)
+    said = "held-out: Accuracy of the best and the worst dialect differ by 0.4, the baseline's by 0.1."
+    told = evaluated(verdict)
+    assert told.evaluate is not None
+    world.ends(told.model_copy(update={"evaluate": told.evaluate.model_copy(update={"message": said})}))
+    world.settle()
+    assert world.versions["sentiment-v1"].spec.evaluation.message == said
+    assert world.job.status.message.endswith(said)
+
+
 def version_of(spec: dict[str, object], **told: object) -> ModelVersion:
     world = World(job=make_job(spec))
     world.settle()

@@ -29,7 +29,7 @@ from tuneloop_trainer.data import page
 from tuneloop_trainer.data.samples import Piece, Sample
 from tuneloop_trainer.data.tokens import TokenCounts
 from tuneloop_trainer.evaluation.comparisons import Compared, Comparison
-from tuneloop_trainer.evaluation.groups import Group, Grouping
+from tuneloop_trainer.evaluation.groups import Gap, Group, Grouping
 from tuneloop_trainer.manifests import publish
 from tuneloop_trainer.results import RESULT_FILE, write_result
 from tuneloop_trainer.stages.outputs import stage_folder
@@ -114,7 +114,7 @@ def _evaluated(artifact: Artifact) -> EvaluateSummary:
 def _compared(text: str) -> list[Compared]:
     labelled = Comparison(text, "positive", "negative", "positive", "newly right")
     groups = (Group(text, 40, 0.875, 0.125, 0.61, 0.85), Group("all others", 372, 0.7, 0.9, -0.3, -0.1))
-    labels = Grouping("label", "Accuracy", groups)
+    labels = Grouping("label", "Accuracy", groups, Gap(0.175, 0.0625, 0.3125, 0.775, -0.75, -0.5))
     return [
         Compared("gate", (labelled,), {"newly right": 1, "newly wrong": 0, "right as before": 400, "wrong as before": 11}, (labels,)),
         Compared("held", (Comparison(text, text, text, text), Comparison("Why?", "Because.", None, "")), {}),

@@ -45,6 +45,7 @@ def test_report_says_what_every_stage_found(page: str) -> None:
         "Inconclusive", "0.81", "-0.02 to 0.04", "412", "no worse than the baseline by more than the margin of 0.03", "-0.6 to 0.1",
         "Loss 2.379 → 0.323, between 0.2013 and 9", "1 newly right, 0 newly wrong, 400 right as before, 11 wrong as before.",
         "Learning rate", "Gradient norm", "gate: Accuracy by label", "400.125 → 0.8750.61 to 0.85", "all others3720.9 → 0.7-0.3 to -0.1",
+        "the worst: 0.775 → 0.175 (0.0625 to 0.3125); grown by -0.75 to -0.5.",
         "Tokens per second", "Held-out loss 0.5", "peak memory (cpu)", "1 GiB (+7%)", "6 min 0 s to 2 h 30 min", "1 h 6 min",
         "learning_rate0.0001spec", "Duplicate", "rows trained on", "sha256:" + "1" * 64, "`apache-2.0`", "not asked", "(nothing)",
     ):  # fmt: skip

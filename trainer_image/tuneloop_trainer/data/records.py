@@ -20,9 +20,11 @@ from tuneloop_trainer.data.templates import MAX_OUTPUT, RowTemplate
 from tuneloop_trainer.errors import Invalid
 
 MESSAGES = "messages"
-ROLES = ("prompt", "completion", "chosen", "rejected", "desirable", "text", "label", "document", "system", MESSAGES)
+ROLES = ("prompt", "completion", "chosen", "rejected", "desirable", "text", "label", "document", "system", "group", MESSAGES)
 YES, NO = frozenset({"true", "1", "yes"}), frozenset({"false", "0", "no"})
 MAX_BAD_SHARE = 0.2
+MAX_GROUP = 64
+"""Characters of a group's name; what is longer is cut."""
 _NAMES_SHOWN = 20
 
 
@@ -73,6 +75,8 @@ class Record:
     """Whether the completion is an answer to give, or one not to give."""
     history: History = None
     """What was said before the prompt, where the row is a conversation."""
+    group: str | None = None
+    """What the column that the source names says of who wrote the row; no part of what is learned."""
 
     @property
     def size(self) -> int:
@@ -190,7 +194,8 @@ class RowReader:
             return self._drop("TooLong", row, f"its conversation is longer than {MAX_OUTPUT} characters")
         document = _text(context.get("document")) or _own_document(content)
         user = None if said.history else said.prompt
-        return Record(said.prompt, said.completion, document, content, row.number, said.system, user, history=said.history or None)
+        history, group = said.history or None, self._group(row)
+        return Record(said.prompt, said.completion, document, content, row.number, said.system, user, history=history, group=group)
 
     def _made(self, row: Row, context: dict[str, object], texts: dict[str, str]) -> Record | None:
         shape = self._shape
@@ -213,7 +218,13 @@ class RowReader:
         content = own if read is None else " ".join(_text(context.get(name)) or "" for name in sorted(read.variables)) or own
         user = own if read is None else _text(context.get("text")) if read.variables == {"text"} else None
         desirable = None if judged is None else judged in YES
-        return Record(prompt, completion, document or _own_document(content), content, row.number, system, user, rejected, desirable)
+        document = document or _own_document(content)
+        return Record(prompt, completion, document, content, row.number, system, user, rejected, desirable, group=self._group(row))
+
+    def _group(self, row: Row) -> str | None:
+        """Read where the source names a column for it alone, so that nobody is divided by a column that happens to have this name."""
+        named = (row.values or {}).get(self._source.columns.get("group", ""))
+        return " ".join((_text(named) or "").split())[:MAX_GROUP] or None
 
     def _render(self, name: str, context: dict[str, object]) -> str:
         template = self._templates.get(name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ class Item:
     rejected: str | None = None
     history: History = None
     """As in the record: what was said before the prompt."""
+    group: str | None = None
+    """As in the record: who wrote it."""
 
     @property
     def asked(self) -> int:
@@ -51,23 +53,36 @@ def items_of(records: Iterable[Record]) -> list[Item]:
     """Distinct records as items: an item that occurs twice would count twice in a test."""
     distinct = {record.key: record for record in records}
     return [
-        Item(number, record.document, record.prompt, record.completion, record.system, record.user, record.rejected, record.history)
+        Item(
+            number,
+            record.document,
+            record.prompt,
+            record.completion,
+            record.system,
+            record.user,
+            record.rejected,
+            record.history,
+            record.group,
+        )
         for number, record in enumerate(distinct.values())
     ]
 
 
 def write_items(folder: Path, suite: Suite, items: list[Item]) -> str:
-    """Write `<suite>.jsonl`; returns its sha256."""
+    """Write `<suite>.jsonl`; returns the sha256 of what is scored: naming a column of groups makes no other suite of it."""
     if len(items) > MAX_ITEMS:
         raise Invalid(f"Suite {suite.name} has {len(items)} items; at most {MAX_ITEMS} are scored. Take a sample.")
-    content = "".join(json.dumps(_content(item), ensure_ascii=False, sort_keys=True) + "\n" for item in items).encode()
-    (folder / f"{suite.name}.jsonl").write_bytes(content)
-    return hashlib.sha256(content).hexdigest()
+    (folder / f"{suite.name}.jsonl").write_bytes(_lines(items))
+    return hashlib.sha256(_lines([replace(item, group=None) for item in items])).hexdigest()
+
+
+def _lines(items: list[Item]) -> bytes:
+    return "".join(json.dumps(_content(item), ensure_ascii=False, sort_keys=True) + "\n" for item in items).encode()
 
 
 def _content(item: Item) -> dict[str, object]:
-    """Without an answer or turns that there are not: the digest of other suites stays what it was."""
-    return {name: value for name, value in asdict(item).items() if name not in ("rejected", "history") or value is not None}
+    """Without what a suite of an earlier release did not have: the digest of other suites stays what it was."""
+    return {name: value for name, value in asdict(item).items() if name not in ("rejected", "history", "group") or value is not None}
 
 
 def read_items(folder: Path, suite: Suite) -> list[Item]:

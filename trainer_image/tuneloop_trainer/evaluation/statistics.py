@@ -101,6 +101,32 @@ def bootstrap_means(values: Floats, weights: Floats, documents: Sequence[str], s
     return np.concatenate(means)
 
 
+class GroupMeans(NamedTuple):
+    """Weighted means of several series by group."""
+
+    means: Floats
+    """groups x series."""
+    resampled: Floats
+    """resamples x groups x series."""
+
+
+def bootstrap_group_means(
+    series: Floats, weights: Floats, documents: Sequence[str], parts: npt.NDArray[np.bool_], seed: int, resamples: int
+) -> GroupMeans:
+    """As `bootstrap_means`, for `series` (items x series) in each of the groups that `parts` (items x groups) says: a document that is
+    drawn brings its items to all of its groups. Each group is of so many documents that no resample is without it."""
+    _, of = np.unique(np.asarray(documents), return_inverse=True)
+    count, (groups, kinds) = int(of.max()) + 1, (parts.shape[1], series.shape[1])
+    weighted = parts * weights[:, None]
+    cells = np.concatenate([weighted[:, :, None] * series[:, None, :], weighted[:, :, None]], axis=2).reshape(len(series), -1)
+    sums = np.stack([np.bincount(of, weights=cell, minlength=count) for cell in cells.T], axis=1)
+    random = np.random.default_rng(seed)
+    drawn = (np.bincount(random.integers(0, count, size=count), minlength=count) for _ in range(resamples))
+    totals = np.stack([sums.sum(axis=0), *(counts @ sums for counts in drawn)]).reshape(-1, groups, kinds + 1)
+    means = totals[:, :, :-1] / totals[:, :, -1:]
+    return GroupMeans(means[0], means[1:])
+
+
 def bootstrap_interval(means: Floats, alpha: float) -> Interval:
     """The percentile interval, alpha on each side."""
     lower, upper = np.quantile(means, [alpha, 1 - alpha])

@@ -29,6 +29,7 @@ from tuneloop_trainer.data.suites import suites_of
 from tuneloop_trainer.errors import StageError
 from tuneloop_trainer.evaluation import comparisons, gates
 from tuneloop_trainer.evaluation.baselines import SuiteScores, cache_key, read_answers, read_scores, write_answers, write_scores
+from tuneloop_trainer.evaluation.groups import grown
 from tuneloop_trainer.evaluation.probes import Answers, answer_freely, parse_rate, probes_of
 from tuneloop_trainer.evaluation.suites import PreparedSuite, prepare_suite
 from tuneloop_trainer.manifests import publish, sha256_file, staging
@@ -204,7 +205,7 @@ def conclude(
         scores=summaries,
         probes=str(target / PROBES) if probes else None,
         has_reference=reference.is_file(),
-        message=sentence(" ".join(advice for _, advice in decided if advice), 300),
+        message=sentence(" ".join([*(advice for _, advice in decided if advice), *_grown(told)]), 300),
     )
     with staging(target) as folder:
         (folder / RESULTS).write_text(json.dumps(_full(summary, suites, scores, baseline, answers, told), ensure_ascii=False))
@@ -221,6 +222,10 @@ def conclude(
         write_result(folder / RESULT_FILE, result)
         publish(folder, target, "dataset", {"run_key": evaluation_key(config), "artifact_digest": candidate.manifest_digest})
     return result
+
+
+def _grown(told: list[comparisons.Compared]) -> list[str]:
+    return [said for compared in told for said in grown(compared.suite, compared.groupings)]
 
 
 def gates_of(config: RunConfig) -> tuple[Gate, ...]:

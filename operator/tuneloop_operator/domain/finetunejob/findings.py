@@ -205,6 +205,7 @@ def evaluation_status(summary: EvaluateSummary, result: StageResult) -> Evaluati
         artifact_digest=summary.artifact_digest,
         gates=tuple(map(_gate, summary.gates[:16])),
         scores=tuple(_score(suite, score) for suite, score in sorted(summary.scores.items())[:MAX_SUITES]),
+        message=summary.message or None,
         report_uri=_report_uri(result),
     )
 
@@ -226,15 +227,17 @@ def page_uri(summary: EvaluateSummary, result: StageResult) -> str | None:
 
 
 def verdict_sentence(evaluation: EvaluationStatus) -> str:
-    """The gates in words: what was compared, by how much, on how many items."""
+    """The gates in words: what was compared, by how much, on how many items, and what the evaluation adds to it."""
+    added = [evaluation.message] if evaluation.message is not None else []
     if not evaluation.gates:
-        return "No gate was set."
-    return " ".join(
+        return " ".join(["No gate was set.", *added])
+    compared = (
         f"{gate.suite} {gate.metric} {gate.rule}: {gate.verdict} "
         f"({gate.candidate} against {gate.baseline}, difference {gate.difference} in {gate.interval}, n {gate.n}"
         f"{f', p {gate.p}' if gate.p is not None else ''})."
         for gate in evaluation.gates
     )
+    return " ".join([*compared, *added])
 
 
 def _gate(gate: GateResult) -> GateStatus:
