@@ -96,7 +96,7 @@ chart: tools ## lint the chart and package it into build/
 	helm package charts/tuneloop -d build
 
 .PHONY: bench
-bench: bench-operator bench-start bench-gateway bench-estimate bench-training bench-checkpoints bench-drift ## all benchmarks
+bench: bench-operator bench-start bench-gateway bench-estimate bench-training bench-checkpoints bench-drift bench-rollout ## all benchmarks
 
 .PHONY: bench-operator
 bench-operator: venv control-plane-up ## objects a second, memory, writes when idle and after a restart
@@ -123,6 +123,10 @@ bench-checkpoints: venv ## how long a training stands still for a checkpoint, pu
 .PHONY: bench-drift
 bench-drift: venv ## how often drift is reported where there is none
 	@$(PY) -m bench.drift
+
+.PHONY: bench-rollout
+bench-rollout: venv ## how often a good canary is stopped, and how soon a worse one is
+	@$(PY) -m bench.rollout
 
 .PHONY: bench-gateway
 bench-gateway: venv ## what the gateway adds to a request
