@@ -26,7 +26,7 @@ help: ## this list
 demo: venv $(call IF_LOCAL,cluster-up images) $(if $(call IF_LOCAL,x),,tools) ## the whole loop, live: train, serve, drift, retrain, roll out
 	@$(call IF_LOCAL,$(WITH_CLUSTER))
 	export PATH="$$PATH:$$($(KUBE) bin)"
-	$(PY) -m dev.demo
+	TQDM_DISABLE=1 $(PY) -m dev.demo
 
 .PHONY: test
 test: venv postgresql s3 control-plane-up cluster-up images ## test-unit, test-postgresql, test-training, test-cluster and test-e2e in one run

