@@ -72,6 +72,7 @@ FINE_TUNE_JOB: Manifest = {
         },
         "compute": {
             "nodes": 2,
+            "minNodes": 1,
             "acceleratorsPerNode": 0,
             "acceleratorResource": "nvidia.com/gpu",
             "parallelism": "DataParallel",

@@ -383,6 +383,7 @@ REFUSED: dict[str, list[Manifest]] = {
         changed(changed(FINE_TUNE_JOB, "spec.compute.nodes", 3), "spec.training.globalBatchSize", 16),
         changed(changed(FINE_TUNE_JOB, "spec.compute.acceleratorsPerNode", 3), "spec.training.globalBatchSize", 16),
     ],
+    "minNodes must not be above nodes.": [changed(FINE_TUNE_JOB, "spec.compute.minNodes", 9)],
     "compute.parallelism: FSDP divides the model among several processes: set compute.nodes or acceleratorsPerNode above 1.": [
         changed(FINE_TUNE_JOB, "spec.compute", {"parallelism": "FSDP"}),
         changed(FINE_TUNE_JOB, "spec.compute", {"acceleratorsPerNode": 0, "parallelism": "FSDP"}),

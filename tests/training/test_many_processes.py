@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -63,6 +65,14 @@ def assert_as_alone(config: RunConfig, alone: RunConfig) -> None:
     assert losses(config) == pytest.approx(losses(alone), rel=0.02)
 
 
+def assert_taken_up_by_one(config: RunConfig, alone: RunConfig, at: int) -> None:
+    """Two did the steps up to `at`, one the others: no row is left out, and none comes twice."""
+    of_two = {step: rows for step, rows in rows_together(config).items() if step <= at}
+    of_one = {step: sorted(rows) for step, rows in rows_of_steps(config).items() if step > at}
+    assert of_two | of_one == {step: sorted(rows) for step, rows in rows_of_steps(alone).items()}
+    assert losses(config) == pytest.approx(losses(alone), rel=0.02)
+
+
 def test_two_processes_train_as_one_does(zygote: Zygote, prepared: RunConfig, alone: RunConfig, tmp_path: Path) -> None:
     config = copy_work(prepared, tmp_path)
 
@@ -90,14 +100,12 @@ def test_signal_to_one_process_stops_both_at_the_same_step_and_one_takes_it_up(
     assert stopped is not None
     assert finished is not None
     assert (finished.resumed_from_step, finished.steps_lost) == (stopped.step, 0)
-    assert losses(config) == pytest.approx(losses(alone), rel=0.02)
-    assert {step: sorted(rows) for step, rows in rows_of_steps(config).items() if step > stopped.step} == {
-        step: sorted(rows) for step, rows in rows_of_steps(alone).items() if step > stopped.step
-    }
+    assert_taken_up_by_one(config, alone, stopped.step)
 
 
-def test_process_that_is_killed_ends_all_and_they_go_on_together(
-    zygote: Zygote, prepared: RunConfig, alone: RunConfig, tmp_path: Path
+@pytest.mark.parametrize("rest", [2, 1])
+def test_process_that_is_killed_ends_all_and_they_or_the_rest_go_on(
+    zygote: Zygote, prepared: RunConfig, alone: RunConfig, tmp_path: Path, rest: int
 ) -> None:
     config = copy_work(prepared, tmp_path)
     attempt = zygote.start(config, Stage.TRAIN, **together())
@@ -105,12 +113,12 @@ def test_process_that_is_killed_ends_all_and_they_go_on_together(
 
     attempt.signal_worker(attempt.workers()[1], signal.SIGKILL)
     code = attempt.wait()
-    finished = zygote.run(config, Stage.TRAIN, **together()).train
+    finished = zygote.run(config, Stage.TRAIN, **together(rest)).train
 
     assert code == ExitCode.OUT_OF_MEMORY, "the one that was killed says why, not the one that lost it"
     assert finished is not None
     assert finished.resumed_from_step == 5
-    assert_as_alone(config, alone)
+    assert_as_alone(config, alone) if rest == 2 else assert_taken_up_by_one(config, alone, 5)
 
 
 @pytest.mark.long
@@ -140,21 +148,46 @@ def test_two_processes_train_an_adapter_on_a_base_in_four_bits_as_one_does(zygot
 
 @pytest.mark.long
 def test_two_launchers_as_two_pods_train_as_one_process_does(zygote: Zygote, prepared: RunConfig, alone: RunConfig, tmp_path: Path) -> None:
-    """Each with its own scratch and termination message, on one store, as the pods of an Indexed Job."""
     config = copy_work(prepared, tmp_path / "shared")
-    other = Zygote()
-    rendezvous = {ENV_NODES: "2", ENV_RENDEZVOUS: f"127.0.0.1:{free_port()}"}
-    try:
-        second = other.start(config, Stage.TRAIN, **rendezvous, **own_place(tmp_path / "second", index=1))
-        first = zygote.start(config, Stage.TRAIN, **rendezvous, **own_place(tmp_path / "first", index=0))
+    with two_nodes(zygote, config, tmp_path) as (first, second):
         codes = (first.wait(), second.wait())
-    finally:
-        other.stop()
 
     assert codes == (ExitCode.DONE, ExitCode.DONE)
     assert_as_alone(config, alone)
     told = StageResult.model_validate_json((tmp_path / "first" / "termination").read_bytes())
     assert told.uri is not None, "the first one publishes"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("lost", [0, 1])
+def test_node_that_is_lost_without_a_word_ends_the_other_which_goes_on_alone(
+    zygote: Zygote, prepared: RunConfig, alone: RunConfig, tmp_path: Path, lost: int
+) -> None:
+    """As an elastic training does it. The first node holds the rendezvous, and writes the checkpoints."""
+    config = copy_work(prepared, tmp_path / "shared")
+    with two_nodes(zygote, config, tmp_path) as nodes:
+        wait_for_step(nodes[1], config, 7)
+        nodes[lost].kill_all()
+        codes = [node.wait() for node in nodes]
+    finished = zygote.run(config, Stage.TRAIN).train
+
+    assert codes[1 - lost] == ExitCode.PEER_LOST
+    assert finished is not None
+    assert (finished.resumed_from_step, finished.step) == (5, STEPS)
+    assert_taken_up_by_one(config, alone, 5)
+
+
+@contextmanager
+def two_nodes(zygote: Zygote, config: RunConfig, folder: Path) -> Iterator[tuple[Attempt, Attempt]]:
+    """Two launchers, each with its own scratch and termination message, on one store, as the pods of an Indexed Job."""
+    other = Zygote()
+    rendezvous = {ENV_NODES: "2", ENV_RENDEZVOUS: f"127.0.0.1:{free_port()}"}
+    try:
+        second = other.start(config, Stage.TRAIN, **rendezvous, **own_place(folder / "second", index=1))
+        first = zygote.start(config, Stage.TRAIN, **rendezvous, **own_place(folder / "first", index=0))
+        yield first, second
+    finally:
+        other.stop()
 
 
 def own_place(folder: Path, index: int) -> dict[str, str]:

@@ -244,12 +244,23 @@ class Training(Model):
 class Compute(Model):
     """Where the training runs."""
 
+    model_config = ConfigDict(
+        json_schema_extra=rules(("!has(self.minNodes) || self.minNodes <= self.nodes", "minNodes must not be above nodes."))
+    )
+
     nodes: int = Field(
         default=1,
         ge=1,
         le=64,
         description="Pods that train together, each with acceleratorsPerNode devices. More than one need a store whose claim is "
         "ReadWriteMany, or one node for all.",
+    )
+    min_nodes: int | None = Field(
+        default=None,
+        ge=1,
+        le=64,
+        description="Elastic: where some of the nodes are lost, or not to be had for a minute, training goes on from its checkpoint with "
+        "those there are, down to so many, with the same global batch; its next attempt asks for all again. Absent: it waits for all.",
     )
     accelerators_per_node: int = Field(default=1, ge=0, le=16, description="Devices of a training pod; 0 trains on the CPU.")
     accelerator_resource: str = Field(default="nvidia.com/gpu", max_length=128, description="Resource name of the devices.")

@@ -15,17 +15,27 @@ def nodes(job: FineTuneJob, stage: Stage, *, with_devices: bool) -> int:
 
 def processes(job: FineTuneJob) -> int:
     """Of the whole training: one for each device, or for each pod on CPUs."""
-    return job.spec.compute.nodes * max(1, job.spec.compute.accelerators_per_node)
+    return job.spec.compute.nodes * processes_of_node(job)
+
+
+def processes_of_node(job: FineTuneJob) -> int:
+    return max(1, job.spec.compute.accelerators_per_node)
+
+
+def fewest_nodes(job: FineTuneJob, *, is_sharded: bool) -> int:
+    """Nodes that an elastic training may come down to. One process alone has nobody to divide a model with."""
+    least = job.spec.compute.min_nodes or job.spec.compute.nodes
+    return max(least, 2) if is_sharded and processes_of_node(job) == 1 else least
 
 
 def environment(job: FineTuneJob, job_name: str, stage: Stage, count: int) -> list[Json]:
     """For the launcher; nothing where one process trains alone. The pod's own number is set by Kubernetes."""
-    if stage is not Stage.TRAIN or (count == 1 and processes(job) == 1):
+    if stage is not Stage.TRAIN or count * processes_of_node(job) == 1:
         return []
     first = f"{job_name}-0.{names.job_peers(job.metadata.name)}" if count > 1 else "127.0.0.1"
     return [
         pods.value(ENV_NODES, str(count)),
-        pods.value(ENV_PROCESSES, str(max(1, job.spec.compute.accelerators_per_node))),
+        pods.value(ENV_PROCESSES, str(processes_of_node(job))),
         pods.value(ENV_RENDEZVOUS, f"{first}:{RENDEZVOUS_PORT}"),
     ]
 

@@ -115,6 +115,7 @@ def stage_job(
     input_hash: str,
     text: str,
     from_step: int = 0,
+    nodes: int = 1,
     with_devices: bool = True,
 ) -> Json:
     """One attempt of one stage. It is never retried by Kubernetes but for disruptions, which are nobody's fault.
@@ -122,12 +123,11 @@ def stage_job(
     `config` says which claims it needs; `text` is what it reads.
     """
     labels = job_labels(job) | {names.STAGE_LABEL: stage.value, names.ATTEMPT_LABEL: str(number)}
-    count = together.nodes(job, stage, with_devices=with_devices)
-    name = names.stage_job(job.metadata.name, stage.value, number, names.INDEX_LENGTH if count > 1 else 0)
+    name = names.stage_job(job.metadata.name, stage.value, number, names.INDEX_LENGTH if nodes > 1 else 0)
     template = _pod(job, resolved, config, settings, stage, labels, config_map_name(job, text), with_devices)
     if with_devices:
-        template["spec"]["containers"][0]["env"] += together.environment(job, name, stage, count)
-    if count > 1:
+        template["spec"]["containers"][0]["env"] += together.environment(job, name, stage, nodes)
+    if nodes > 1:
         template["spec"]["subdomain"] = names.job_peers(job.metadata.name)
     job_only = {names.INPUT_LABEL: input_hash, names.RETRY_HASH_LABEL: retry_hash(job), names.FROM_STEP_LABEL: str(from_step)}
     return {
@@ -139,10 +139,10 @@ def stage_job(
             "labels": labels | job_only,
         },
         "spec": {
-            "parallelism": count,
-            "completions": count,
+            "parallelism": nodes,
+            "completions": nodes,
             # As one: what ends one pod ends the attempt, and the next one takes it up with as many.
-            **({"completionMode": "Indexed"} if count > 1 else {}),
+            **({"completionMode": "Indexed"} if nodes > 1 else {}),
             "backoffLimit": 0,
             "suspend": False,
             "podReplacementPolicy": "Failed",

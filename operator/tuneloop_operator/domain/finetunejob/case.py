@@ -157,8 +157,9 @@ class Case:
         made = max((run.number for run in self.snapshot.of(stage)), default=0)
         return max(made + 1, written)
 
-    def start(self, stage: Stage, *, with_devices: bool = True) -> None:
-        """Make the next attempt of a stage."""
+    def start(self, stage: Stage, *, nodes: int | None = None, with_devices: bool = True) -> None:
+        """Make the next attempt of a stage, on as many nodes as the spec says where nothing else is."""
+        nodes = nodes or together.nodes(self.job, stage, with_devices=with_devices)
         number = self.next_number(stage)
         text = self.config_text(self.micro_batch(), is_sharded=self.is_sharded()) if stage is Stage.TRAIN else self.config_text()
         manifest = training.stage_job(
@@ -171,9 +172,10 @@ class Case:
             input_hash=self.input_hash(stage),
             text=text,
             from_step=self.reached_step if stage is Stage.TRAIN else 0,
+            nodes=nodes,
             with_devices=with_devices,
         )
-        if together.nodes(self.job, stage, with_devices=with_devices) > 1:
+        if nodes > 1:
             self.apply.append(together.service(self.job, training.job_labels(self.job)))
         self.apply += [training.progress_policy(self.job, self.settings), training.config_map(self.job, text), manifest]
         if stage is Stage.PREPARE:

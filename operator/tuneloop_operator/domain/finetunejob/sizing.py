@@ -88,10 +88,18 @@ def size(job: FineTuneJob, config: RunConfig, facts: Facts, settings: Settings) 
 def _shares(job: FineTuneJob, config: RunConfig) -> tuple[int, ...]:
     """Among how many processes the model is divided, in the order in which it is tried."""
     processes, asked = together.processes(job), job.spec.compute.parallelism
+    divided = _shares_when_divided(job)
     is_compared = config.objective in DIVIDED and config.vocabulary is None and config.quantization is None
     if processes == 1 or asked == "DataParallel" or (asked == "Auto" and not is_compared):
         return (1,)
-    return (processes,) if asked == "FSDP" else (1, processes)
+    return (divided,) if asked == "FSDP" else (1, divided)
+
+
+def _shares_when_divided(job: FineTuneJob) -> int:
+    """The fewest: an elastic training has to fit those nodes too that it may come down to."""
+    if together.processes(job) == 1:
+        return 1
+    return together.fewest_nodes(job, is_sharded=True) * together.processes_of_node(job)
 
 
 # --- the work -----------------------------------------------------------------
@@ -247,9 +255,7 @@ def cost(job: FineTuneJob, hours: float) -> str | None:
 def _problem(job: FineTuneJob, work: Workload, limit: int) -> str:
     needed = estimates.needed_of_limit(work)
     where = "the pod's memory limit" if work.device == "cpu" else "the device's memory"
-    remedy = next(
-        (words for words, smaller in _remedies(work, together.processes(job)) if estimates.needed_of_limit(smaller) <= limit), None
-    )
+    remedy = next((words for words, smaller in _remedies(work, _shares_when_divided(job)) if estimates.needed_of_limit(smaller) <= limit), None)
     more = "raise compute.pod.resources.limits.memory" if work.device == "cpu" else "take a larger device"
     what = f"{remedy}, or {more}" if remedy is not None else f"No single change makes it fit: {more}"
     return (

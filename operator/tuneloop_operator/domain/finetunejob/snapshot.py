@@ -40,6 +40,11 @@ class StageRun:
         return next((volume["configMap"]["name"] for volume in volumes if "configMap" in volume), None)
 
     @property
+    def nodes(self) -> int:
+        """Pods that share it."""
+        return int(self.manifest["spec"].get("parallelism", 1))
+
+    @property
     def pod(self) -> Pod | None:
         """The newest; of several that train together, the newest of the first, which leads them."""
         leading = [pod for pod in self.pods if pod.index == 0]

@@ -6,6 +6,7 @@ from datetime import datetime
 
 from tuneloop_operator.api.conditions import JobReason
 from tuneloop_operator.domain import times
+from tuneloop_operator.domain.finetunejob import elastic
 from tuneloop_operator.domain.finetunejob.attempts import Active, Done, Due, Over, judge
 from tuneloop_operator.domain.finetunejob.blockers import blocker, claim_missing
 from tuneloop_operator.domain.finetunejob.case import Case, Standing
@@ -92,12 +93,30 @@ def _start(case: Case, stage: Stage, due: Due) -> Standing:
 def _going(case: Case, stage: Stage, active: Active) -> Standing:
     if active.is_running:
         interval = case.settings.progress_interval_seconds if stage is Stage.TRAIN else 60.0
-        return Standing(PHASES[stage], REASONS[stage], DOING[stage], requeue_after=interval)
+        return Standing(PHASES[stage], REASONS[stage], _doing(case, stage, active.run.nodes), requeue_after=interval)
     look_again = _look_again(active.run, case.now)
+    if stage is Stage.TRAIN and (fewer := elastic.fewer(case.job, active.run, case.now, is_sharded=case.is_sharded())) is not None:
+        if fewer.seconds_left <= 0:
+            return _go_on_with_fewer(case, active.run, fewer.nodes)
+        look_again = min(look_again, fewer.seconds_left)
     found = blocker(active.run)
     if found is None:
-        return Standing(PHASES[stage], REASONS[stage], DOING[stage], requeue_after=look_again)
+        return Standing(PHASES[stage], REASONS[stage], _doing(case, stage, active.run.nodes), requeue_after=look_again)
     return Standing("Pending", found.reason, found.message, is_problem=found.reason is not JobReason.PENDING, requeue_after=look_again)
+
+
+def _go_on_with_fewer(case: Case, run: StageRun, nodes: int) -> Standing:
+    """Another attempt takes the place of one that has not begun, which uses up no restart."""
+    case.delete.append(run.target)
+    case.start(Stage.TRAIN, nodes=nodes)
+    return Standing(PHASES[Stage.TRAIN], REASONS[Stage.TRAIN], _doing(case, Stage.TRAIN, nodes), requeue_after=5.0)
+
+
+def _doing(case: Case, stage: Stage, nodes: int) -> str:
+    wanted = case.job.spec.compute.nodes
+    if stage is not Stage.TRAIN or nodes == wanted:
+        return DOING[stage]
+    return f"The model is being trained on {nodes} of {wanted} nodes, with the same global batch: no node took the others."
 
 
 def _look_again(run: StageRun, now: datetime) -> float:
