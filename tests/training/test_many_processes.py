@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import time
+import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -121,6 +123,22 @@ def test_process_that_is_killed_ends_all_and_they_or_the_rest_go_on(
     assert_as_alone(config, alone) if rest == 2 else assert_taken_up_by_one(config, alone, 5)
 
 
+@pytest.mark.parametrize("index", [0, 1])
+def test_process_that_waits_for_others_gives_its_devices_back_at_once(
+    zygote: Zygote, prepared: RunConfig, tmp_path: Path, index: int
+) -> None:
+    config, port = copy_work(prepared, tmp_path), free_port()
+    place = {ENV_NODES: "2", ENV_NODE: str(index), ENV_RENDEZVOUS: f"127.0.0.1:{free_port()}", "PROGRESS_PORT": str(port)}
+    attempt = zygote.start(config, Stage.TRAIN, **place)
+    wait_for_phase(port, "WaitingForPeers")
+
+    asked = time.monotonic()
+    attempt.signal_launcher(signal.SIGTERM)
+
+    assert attempt.wait() == ExitCode.INTERRUPTED
+    assert time.monotonic() - asked < 10
+
+
 @pytest.mark.long
 def test_completions_of_one_prompt_are_written_and_compared_by_two_processes(zygote: Zygote, base: Path, tmp_path: Path) -> None:
     rollouts = Rollouts(rewards=(Reward(exact_match=ExactMatch()),), num_generations=4, max_completion_length=4)
@@ -201,3 +219,13 @@ def wait_for_step(attempt: Attempt, config: RunConfig, step: int) -> None:
         assert not attempt.is_over(), attempt.result().message
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def wait_for_phase(port: int, phase: str) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/progress", timeout=2) as answer:
+            if json.loads(answer.read())["phase"] == phase:
+                return
+        time.sleep(0.05)
+    raise AssertionError(f"never in phase {phase}")

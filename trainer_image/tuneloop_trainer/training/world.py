@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
 MEETING = timedelta(minutes=30)
 """So long the first pod waits for the last one to be scheduled and to pull its image."""
+CONNECTING = timedelta(seconds=5)
+"""So long one try to reach the first process takes. SIGTERM is heard between them."""
+LOOKING_SECONDS = 0.1
 PATIENCE = timedelta(hours=1)
 """So long a process waits for another at one point: a save to a slow store takes its time. The watchdog looks after steps."""
 
@@ -68,11 +72,40 @@ def join() -> World:
     has_device = torch.cuda.is_available()
     if has_device:
         torch.cuda.set_device(local)
-    address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
-    store = torch.distributed.TCPStore(*address, world_size=size, is_master=rank == 0, timeout=MEETING)
+    store = _meet(rank, size)
     backend = "cpu:gloo,cuda:nccl" if has_device else "gloo"
     torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     return World(rank, size)
+
+
+def _meet(rank: int, size: int) -> Any:  # Any: torch is imported only where it is needed
+    """The store of all processes, once all are there. Torch would wait for them where no signal is heard, and an attempt that was
+    given up would keep its devices until it is killed."""
+    import torch
+
+    end = time.monotonic() + MEETING.total_seconds()
+    while (store := _connected(rank, size, is_last_try=time.monotonic() > end)) is None:
+        time.sleep(LOOKING_SECONDS)
+    store.add("met", 1)
+    while store.add("met", 0) < size:
+        if time.monotonic() > end:
+            raise torch.distributed.DistStoreError(f"Not all {size} processes of the training were there within {MEETING}.")
+        time.sleep(LOOKING_SECONDS)
+    store.set_timeout(MEETING)
+    return store
+
+
+def _connected(rank: int, size: int, *, is_last_try: bool) -> Any:  # Any: torch is imported only where it is needed
+    """None where the first process is not there yet."""
+    import torch
+
+    address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    try:
+        return torch.distributed.TCPStore(*address, world_size=size, is_master=rank == 0, timeout=CONNECTING, wait_for_workers=False)
+    except (torch.distributed.DistNetworkError, torch.distributed.DistStoreError):
+        if is_last_try or rank == 0:
+            raise
+        return None
 
 
 def is_of_peers(error: BaseException) -> bool:

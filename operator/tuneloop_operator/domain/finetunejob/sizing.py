@@ -255,7 +255,9 @@ def cost(job: FineTuneJob, hours: float) -> str | None:
 def _problem(job: FineTuneJob, work: Workload, limit: int) -> str:
     needed = estimates.needed_of_limit(work)
     where = "the pod's memory limit" if work.device == "cpu" else "the device's memory"
-    remedy = next((words for words, smaller in _remedies(work, _shares_when_divided(job)) if estimates.needed_of_limit(smaller) <= limit), None)
+    remedy = next(
+        (words for words, smaller in _remedies(work, _shares_when_divided(job)) if estimates.needed_of_limit(smaller) <= limit), None
+    )
     more = "raise compute.pod.resources.limits.memory" if work.device == "cpu" else "take a larger device"
     what = f"{remedy}, or {more}" if remedy is not None else f"No single change makes it fit: {more}"
     return (
