@@ -325,8 +325,11 @@ def _deployment_line(found: dict[str, Any]) -> str:
     said = ((type_, condition(found, type_)) for type_ in ("Ready", "DriftDetected", "RetrainingNeeded"))
     words = [f"{type_} {it.get('status')} {it.get('reason')}" for type_, it in said]
     status = found.get("status", {})
-    versions = f"stable v{(status.get('stable') or {}).get('version')}, next v{(status.get('canary') or {}).get('version')}"
-    return f"{DEPLOYMENT}: {versions}; {'; '.join(words)}; {condition(found, 'Reconciling').get('message', '')}"
+    versions = ", ".join(
+        f"{name} v{status[field]['version']}" for name, field in (("stable", "stable"), ("next", "canary")) if status.get(field)
+    )
+    message = condition(found, "Reconciling").get("message", "")
+    return f"{DEPLOYMENT}: " + "; ".join(filter(None, [versions, *words, message]))
 
 
 def _is_true(found: dict[str, Any], type_: str) -> bool:
