@@ -47,6 +47,8 @@ def _from_events(raw: bytes) -> Answer:
     parts: list[str] = []
     reason, usage = "", (0, 0)
     for event in _events(raw):
+        if event.get("error"):
+            reason = "error"
         if event.get("usage"):
             usage = _usage(event["usage"])
         for choice in event.get("choices") or ():

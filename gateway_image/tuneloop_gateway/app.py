@@ -25,6 +25,7 @@ from tuneloop_gateway.internal import Internal
 from tuneloop_gateway.keys import KeyRing, read_secrets, subject_of
 from tuneloop_gateway.metrics import Metrics
 from tuneloop_gateway.opinions import Opinions
+from tuneloop_gateway.outcomes import Outcomes
 from tuneloop_gateway.probes import Prober
 from tuneloop_gateway.proxy import Exchange, Proxy
 from tuneloop_gateway.public import Public
@@ -55,7 +56,8 @@ class Gateway:
         self.database = Database(url, f"{config.namespace}/{config.deployment}")
         self.endpoints = Endpoints(config.namespace, settings.endpoints)
         self.router = Router(configuration, self.endpoints, settings.wait_seconds)
-        self.proxy = Proxy(configuration, self.router, self.metrics, secrets.engine_key, self._ended)
+        self.outcomes = Outcomes(configuration)
+        self.proxy = Proxy(configuration, self.router, self.metrics, secrets.engine_key, self._ended, self.outcomes)
         self.prober = Prober(configuration, self.endpoints, self.router, self.proxy.session, secrets.engine_key)
         comparing = Comparing(configuration, self.prober.training_inputs)
         self.monitor = Monitor(configuration, self.database, settings.pod_uid, comparing)
@@ -64,12 +66,15 @@ class Gateway:
         self.retention = Retention(configuration, self.database, self.metrics)
         self._feedback_key = secrets.feedback_key
         self.allowances = SharedAllowances(self.database) if self.database.is_shared else OwnAllowances()
-        feedback = Feedback(configuration, self.curation, self.metrics, secrets.feedback_key)
+        feedback = Feedback(configuration, self.curation, self.metrics, secrets.feedback_key, self.outcomes)
         self.public = Public(
             configuration, self.keys, self.proxy, self.capture, feedback, self.monitor, self.metrics, secrets.feedback_key,
             self.allowances,
         )  # fmt: skip
-        state = State(configuration, self.endpoints, self.router, self.prober, self.capture, self.monitor, self.curation, settings.pod_uid)
+        state = State(
+            configuration, self.endpoints, self.router, self.prober, self.capture, self.monitor, self.curation, settings.pod_uid,
+            self.outcomes,
+        )  # fmt: skip
         opinions = Opinions(self.database, self.keys.anonymous.subject)
         self.internal = Internal(
             configuration, state, self.curation, opinions, self.monitor, self.metrics, secrets.internal_token, self.forget

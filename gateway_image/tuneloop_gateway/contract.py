@@ -37,6 +37,8 @@ ENGINE_REFERENCE_PATH = "/tuneloop/reference"
 """Likewise: JSON list of texts, a sample of the inputs that its artifact was trained on."""
 FEEDBACK_HEADER = "x-tuneloop-feedback"
 REVISION_HEADER = "x-tuneloop-revision"
+SESSION_HEADER = "x-tuneloop-session"
+"""Of a request: what a client calls its session. While a canary runs, a session's requests stay on one revision."""
 TOKEN_HEADER = "x-tuneloop-token"
 """The internal token, for callers that cannot send Authorization (the API server's service proxy drops it)."""
 
@@ -149,6 +151,10 @@ class GatewayConfig(Model):
     """The model name that clients use and `/v1/models` lists."""
     task: Literal["Chat", "Completion"] = "Chat"
     revisions: tuple[Revision, ...] = ()
+    affinity: Literal["Session", "Request"] = "Session"
+    """What stays on one revision where several have a weight. Session: of one caller, what has one `SESSION_HEADER`, or begins alike."""
+    window: str = Field(default="", max_length=160)
+    """Names the step of a canary: outcomes are counted afresh when it changes, and not at all where it is empty."""
     require_key: bool = False
     """True: a request without a key of `KEYS_PATH` is answered 401."""
     capture: Capture = Capture()
@@ -213,6 +219,8 @@ class RevisionReport(Model):
     requests: int = 0
     errors: int = 0
     in_flight: int = 0
+    outcomes: Outcomes | None = None
+    """While a canary runs: of the window that `GatewayState.window` names."""
 
 
 class DriftStatus(StrEnum):
@@ -278,6 +286,7 @@ class GatewayState(Model):
     generation: int
     """Of the configuration that is applied."""
     revisions: tuple[RevisionReport, ...] = ()
+    window: str = ""
     drift: DriftReport | None = None
     """None: its saved state has not been read yet, so there may be an alarm or none."""
     skew: SkewReport | None = None

@@ -48,6 +48,14 @@ def split_of(document: str) -> Split:
     return "train" if hashlib.sha256(b"split:" + document.encode()).digest()[0] % 2 == 0 else "gate"
 
 
+@dataclass(frozen=True)
+class Asked:
+    """Of one captured request."""
+
+    revision: str
+    at: float
+
+
 class NotCaptured(Exception):
     """What was asked is not stored, or not yet."""
 
@@ -78,6 +86,13 @@ class Curation:
                 await self._add_correction(connection, vote, vote.text, epoch, now)
         self._report_key = ""
         return is_first
+
+    async def asked(self, response_id: str) -> Asked | None:
+        """Which revision answered, and when it was asked; None where that is not stored, or not yet."""
+        columns = select(captured.c.revision, captured.c.captured_at).where(captured.c.id == response_id)
+        async with self._database.begin() as connection:
+            row = (await connection.execute(columns)).first()
+        return Asked(row.revision, row.captured_at) if row is not None else None
 
     async def _add_correction(self, connection: AsyncConnection, vote: Vote, correction: str, epoch: str, now: float) -> None:
         """Keeps the input beside the correction, so that it outlives the raw row."""

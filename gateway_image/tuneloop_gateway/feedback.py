@@ -17,6 +17,7 @@ from tuneloop_gateway.errors import Refused, invalid
 from tuneloop_gateway.inbound import Json, parse_object, read_body
 from tuneloop_gateway.keys import Caller
 from tuneloop_gateway.metrics import Metrics
+from tuneloop_gateway.outcomes import Outcomes
 from tuneloop_gateway.tokens import FeedbackToken, verify
 
 MAX_BODY_BYTES = 64 << 10
@@ -32,7 +33,8 @@ POLL_SECONDS = 0.1
 class Feedback:
     """Nothing that was said is lost silently: where the database is away, the sender is told to say it again."""
 
-    def __init__(self, configuration: Configuration, curation: Curation, metrics: Metrics, key: bytes) -> None:
+    def __init__(self, configuration: Configuration, curation: Curation, metrics: Metrics, key: bytes, outcomes: Outcomes) -> None:
+        self._outcomes = outcomes
         self._configuration, self._curation, self._metrics, self._key = configuration, curation, metrics, key
 
     async def take(self, request: web.BaseRequest, caller: Caller, epoch: str) -> web.Response:
@@ -50,9 +52,18 @@ class Feedback:
                 # A sender that hangs up does not undo what was said.
                 if await asyncio.shield(self._add(vote, epoch)):
                     self._metrics.feedback(vote.kind, NAMES[vote.value])
+                    await self._count(vote)
         except Unavailable:
             raise Refused(503, "Feedback cannot be stored now; send it again.", code="store_unavailable", retry_after=10) from None
         return web.json_response({"object": "feedback", "response_id": token.response_id, "stored": [v.kind for v in votes]})
+
+    async def _count(self, vote: Vote) -> None:
+        """For the revision that gave the answer, while a canary runs."""
+        if not self._outcomes.window or vote.kind != "rating" or vote.value == 0:
+            return
+        asked = await self._curation.asked(vote.response_id)
+        if asked is not None:
+            self._outcomes.voted(asked.revision, asked.at, vote.subject, is_up=vote.value > 0)
 
     async def _add(self, vote: Vote, epoch: str) -> bool:
         """True where it is the subject's first. A correction is learnt from together with what was asked, which is stored off the

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -127,6 +128,20 @@ def _last_user_text(body: Json) -> str:
 def last_user_message(messages: list[Json]) -> Json | None:
     """The message that prompts are applied to."""
     return next((m for m in reversed(messages) if m["role"] == "user"), None)
+
+
+def session_of(inbound: Inbound, subject: str, named: str) -> str:
+    """What the caller calls its session; else all that begins with the same user message is one."""
+    if named:
+        return _digest(f"{subject} named {named}")
+    messages = inbound.body.get("messages")
+    first = next((m for m in messages if m["role"] == "user"), None) if isinstance(messages, list) else None
+    begins = content_text(first.get("content")) if first is not None else inbound.text
+    return _digest(f"{subject} begins {begins}")
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=12).hexdigest()
 
 
 def content_text(content: Any) -> str:

@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import aiohttp
 from aiohttp import web
@@ -54,11 +55,18 @@ class Exchange:
     """Keep the answer for capture."""
     started: float = field(default_factory=time.perf_counter)
     received_at: float = field(default_factory=time.time)
+    session: str = ""
+    """Its requests stay on one revision; "" where each request is for itself."""
     revision: str = ""
     version: int | None = None
     status: int = 0
     finish_reason: str = ""
     tokens: tuple[int, int] = (0, 0)
+    first_at: float = 0.0
+    """When a stream's first token came, and how many events it had from then on."""
+    events: int = 0
+    failed_on: set[str] = field(default_factory=set)
+    """Revisions that a retry left."""
     hidden_usage: UsageFilter | None = None
     """Set where a stream's tokens must be known, and its client did not ask for them."""
     sent: web.StreamResponse | None = None
@@ -85,13 +93,23 @@ class Exchange:
         return tail
 
 
+class Watcher(Protocol):
+    """Is told what became of attempts and of requests."""
+
+    def failed(self, exchange: Exchange) -> None: ...
+
+    def ended(self, exchange: Exchange) -> None: ...
+
+
 class Proxy:
-    """The hot path. `ended` is told about every exchange, after its last byte."""
+    """The hot path. `ended` is told about every exchange that was answered, after its last byte."""
 
     def __init__(
-        self, configuration: Configuration, router: Router, metrics: Metrics, engine_key: str, ended: Callable[[Exchange], None]
-    ) -> None:
+        self, configuration: Configuration, router: Router, metrics: Metrics, engine_key: str, ended: Callable[[Exchange], None],
+        outcomes: Watcher,
+    ) -> None:  # fmt: skip
         self._configuration, self._router, self._metrics, self._ended = configuration, router, metrics, ended
+        self._outcomes = outcomes
         self._engine_headers = {"Authorization": f"Bearer {engine_key}", "Content-Type": "application/json", "Accept-Encoding": "identity"}
         self._session: aiohttp.ClientSession | None = None
 
@@ -134,11 +152,12 @@ class Proxy:
             count.errors += exchange.status >= 500
             self._metrics.request(exchange.revision, f"{exchange.status // 100}xx", exchange.finish_reason)
             self._metrics.ended(exchange.revision, time.perf_counter() - exchange.started)
+            self._outcomes.ended(exchange)
             if exchange.tokens != (0, 0):
                 self._metrics.tokens(exchange.revision, *exchange.tokens)
 
     async def _attempts(self, request: web.BaseRequest, exchange: Exchange) -> web.StreamResponse:
-        target: Target | None = await self._router.wait()
+        target: Target | None = await self._router.wait(session=exchange.session)
         tried: set[Endpoint] = set()
         attempts = overloaded = 0
         give_up_at: float | None = None
@@ -148,12 +167,13 @@ class Proxy:
             except TryElsewhere as failure:
                 attempts, overloaded = attempts + 1, overloaded + failure.overloaded
                 tried.add(target.endpoint)
+                self._outcomes.failed(exchange)
                 now = time.monotonic()
                 give_up_at = give_up_at or now + self._router.wait_seconds
                 if attempts >= MAX_ATTEMPTS or overloaded >= MAX_OVERLOADED or now > give_up_at:
                     break
                 self._metrics.retried(target.revision.name)
-                target = await self._router.again(tried) or await self._router.wait()
+                target = await self._router.again(tried, exchange.session) or await self._router.wait(session=exchange.session)
         exchange.status = 503
         raise Refused(503, "The model's replicas could not answer now.", code="upstream_unavailable", retry_after=RETRY_AFTER_SECONDS)
 
@@ -253,13 +273,14 @@ class Proxy:
         """Writes what arrives as it arrives. A client never takes a cut answer for a whole one: its connection breaks too."""
         answer = web.StreamResponse(status=response.status, headers=self._headers(exchange, response))
         self._metrics.first_byte(exchange.revision, time.perf_counter() - exchange.started)
-        exchange.sent, shown = answer, exchange.hidden_usage
+        exchange.sent, shown, exchange.first_at = answer, exchange.hidden_usage, time.perf_counter()
         try:
             await answer.prepare(request)
             chunk, content = first, response.content
             while chunk or not content.at_eof():
                 if chunk:
                     exchange.note(chunk)
+                    exchange.events += chunk.count(b"data:")
                     if shown is not None:
                         chunk = shown.feed(chunk)
                     if chunk:
@@ -283,6 +304,8 @@ class Proxy:
         streamed = exchange.inbound.stream
         answer = read_answer(exchange.tail if streamed else exchange.kept[0] if exchange.kept else b"", stream=streamed)
         exchange.finish_reason = answer.finish_reason if status < 400 else "error"
+        if streamed and status < 400 and not answer.finish_reason and b"[DONE]" not in exchange.tail:
+            exchange.finish_reason = "broken"  # a stream that says nothing of its end was cut
         exchange.tokens = (answer.prompt_tokens, answer.completion_tokens)
         self._ended(exchange)
 

@@ -13,11 +13,11 @@ from aiohttp import web
 from tuneloop_gateway.allowances import Allowances, is_limited
 from tuneloop_gateway.capture import Capture
 from tuneloop_gateway.configuration import Configuration
-from tuneloop_gateway.contract import FEEDBACK_HEADER
+from tuneloop_gateway.contract import FEEDBACK_HEADER, SESSION_HEADER
 from tuneloop_gateway.drift.monitor import Monitor
 from tuneloop_gateway.errors import Refused, render_error
 from tuneloop_gateway.feedback import Feedback
-from tuneloop_gateway.inbound import CHAT_PATH, COMPLETION_PATH, parse_inbound, read_body
+from tuneloop_gateway.inbound import CHAT_PATH, COMPLETION_PATH, parse_inbound, read_body, session_of
 from tuneloop_gateway.keys import Caller, KeyRing
 from tuneloop_gateway.metrics import Metrics
 from tuneloop_gateway.proxy import Exchange, Proxy
@@ -32,8 +32,8 @@ class Public:
     """Handlers of the public port."""
 
     def __init__(
-        self, configuration: Configuration, keys: KeyRing, proxy: Proxy, capture: Capture, feedback: Feedback, monitor: Monitor,
-        metrics: Metrics, feedback_key: bytes, allowances: Allowances,
+        self, configuration: Configuration, keys: KeyRing, proxy: Proxy, capture: Capture, feedback: Feedback,
+        monitor: Monitor, metrics: Metrics, feedback_key: bytes, allowances: Allowances,
     ) -> None:  # fmt: skip
         self._configuration, self._keys, self._proxy, self._capture = configuration, keys, proxy, capture
         self._feedback, self._monitor, self._metrics, self._feedback_key = feedback, monitor, metrics, feedback_key
@@ -108,6 +108,8 @@ class Public:
             token = FeedbackToken(response_id, caller.subject, int(time.time()))
             headers = {"x-request-id": request_id, FEEDBACK_HEADER: sign(token, self._feedback_key)}
             exchange = Exchange(inbound, response_id, caller.subject, headers, keep=self._capture.wants_answer(), started=started)
+            if self._configuration.current.window and self._configuration.current.affinity == "Session":
+                exchange.session = session_of(inbound, caller.subject, request.headers.get(SESSION_HEADER, ""))
             if limits.tokens_per_minute is not None and inbound.stream and not asks_for_usage(inbound.body):
                 exchange.hidden_usage = UsageFilter()
             try:

@@ -14,6 +14,7 @@ from tuneloop_gateway.database import Unavailable
 from tuneloop_gateway.drift.monitor import Monitor
 from tuneloop_gateway.drift.process import rfc3339
 from tuneloop_gateway.endpoints import Endpoints
+from tuneloop_gateway.outcomes import Outcomes
 from tuneloop_gateway.probes import Prober
 from tuneloop_gateway.routing import Router
 
@@ -26,8 +27,9 @@ class State:
 
     def __init__(
         self, configuration: Configuration, endpoints: Endpoints, router: Router, prober: Prober, capture: Capture, monitor: Monitor,
-        curation: Curation, pod_uid: str,
+        curation: Curation, pod_uid: str, outcomes: Outcomes,
     ) -> None:  # fmt: skip
+        self._outcomes = outcomes
         self._configuration, self._endpoints, self._router, self._prober = configuration, endpoints, router, prober
         self._capture, self._monitor, self._curation, self._pod_uid = capture, monitor, curation, pod_uid
         self._started_at = rfc3339(time.time())
@@ -52,6 +54,7 @@ class State:
             started_at=self._started_at,
             generation=self._configuration.current.generation,
             revisions=tuple(self._revision(r) for r in self._configuration.current.revisions),
+            window=self._outcomes.window,
             drift=self._monitor.report(),
             skew=self._monitor.skew(),
             feedback=self._curation.last_report,
@@ -70,4 +73,5 @@ class State:
             requests=count.requests,
             errors=count.errors,
             in_flight=count.in_flight,
+            outcomes=self._outcomes.report(revision.name) if self._outcomes.window else None,
         )
