@@ -39,6 +39,8 @@ class FakeGateway:
     skew: dict[str, object] | None = None
     prompt_digest: str = ""
     """Of the prompt that engines read, where the operator wants it told."""
+    outcomes: dict[int, dict[str, object]] = field(default_factory=dict)
+    """Version -> what became of its requests in each window."""
     frozen: GatewayConfig | None = None
     """Set: this configuration stays in force, whatever the cluster says."""
 
@@ -78,6 +80,7 @@ class FakeGateway:
                 "promptError": prompt_error(revision),
                 "probe": self.probe if revision.probe else {"status": "Pending"},
                 "inFlight": self.in_flight,
+                "outcomes": self.outcomes.get(revision.version or 0, {}) if config and config.window else None,
                 "promptDigest": self.prompt_digest if revision.probe_text else "",
             }
             for revision in (config.revisions if config else ())
@@ -88,6 +91,7 @@ class FakeGateway:
             "startedAt": "2026-01-01T00:00:00Z",
             "generation": config.generation if config else 0,
             "revisions": revisions,
+            "window": config.window if config else "",
             "drift": {"status": "Monitoring", "epoch": epoch, "logThreshold": 11.5} | self.drift,
             "skew": self.skew,
             "feedback": self.feedback,

@@ -188,7 +188,22 @@ MODEL_DEPLOYMENT: Manifest = {
             "startupTimeoutSeconds": 600,
             "pod": POD,
         },
-        "rollout": {"strategy": "BlueGreen", "keepPreviousSeconds": 60},
+        "rollout": {
+            "strategy": "Canary",
+            "steps": [{"weight": 5, "minRequests": 200}, {"weight": 50, "minRequests": 1000}],
+            "affinity": "Session",
+            "analysis": {
+                "falseRollbackProbability": "0.05",
+                "maxErrorRatioIncrease": "0.01",
+                "maxTimeToFirstTokenIncrease": "0.2",
+                "maxInterTokenLatencyIncrease": "0.2",
+                "maxHarmIncrease": "0.02",
+                "minFeedback": 50,
+                "timeoutSeconds": 3600,
+            },
+            "onInconclusive": "Hold",
+            "keepPreviousSeconds": 60,
+        },
         "gateway": {
             "replicas": 1,
             "auth": {"apiKeys": {"secretRef": {"name": "keys"}}, "requestsPerMinute": 600, "tokensPerMinute": 100000},

@@ -620,7 +620,7 @@ def test_short_names_columns_and_the_category_work(server: Server, place: str) -
     assert create(server, place, MODEL_DEPLOYMENT, dry=False)[0] == 201
     assert kubectl("get", "ftj", "-n", place).split("\n")[0].split() == ["NAME", "PHASE", "STEP", "LOSS", "DONE", "VERSION", "AGE"]
     assert "sentiment-v3   sentiment   3         Pending    Pass" in kubectl("get", "mv", "sentiment-v3", "-n", place)
-    header = "NAME AVAILABLE READY VERSION CANARY REPLICAS DRIFT URL AGE"
+    header = "NAME AVAILABLE READY VERSION CANARY WEIGHT REPLICAS DRIFT URL AGE"
     assert kubectl("get", "mdep", "-n", place).split("\n")[0].split() == header.split()
     assert {line.split("/")[0] for line in kubectl("get", "tuneloop", "-n", place, "-o", "name").split()} == {
         f"{plural[:-1]}.tuneloop.dev" for plural in PLURALS.values()

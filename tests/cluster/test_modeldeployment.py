@@ -110,7 +110,7 @@ def test_a_deployment_comes_into_service_and_moves_on_to_the_next_version(
     api.create(deployment(namespace))
     stage.wait("Ready", "False", "NoApprovedVersion")
     assert {c["type"] for c in stage.status()["conditions"]} == {
-        "Available", "Ready", "DriftDetected", "TrainingServingSkew", "RetrainingNeeded", "Degraded", "Reconciling",
+        "Available", "Ready", "CanaryHealthy", "DriftDetected", "TrainingServingSkew", "RetrainingNeeded", "Degraded", "Reconciling",
     }  # fmt: skip
     api.create(version(namespace, 1))
     stage.start_engine(1)

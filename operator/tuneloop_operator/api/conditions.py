@@ -30,6 +30,7 @@ class DeploymentCondition(StrEnum):
 
     AVAILABLE = "Available"
     READY = "Ready"
+    CANARY_HEALTHY = "CanaryHealthy"
     DRIFT_DETECTED = "DriftDetected"
     TRAINING_SERVING_SKEW = "TrainingServingSkew"
     RETRAINING_NEEDED = "RetrainingNeeded"
@@ -121,6 +122,12 @@ class DeploymentReason(StrEnum):
     QUOTA_EXCEEDED = "QuotaExceeded"
     NAME_CONFLICT = "NameConflict"
     REFUSED = "Refused"
+    # canary
+    NO_CANARY = "NoCanary"
+    ANALYSING = "Analysing"
+    CANARY_INCONCLUSIVE = "CanaryInconclusive"
+    CANARY_FAILED = "CanaryFailed"
+    CANARY_PASSED = "CanaryPassed"
     # drift
     DRIFT_ALARM = "DriftAlarm"
     NO_DRIFT = "NoDrift"

@@ -76,11 +76,57 @@ class Engine(Model):
     pod: PodOverrides = Field(default=PodOverrides(), description="Overrides for the engine's pods.")
 
 
+PositiveShare = Annotated[
+    str, decimal("must be a number above 0 and up to 1, as a string, for example '0.02'.", "double(self) > 0.0 && double(self) <= 1.0")
+]
+
+
+class RolloutStep(Model):
+    """One step of a canary."""
+
+    weight: int = Field(ge=1, le=99, description="Percent of the traffic.")
+    min_requests: int = Field(default=200, ge=1, le=1_000_000, description="Requests of the canary that the step needs at least.")
+
+
+class RolloutAnalysis(Model):
+    """How much worse than the stable revision a canary may be, over the same time."""
+
+    false_rollback_probability: PositiveShare = Field(
+        default="0.05", description="How often chance may stop a canary that is within the limits; split over checks and steps."
+    )
+    max_error_ratio_increase: PositiveShare = Field(
+        default="0.01", description="Added to the ratio of errors: 5xx, aborted, failed and broken answers."
+    )
+    max_time_to_first_token_increase: Number = Field(default="0.2", description="Share by which a first token may come later.")
+    max_inter_token_latency_increase: Number = Field(default="0.2", description="Share by which the time between tokens may be longer.")
+    max_harm_increase: PositiveShare = Field(default="0.02", description="Added to the share of thumbs down.")
+    min_feedback: int = Field(default=50, ge=1, le=100_000, description="Thumbs on each side before harm is looked at.")
+    timeout_seconds: int = Field(default=3600, ge=1, le=2_592_000, description="A step without a finding after this time is inconclusive.")
+
+
+STEPS = tuple(RolloutStep(weight=weight, min_requests=least) for weight, least in ((5, 200), (25, 500), (50, 1000)))
+
+
 class Rollout(Model):
     """How a new revision takes over."""
 
-    strategy: Literal["BlueGreen"] = Field(
-        default="BlueGreen", description="BlueGreen: all traffic at once, after the new revision is ready and has passed its probes."
+    strategy: Literal["BlueGreen", "Canary"] = Field(
+        default="BlueGreen",
+        description="BlueGreen: all traffic at once, after the new revision is ready and has passed its probes. Canary: then step by"
+        " step, as long as its requests are no worse than the stable revision's.",
+    )
+    steps: Annotated[tuple[RolloutStep, ...], Field(min_length=1, max_length=16)] = Field(
+        default=STEPS,
+        description="Of a canary. After the last one it takes all traffic.",
+        json_schema_extra=rules(("self.map(step, step.weight).isSorted()", "steps must rise in weight.")),
+    )
+    affinity: Literal["Session", "Request"] = Field(
+        default="Session",
+        description="What stays on one revision. Session: what one caller sends with one x-tuneloop-session header or first user message.",
+    )
+    analysis: RolloutAnalysis = Field(default=RolloutAnalysis(), description="What a canary is measured by.")
+    on_inconclusive: Literal["Hold", "Promote", "Rollback"] = Field(
+        default="Hold", description="What happens to a step that is inconclusive. Hold: it stays as it is until there is a finding."
     )
     keep_previous_seconds: int = Field(default=60, ge=0, le=86_400, description="How long the engine before stays warm.")
 
@@ -141,11 +187,6 @@ class Capture(Model):
     )
     retention_days: int = Field(default=30, ge=1, le=3650, description="Days until captured texts are deleted.")
     database: Database = Field(default=Database(), description="Absent: SQLite on a claim of 10Gi.")
-
-
-PositiveShare = Annotated[
-    str, decimal("must be a number above 0 and up to 1, as a string, for example '0.02'.", "double(self) > 0.0 && double(self) <= 1.0")
-]
 
 
 class Feedback(Model):
@@ -291,9 +332,33 @@ class RevisionStatus(Model):
 
     version: int | None = Field(default=None, description="The ModelVersion's number.")
     revision: str = Field(default="", max_length=63, description="Name of the ControllerRevision.")
+    weight: int | None = Field(default=None, description="Percent of the traffic that a canary takes.")
     ready_replicas: int = Field(default=0, description="Ready engine pods.")
     since: str | None = Field(default=None, max_length=32, description="In this role since.")
     message: str = Field(default="", max_length=512, description="What it waits for.")
+
+
+Verdict = Literal["Pass", "Fail", "Inconclusive"]
+
+
+class CheckStatus(Model):
+    """One comparison of the canary with the stable revision."""
+
+    name: str = Field(max_length=32, description="What is compared.")
+    canary: str = Field(default="", max_length=64, description="The canary's figure.")
+    stable: str = Field(default="", max_length=64, description="The stable revision's.")
+    verdict: Verdict = Field(default="Inconclusive", description="Pass, Fail or Inconclusive.")
+
+
+class AnalysisStatus(Model):
+    """What a running canary's step says; written when a verdict changes or a tenth more requests came."""
+
+    step: int = Field(default=1, description="Number of the step.")
+    requests: int = Field(default=0, description="Requests of the canary in this step.")
+    verdict: Verdict = Field(default="Inconclusive", description="Of the step.")
+    checks: Annotated[tuple[CheckStatus, ...], Field(max_length=16)] = Field(
+        default=(), description="Check by check.", json_schema_extra=keyed_by("name")
+    )
 
 
 class DriftStatus(Model):
@@ -344,6 +409,7 @@ class ModelDeploymentStatus(Model):
     )
     stable: RevisionStatus | None = Field(default=None, description="What takes the traffic.")
     canary: RevisionStatus | None = Field(default=None, description="What is being rolled out.")
+    analysis: AnalysisStatus | None = Field(default=None, description="What the canary's requests say.")
     drift: DriftStatus | None = Field(default=None, description="What the detector says.")
     feedback: FeedbackStatus | None = Field(default=None, description="What people said.")
     retraining: RetrainingStatus = Field(default=RetrainingStatus(), description="What was retrained.")
@@ -370,6 +436,7 @@ DEFINITION = Definition(
         Column("Ready", condition("Ready")),
         Column("Version", ".status.stable.version", "integer"),
         Column("Canary", ".status.canary.version", "integer"),
+        Column("Weight", ".status.canary.weight", "integer"),
         Column("Replicas", ".status.replicas", "integer"),
         Column("Drift", condition("DriftDetected")),
         Column("URL", ".status.url"),

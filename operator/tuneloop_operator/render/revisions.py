@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -23,9 +24,18 @@ PROMPT = "tuneloop.dev/prompt"
 """Digest of the prompt that the engine read of PROBE_TEXT before traffic, where it told."""
 
 
+ANALYSIS = "tuneloop.dev/analysis"
+"""What a canary's requests said when it ended: one line of JSON."""
+CANARY_STEP = "tuneloop.dev/canary-step"
+CANARY_SINCE = "tuneloop.dev/canary-since"
+"""The step that a canary is in, from 1, or ended in; and since when."""
+
+
 class Outcome(StrEnum):
     PROMOTED = "Promoted"
     REJECTED = "Rejected"
+    REPLACED = "Replaced"
+    """A canary that ended without a finding: another version was to be served."""
 
 
 class Pinned(Model):
@@ -91,6 +101,17 @@ class Verdict:
     probes: str = ""
     prompt: str = ""
     """Digest of the prompt that the engine read before traffic; "" where it is not known."""
+    numbers: str = ""
+    """Of a canary's analysis."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a canary has come. It stands on its revision, so that whoever is the operator goes on from there."""
+
+    step: int
+    """From 0."""
+    since: str
 
 
 @dataclass(frozen=True)
@@ -104,6 +125,8 @@ class Revision:
     data: Json
     """As it stands in the object: `data` is immutable, so it is written back byte by byte."""
     verdict: Verdict | None = None
+    progress: Progress | None = None
+    """Of a canary: where it is, or where it was stopped."""
 
     @property
     def is_promoted(self) -> bool:
@@ -130,7 +153,7 @@ def render_revision(revision: Revision, deployment: str, namespace: str) -> Json
             "name": revision.name,
             "namespace": namespace,
             "labels": names.labels("revision", deployment, **{names.DEPLOYMENT_LABEL: deployment}),
-            "annotations": _annotations(revision.verdict),
+            "annotations": _annotations(revision.verdict) | _progress_annotations(revision.progress),
         },
         "data": revision.data,
         "revision": revision.number,
@@ -147,8 +170,19 @@ def _annotations(verdict: Verdict | None) -> dict[str, str]:
         OUTCOME_MESSAGE: verdict.message,
         PROBES: verdict.probes,
         PROMPT: verdict.prompt,
+        ANALYSIS: verdict.numbers,
     }
     return {name: text for name, text in fields.items() if text}
+
+
+def _progress_annotations(progress: Progress | None) -> dict[str, str]:
+    return {CANARY_STEP: str(progress.step + 1), CANARY_SINCE: progress.since} if progress is not None else {}
+
+
+def parse_progress(annotations: dict[str, str]) -> Progress | None:
+    """None where no canary runs or ran, or where nobody of us wrote it."""
+    step = annotations.get(CANARY_STEP, "")
+    return Progress(int(step) - 1, annotations.get(CANARY_SINCE, "")) if re.fullmatch("[1-9][0-9]?", step) else None
 
 
 def parse_verdict(annotations: dict[str, str]) -> Verdict | None:
@@ -164,4 +198,5 @@ def parse_verdict(annotations: dict[str, str]) -> Verdict | None:
         message=annotations.get(OUTCOME_MESSAGE, ""),
         probes=annotations.get(PROBES, ""),
         prompt=annotations.get(PROMPT, ""),
+        numbers=annotations.get(ANALYSIS, ""),
     )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from tests.unit.modeldeployment.world import RETRAINED, World, alarm, make_job, make_version
 
-from tuneloop_gateway.contract import FeedbackReport, GatewayConfig, ProbeState, RevisionState
+from tuneloop_gateway.contract import FeedbackReport, GatewayConfig, Outcomes, ProbeState, RevisionState
 
 PROBES = st.sampled_from(
     [
@@ -20,12 +22,26 @@ PROBES = st.sampled_from(
 )
 
 
+FAST = (0,) * 100 + (500,)
+COUNTED = st.sampled_from(
+    [
+        Outcomes(),
+        Outcomes(requests=10),
+        Outcomes(requests=500, first_token=FAST),
+        Outcomes(requests=500, first_token=FAST),
+        Outcomes(requests=500, errors=100, first_token=FAST),
+    ]
+)
+
+
 class Life(RuleBasedStateMachine):
     """A deployment with retraining, its users, its cluster."""
 
+    more: ClassVar[dict[str, object]] = {}
+
     def __init__(self) -> None:
         super().__init__()
-        self.world = World(spec=dict(RETRAINED), feedback=FeedbackReport(labelled_train=300, labelled_gate=400))
+        self.world = World(spec=dict(RETRAINED) | self.more, feedback=FeedbackReport(labelled_train=300, labelled_gate=400))
         self.before: GatewayConfig | None = None
         self.jobs: list[str] = []
 
@@ -74,6 +90,10 @@ class Life(RuleBasedStateMachine):
         self.world.gateway_answers, self.world.applies, self.world.warm = answers, applies, warm
         self.world.gateways, self.world.probe = gateways, probe
 
+    @rule(version=st.integers(1, 5), counted=COUNTED)
+    def requests_are_answered(self, version: int, counted: Outcomes) -> None:
+        self.world.outcomes_of[version] = counted
+
     @rule(raised=st.booleans())
     def inputs_change(self, raised: bool) -> None:
         text = self.world.config_text()
@@ -94,19 +114,20 @@ class Life(RuleBasedStateMachine):
         text = self.world.config_text()
         if not text:
             return
-        stable = [r for r in GatewayConfig.model_validate_json(text).revisions if r.weight == 100]
-        was = {r.name for r in self.before.revisions if r.weight == 100} if self.before else set()
+        stable = [r for r in GatewayConfig.model_validate_json(text).revisions if r.state is RevisionState.STABLE]
+        was = {r.name for r in self.before.revisions if r.state is RevisionState.STABLE} if self.before else set()
         for revision in stable:
             if revision.name not in was:
                 assert self.ready_before[revision.service.rpartition("-")[2]] == 1
                 assert self.could_judge
 
     @invariant()
-    def at_most_one_revision_has_the_traffic(self) -> None:
+    def stable_and_canary_have_all_traffic(self) -> None:
         if text := self.world.config_text():
             revisions = GatewayConfig.model_validate_json(text).revisions
-            assert [r.state for r in revisions if r.weight] in ([], [RevisionState.STABLE])
-            assert all(r.weight in (0, 100) for r in revisions)
+            whole, divided = [RevisionState.STABLE], [RevisionState.STABLE, RevisionState.CANDIDATE]
+            assert [r.state for r in revisions if r.weight] in ([], whole, *([divided] if self.more else []))
+            assert sum(r.weight for r in revisions) in (0, 100)
             assert len({r.name for r in revisions}) == len(revisions)
 
     @invariant()
@@ -124,7 +145,8 @@ class Life(RuleBasedStateMachine):
     def a_rejected_revision_has_no_part(self) -> None:
         rejected = {name for (kind, name), m in self.world.objects.items() if kind == "ControllerRevision" and _is_rejected(m)}
         if text := self.world.config_text():
-            assert not rejected & {r.name for r in GatewayConfig.model_validate_json(text).revisions}
+            draining = RevisionState.DRAINING
+            assert not rejected & {r.name for r in GatewayConfig.model_validate_json(text).revisions if r.weight or r.state is not draining}
 
     @invariant()
     def every_job_was_counted(self) -> None:
@@ -138,6 +160,12 @@ class Life(RuleBasedStateMachine):
             assert self.world.condition("Available") == ("True", "Serving")
             assert self.world.status["stable"]["revision"] in {r.name for r in self.world.config.revisions if r.weight == 100}
 
+    @invariant()
+    def a_canary_that_fails_has_no_traffic_after_the_next_pass(self) -> None:
+        """Checked by what the configuration in the cluster divides: a step that was judged a failure is never among it."""
+        if self.world.status and (analysis := self.world.status.get("analysis")):
+            assert analysis["verdict"] != "Fail"
+
 
 def _is_rejected(record: dict[str, dict[str, dict[str, str]]]) -> bool:
     return record["metadata"]["annotations"].get("tuneloop.dev/outcome") == "Rejected"
@@ -145,3 +173,15 @@ def _is_rejected(record: dict[str, dict[str, dict[str, str]]]) -> bool:
 
 Life.TestCase.settings = settings(max_examples=25, stateful_step_count=25, deadline=None, derandomize=True)
 TestLife = Life.TestCase
+
+
+class LifeOfCanaries(Life):
+    """The same, with new revisions as canaries."""
+
+    more: ClassVar[dict[str, object]] = {
+        "rollout": {"strategy": "Canary", "steps": [{"weight": 10, "minRequests": 20}, {"weight": 50, "minRequests": 20}]}
+    }
+
+
+LifeOfCanaries.TestCase.settings = settings(max_examples=25, stateful_step_count=30, deadline=None, derandomize=True)
+TestLifeOfCanaries = LifeOfCanaries.TestCase

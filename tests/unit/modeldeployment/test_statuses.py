@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tests.unit.modeldeployment.world import World, make_version
 
-from tuneloop_gateway.contract import ProbeState
+from tuneloop_gateway.contract import Outcomes, ProbeState
 from tuneloop_operator.domain.decision import Key, Refusal
 from tuneloop_operator.render import names
 
@@ -151,6 +151,24 @@ def degraded_replica() -> World:
     return world
 
 
+FAST = (0,) * 100
+
+
+def canary(outcomes: Outcomes, seconds: float = 1, **spec: object) -> World:
+    """Version 1 serves, version 2 has its first share of the traffic, and its requests came to this."""
+    world = served(spec={"rollout": {"strategy": "Canary"}})
+    world.versions.append(make_version(2))
+    world = edited(world, **spec)
+    world.outcomes_of = {1: Outcomes(requests=5000, first_token=(*FAST, 5000)), 2: outcomes}
+    world.step(seconds)
+    world.settle()
+    world.step(seconds=60)  # what was stopped has drained
+    world.settle()
+    return world
+
+
+FAILING = Outcomes(requests=100, errors=30, first_token=(*FAST, 70))
+
 STATES: dict[str, Callable[[], World]] = {
     "A pinned version does not exist": lambda: served(spec={"model": {"name": "sentiment", "version": 9}}),
     "A pinned version is not approved": lambda: served(
@@ -194,6 +212,10 @@ STATES: dict[str, Callable[[], World]] = {
         versions=[make_version(1, prompt={"probeSha256": "sha256:" + "1" * 64})], prompt_digest="sha256:" + "2" * 64
     ),
     "The prompt is not the one it was trained with": lambda: edited(served(), prompt={"system": "Hi."}),
+    "A canary takes its first share": lambda: canary(Outcomes()),
+    "A canary's step is inconclusive": lambda: canary(Outcomes(requests=9), seconds=4000),
+    "A canary was worse, Latest": lambda: canary(FAILING),
+    "A canary was worse, pinned": lambda: canary(FAILING, model={"name": "sentiment", "version": 2}),
     "All engine pods are lost": lost_engine,
     "One of two engine pods finds no node": degraded_replica,
     "All gateway pods are lost": lost_gateway,
@@ -248,7 +270,16 @@ def test_all_conditions_are_there_from_the_first_write() -> None:
     world = World(versions=[])
     world.step()
     types = [condition["type"] for condition in world.status["conditions"]]
-    assert types == ["Available", "Ready", "DriftDetected", "TrainingServingSkew", "RetrainingNeeded", "Degraded", "Reconciling"]
+    assert types == [
+        "Available",
+        "Ready",
+        "CanaryHealthy",
+        "DriftDetected",
+        "TrainingServingSkew",
+        "RetrainingNeeded",
+        "Degraded",
+        "Reconciling",
+    ]
     assert {condition["observedGeneration"] for condition in world.status["conditions"]} == {1}
     assert world.status["observedGeneration"] == 1
 

@@ -13,6 +13,7 @@ from tuneloop_gateway.contract import (
     FeedbackReport,
     GatewayConfig,
     GatewayState,
+    Outcomes,
     ProbeState,
     RevisionReport,
     RevisionState,
@@ -35,7 +36,7 @@ from tuneloop_operator.domain.modeldeployment import (
 )
 from tuneloop_operator.render import names
 from tuneloop_operator.render.gateway import FreshKeys
-from tuneloop_operator.render.revisions import Pinned, Revision, decoded, parse_verdict
+from tuneloop_operator.render.revisions import Pinned, Revision, decoded, parse_progress, parse_verdict
 from tuneloop_operator.settings import Settings
 
 Json = dict[str, Any]
@@ -144,6 +145,8 @@ class World:
     omitted: str = ""
     """A revision that the second gateway does not speak of."""
     in_flight: dict[str, int] = field(default_factory=dict)
+    outcomes_of: dict[int, Outcomes] = field(default_factory=dict)
+    """Version -> what each gateway counted of it in the window."""
     drift: DriftReport | None = None
     """None: monitoring, and nothing found."""
     skew: SkewReport | None = None
@@ -293,6 +296,7 @@ class World:
                 pinned=_pinned(m["data"]),
                 data=m["data"],
                 verdict=parse_verdict(m["metadata"]["annotations"]),
+                progress=parse_progress(m["metadata"]["annotations"]),
             )
             for (kind, name), m in self.objects.items()
             if kind == "ControllerRevision"
@@ -317,6 +321,7 @@ class World:
             started_at="2026-01-15T12:00:00Z",
             generation=config.generation,
             revisions=tuple(self._report(r.name, r.service, r.state, pod) for r in config.revisions if not self._omits(pod, r.name)),
+            window=config.window,
             drift=drift if self.drift_is_read else None,
             skew=self.skew,
             feedback=self.feedback,
@@ -336,9 +341,12 @@ class World:
         asked = {r.name for r in self.applied.revisions if r.probe_text} if self.applied else set()
         told = self.prompt_digest if warm and name in asked else ""
         in_flight = self.in_flight.get(name, 0)
+        version = next(r.version for r in self.applied.revisions if r.name == name) if self.applied else None
+        counted = self.outcomes_of.get(version or 0, Outcomes()) if self.applied and self.applied.window else None
         return RevisionReport(
-            name=name, endpoints=endpoints, warm=warm, prompt_error=error, probe=probe, prompt_digest=told, in_flight=in_flight
-        )
+            name=name, endpoints=endpoints, warm=warm, prompt_error=error, probe=probe, prompt_digest=told, in_flight=in_flight,
+            outcomes=counted,
+        )  # fmt: skip
 
     def _prompt_error(self, name: str) -> str:
         """As a gateway says it of a template with a filter that does not exist."""

@@ -16,7 +16,7 @@ from tuneloop_operator.render.revisions import Revision
 from tuneloop_trainer.contract import PROBE_TEXT
 
 FULL = 100
-"""Percent. BlueGreen knows all or nothing."""
+"""Percent."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,8 @@ def _config(snapshot: Snapshot, rollout: Rollout, epoch: Epoch, generation: int)
         model=deployment.spec.model.name,
         task=deployment.spec.task,
         revisions=_revisions(snapshot.name, rollout),
+        affinity=deployment.spec.rollout.affinity if rollout.canary is not None else "Session",
+        window=rollout.canary.window if rollout.canary is not None else "",
         require_key=gateway.auth.api_keys is not None,
         capture=Capture(
             sample_rate=float(gateway.capture.sample_rate),
@@ -70,8 +72,9 @@ def _config(snapshot: Snapshot, rollout: Rollout, epoch: Epoch, generation: int)
 
 
 def _revisions(deployment: str, rollout: Rollout) -> tuple[GatewayRevision, ...]:
-    stable = [_revision(deployment, rollout.stable, RevisionState.STABLE, FULL)] if rollout.stable is not None else []
-    candidate = [_revision(deployment, rollout.candidate, RevisionState.CANDIDATE, 0)] if rollout.candidate is not None else []
+    weight = rollout.canary.weight if rollout.canary is not None else 0
+    stable = [_revision(deployment, rollout.stable, RevisionState.STABLE, FULL - weight)] if rollout.stable is not None else []
+    candidate = [_revision(deployment, rollout.candidate, RevisionState.CANDIDATE, weight)] if rollout.candidate is not None else []
     return (*stable, *candidate, *(_revision(deployment, drained, RevisionState.DRAINING, 0) for drained in rollout.draining))
 
 

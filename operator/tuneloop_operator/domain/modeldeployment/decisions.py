@@ -132,5 +132,6 @@ def _next_look(
     is_taken_up = is_applied and snapshot.applied_everywhere(configured.config.generation)
     live = {revision.pinned.engine_hash for revision in rollout.live}
     is_moving = not is_taken_up or rollout.candidate is not None or any(hashed not in live for hashed in snapshot.engines)
-    pause = ROLLING_SECONDS if is_moving and rollout.failure is None else settings.state_interval_seconds
+    is_watched = rollout.failure is None or rollout.canary is not None
+    pause = ROLLING_SECONDS if is_moving and is_watched else settings.state_interval_seconds
     return pause if again_in is None else min(pause, max(again_in, 0.0))

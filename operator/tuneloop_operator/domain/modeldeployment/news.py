@@ -10,6 +10,7 @@ from tuneloop_operator.domain import conditions
 from tuneloop_operator.domain.decision import EventNote
 from tuneloop_operator.domain.modeldeployment.rollouts import Rollout
 from tuneloop_operator.domain.modeldeployment.snapshot import Snapshot
+from tuneloop_operator.render.revisions import Outcome
 
 C, R = DeploymentCondition, DeploymentReason
 ALARMING = {
@@ -19,10 +20,10 @@ ALARMING = {
     (C.DRIFT_DETECTED.value, "True"),
     (C.TRAINING_SERVING_SKEW.value, "True"),
 }
-QUIET = (R.NOT_MONITORED, R.NOT_NEEDED, R.HEALTHY)
+QUIET = (R.NOT_MONITORED, R.NOT_NEEDED, R.HEALTHY, R.NO_CANARY, R.ANALYSING, R.CANARY_PASSED)
 ON_THE_WAY = (R.STARTING, R.ROLLING_OUT)
 BAD_NEWS = {R.GATE_FAILED.value, R.RETRAINING_FAILED.value, R.BUDGET_EXHAUSTED.value, R.NO_TEMPLATE.value}
-TOLD = (C.AVAILABLE, C.READY, C.STALLED, C.DEGRADED, C.DRIFT_DETECTED, C.TRAINING_SERVING_SKEW, C.RETRAINING_NEEDED)
+TOLD = (C.AVAILABLE, C.READY, C.STALLED, C.DEGRADED, C.CANARY_HEALTHY, C.DRIFT_DETECTED, C.TRAINING_SERVING_SKEW, C.RETRAINING_NEEDED)
 
 
 def events(snapshot: Snapshot, rollout: Rollout, status: dict[str, Any]) -> tuple[EventNote, ...]:
@@ -44,12 +45,23 @@ def _verdicts(snapshot: Snapshot, rollout: Rollout) -> list[EventNote]:
         verdict = revision.verdict
         if verdict is None or (known is not None and known.verdict == verdict):
             continue
-        if revision.is_rejected:
+        if verdict.outcome is Outcome.REPLACED:
+            notes.append(EventNote("Normal", "Replaced", f"The canary of version {revision.pinned.version} ended: {verdict.message}"))
+        elif revision.is_rejected:
             notes.append(EventNote("Warning", "Rejected", f"Version {revision.pinned.version} was rejected: {verdict.message}"))
         else:
             probes = f" {verdict.probes} probe items were answered as evaluated." if verdict.probes else ""
             notes.append(EventNote("Normal", "Promoted", f"Version {revision.pinned.version} takes all traffic.{probes}"))
-    return notes
+    return [*notes, *_steps(snapshot, rollout)]
+
+
+def _steps(snapshot: Snapshot, rollout: Rollout) -> list[EventNote]:
+    """A canary's next step."""
+    canary = rollout.canary
+    known = snapshot.revision(canary.revision) if canary is not None else None
+    if canary is None or (known is not None and known.progress == canary.progress):
+        return []
+    return [EventNote("Normal", "CanaryStep", f"Version {canary.version} is in {canary.place}.")]
 
 
 def _turns(before: tuple[Condition, ...], after: list[Condition]) -> list[EventNote]:

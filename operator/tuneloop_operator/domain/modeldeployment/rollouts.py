@@ -1,4 +1,4 @@
-"""BlueGreen: a new revision takes all traffic once it is ready, warm and answers like the evaluator; the one before it drains."""
+"""A new revision takes over, at once or step by step, when it is ready, warm and answers like the evaluator; the one before drains."""
 
 from __future__ import annotations
 
@@ -10,18 +10,23 @@ from tuneloop_gateway.contract import ProbeState, RevisionReport, RevisionState
 from tuneloop_operator.api.conditions import DeploymentReason
 from tuneloop_operator.domain import times
 from tuneloop_operator.domain.decision import Invalid
+from tuneloop_operator.domain.modeldeployment import canaries
+from tuneloop_operator.domain.modeldeployment.canaries import Canary
+from tuneloop_operator.domain.modeldeployment.evidence import Finding
 from tuneloop_operator.domain.modeldeployment.failures import Failure, find_failure
 from tuneloop_operator.domain.modeldeployment.revisions import new_revision, revision_name
 from tuneloop_operator.domain.modeldeployment.snapshot import Snapshot
 from tuneloop_operator.domain.modeldeployment.targets import Target, resolve
 from tuneloop_operator.render import names
-from tuneloop_operator.render.revisions import Outcome, Revision, Verdict
+from tuneloop_operator.render.revisions import Outcome, Progress, Revision, Verdict
 from tuneloop_operator.settings import Settings
 
 AGREEMENT = 0.96
 """Share of the probe items that must be answered as the evaluator was: 48 of 50."""
 IN_FLIGHT_SECONDS = 600
 """How much longer than keepPreviousSeconds a revision drains while requests are running on it."""
+STOPPED_SECONDS = 5
+"""A canary that was stopped drains at least so long: until all gateways have let go of it and said what still runs on it."""
 HISTORY = 20
 """Revisions kept beside those in use; a rejected version whose revision is forgotten would be tried again."""
 
@@ -40,6 +45,8 @@ class Rollout:
     """What keeps the candidate from taking over."""
     waits_for: str = ""
     """What the candidate waits for, where nothing is wrong."""
+    canary: Canary | None = None
+    """The candidate's share of the traffic, and what comes of it."""
 
     @property
     def live(self) -> tuple[Revision, ...]:
@@ -54,6 +61,8 @@ class Judgement:
     verdict: Verdict | None = None
     failure: Failure | None = None
     waits_for: str = ""
+    progress: Progress | None = None
+    """Of a canary, from now on."""
 
 
 def plan(snapshot: Snapshot, settings: Settings, now: datetime) -> Rollout:
@@ -62,7 +71,7 @@ def plan(snapshot: Snapshot, settings: Settings, now: datetime) -> Rollout:
     target = resolve(snapshot, stable)
     if target.version is None:
         return _finished(snapshot, Rollout(target, snapshot.revisions, stable), now)
-    known = snapshot.revision(revision_name(snapshot.deployment, target.version))
+    known = _anew(snapshot.revision(revision_name(snapshot.deployment, target.version)))
     try:
         candidate = known or new_revision(snapshot.deployment, target.version, _next_number(snapshot), times.to_text(now), settings)
     except Invalid as error:
@@ -73,10 +82,20 @@ def plan(snapshot: Snapshot, settings: Settings, now: datetime) -> Rollout:
     judgement = judge(snapshot, candidate, stable, now)
     if judgement.verdict is not None:
         verdict = replace(judgement.verdict, at=_decided_at(snapshot, candidate, now))
-        return plan(_recorded(snapshot, replace(candidate, verdict=verdict)), settings, now)
+        progress = candidate.progress if verdict.outcome is Outcome.REJECTED else None
+        return plan(_recorded(snapshot, replace(candidate, verdict=verdict, progress=progress)), settings, now)
+    candidate = replace(candidate, progress=judgement.progress)
     recorded = _recorded(snapshot, candidate)
-    rollout = Rollout(target, recorded.revisions, stable, candidate, (), judgement.failure, judgement.waits_for)
+    canary = canaries.look(snapshot, candidate, stable, now) if stable is not None else None
+    rollout = Rollout(target, recorded.revisions, stable, candidate, (), judgement.failure, judgement.waits_for, canary)
     return _finished(snapshot, rollout, now)
+
+
+def _anew(known: Revision | None) -> Revision | None:
+    """A canary that was replaced, and whose turn it is again, begins again."""
+    if known is None or known.verdict is None or known.verdict.outcome is not Outcome.REPLACED:
+        return known
+    return replace(known, verdict=None, progress=None)
 
 
 def _decided_at(snapshot: Snapshot, candidate: Revision, now: datetime) -> str:
@@ -109,6 +128,35 @@ def _recorded(snapshot: Snapshot, revision: Revision) -> Snapshot:
 
 
 def judge(snapshot: Snapshot, candidate: Revision, stable: Revision | None, now: datetime) -> Judgement:
+    """By its start and its probes; a canary's requests decide the rest."""
+    if stable is None or not canaries.is_due(snapshot, candidate, stable):
+        return judge_start(snapshot, candidate, stable, now)
+    canary = canaries.look(snapshot, candidate, stable, now)
+    if canary is not None and canary.finding is Finding.FAIL:  # first: whatever else holds it up, it does harm
+        rejected = _rejected(DeploymentReason.CANARY_FAILED, canaries.failure_text(canary, stable), now)
+        return Judgement(verdict=replace(rejected, numbers=canaries.numbers(canary)))
+    judgement = judge_start(snapshot, candidate, stable, now)
+    if judgement.verdict is None or judgement.verdict.outcome is Outcome.REJECTED:
+        return replace(judgement, progress=candidate.progress)
+    if canary is None:
+        return Judgement(progress=Progress(0, times.to_text(now)))
+    return _step_on(canary, judgement.verdict, snapshot.deployment.spec.rollout.on_inconclusive, now)
+
+
+def _step_on(canary: Canary, promoted: Verdict, on_inconclusive: str, now: datetime) -> Judgement:
+    """A step's pass leads to the next, the last one's to all traffic."""
+    if canary.finding is Finding.PASS or (canary.is_overdue and on_inconclusive == "Promote"):
+        if canary.is_last_step:
+            return Judgement(verdict=replace(promoted, numbers=canaries.numbers(canary)))
+        return Judgement(progress=Progress(canary.progress.step + 1, times.to_text(now)))
+    if canary.is_overdue and on_inconclusive == "Rollback":
+        message = f"In {canary.place} there were {canaries.overdue_text(canary)}"
+        rejected = _rejected(DeploymentReason.CANARY_INCONCLUSIVE, message, now)
+        return Judgement(verdict=replace(rejected, numbers=canaries.numbers(canary)))
+    return Judgement(progress=canary.progress, waits_for=canaries.progress_text(canary))
+
+
+def judge_start(snapshot: Snapshot, candidate: Revision, stable: Revision | None, now: datetime) -> Judgement:
     """Looks at the engine, then at what every ready gateway says of it. Nothing is promoted on silence."""
     pinned, replicas = candidate.pinned, snapshot.deployment.spec.engine.replicas
     ready = snapshot.ready_replicas(pinned.engine_hash)
@@ -206,7 +254,8 @@ def _rejected(reason: DeploymentReason, message: str, now: datetime) -> Verdict:
 def _finished(snapshot: Snapshot, rollout: Rollout, now: datetime) -> Rollout:
     """With those that drain, and the record cut to its length."""
     in_use = {r.name for r in (rollout.stable, rollout.candidate) if r is not None}
-    drains = tuple(r for r in rollout.revisions if r.is_promoted and r.name not in in_use and _drains(snapshot, rollout, r, now))
+    rollout = replace(rollout, revisions=tuple(r if r.name in in_use else _ended(r, rollout, now) for r in rollout.revisions))
+    drains = tuple(r for r in rollout.revisions if r.name not in in_use and _drains(snapshot, rollout, r, now))
     with_draining = replace(rollout, draining=drains)
     live = {r.name for r in with_draining.live}
     idle = sorted((r for r in rollout.revisions if r.name not in live), key=lambda r: r.number, reverse=True)[:HISTORY]
@@ -214,10 +263,26 @@ def _finished(snapshot: Snapshot, rollout: Rollout, now: datetime) -> Rollout:
     return replace(with_draining, revisions=tuple(sorted((r for r in rollout.revisions if r.name in kept), key=lambda r: r.number)))
 
 
+def _ended(revision: Revision, rollout: Rollout, now: datetime) -> Revision:
+    """A canary whose turn it is no longer, though nothing was found."""
+    if revision.progress is None or revision.verdict is not None:
+        return revision
+    wanted, refused = rollout.target.version, rollout.target.message
+    why = f"Version {wanted.spec.version} is to be served instead." if wanted is not None else refused
+    return replace(revision, verdict=Verdict(Outcome.REPLACED, times.to_text(now), message=why))
+
+
 def _drains(snapshot: Snapshot, rollout: Rollout, revision: Revision, now: datetime) -> bool:
-    """Warm for keepPreviousSeconds after another took over; longer while requests run on it."""
-    passed = times.seconds_between(superseded_at(rollout.revisions, revision), now)
-    keep = snapshot.deployment.spec.rollout.keep_previous_seconds
+    """Warm for keepPreviousSeconds after another took over; longer while requests run on it. A canary that was stopped: while they do."""
+    if revision.is_promoted:
+        passed, keep = (
+            times.seconds_between(superseded_at(rollout.revisions, revision), now),
+            snapshot.deployment.spec.rollout.keep_previous_seconds,
+        )
+    elif revision.progress is not None and revision.verdict is not None:
+        passed, keep = times.seconds_between(revision.verdict.at, now), STOPPED_SECONDS
+    else:
+        return False
     if passed < keep:
         return True
     is_busy = any(report.in_flight > 0 for report in snapshot.reports(revision.name))

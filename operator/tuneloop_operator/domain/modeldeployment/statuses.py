@@ -7,11 +7,12 @@ from datetime import datetime
 from typing import Any
 
 from tuneloop_operator.api.conditions import DeploymentCondition, DeploymentReason
-from tuneloop_operator.api.modeldeployment import ModelDeploymentStatus, RevisionStatus
+from tuneloop_operator.api.modeldeployment import AnalysisStatus, CheckStatus, ModelDeploymentStatus, RevisionStatus
 from tuneloop_operator.api.types import Condition
 from tuneloop_operator.domain import conditions
 from tuneloop_operator.domain.decision import Refusal
-from tuneloop_operator.domain.modeldeployment import drift, retraining, skew
+from tuneloop_operator.domain.modeldeployment import canaries, drift, retraining, skew
+from tuneloop_operator.domain.modeldeployment.canaries import Canary
 from tuneloop_operator.domain.modeldeployment.drift import Epoch
 from tuneloop_operator.domain.modeldeployment.failures import Failure
 from tuneloop_operator.domain.modeldeployment.retraining import Plan
@@ -59,6 +60,7 @@ def render_status(found: Findings, now: datetime) -> dict[str, Any]:
         conditions=conditions.with_times(before.conditions, _conditions(found, now), now),
         stable=_stable_status(snapshot, stable) if stable is not None else None,
         canary=_canary_status(found) if found.rollout.candidate is not None else None,
+        analysis=_analysis_status(before, found.rollout.canary) if found.rollout.canary is not None else None,
         drift=drift.drift_status(snapshot, found.evidence, found.epoch),
         feedback=drift.feedback_status(snapshot),
         retraining=found.retraining.status,
@@ -77,6 +79,7 @@ def _conditions(found: Findings, now: datetime) -> list[Condition]:
     said = [
         conditions.condition(C.AVAILABLE, available.holds, available.reason, available.message, generation),
         conditions.condition(C.READY, ready.holds, ready.reason, ready.message, generation),
+        _canary_healthy(found),
         drift.drift_condition(found.snapshot, found.evidence, found.epoch),
         skew.skew_condition(found.snapshot, found.rollout),
         retraining.retraining_condition(found.snapshot, found.retraining),
@@ -215,6 +218,42 @@ def _prompt_mismatch(stable: Revision) -> str:
     )
 
 
+# --- the canary --------------------------------------------------------------
+
+
+def _canary_healthy(found: Findings) -> Condition:
+    """Of the running canary; where none runs, of the last one."""
+    rollout, generation = found.rollout, found.snapshot.deployment.metadata.generation
+
+    def said(holds: bool | None, reason: DeploymentReason, message: str) -> Condition:
+        return conditions.condition(C.CANARY_HEALTHY, holds, reason, message, generation)
+
+    if rollout.canary is not None:
+        reason = R.CANARY_INCONCLUSIVE if rollout.canary.is_overdue else R.ANALYSING
+        return said(None, reason, f"Version {rollout.canary.version}: {canaries.progress_text(rollout.canary)}")
+    stable = rollout.stable
+    stopped = [r for r in rollout.revisions if r.is_rejected and r.progress is not None and (stable is None or r.number > stable.number)]
+    if stopped and stopped[-1].verdict is not None:
+        return said(False, R.CANARY_FAILED, f"Version {stopped[-1].pinned.version}: {stopped[-1].verdict.message}")
+    if stable is not None and stable.verdict is not None and stable.verdict.numbers:
+        return said(True, R.CANARY_PASSED, f"Version {stable.pinned.version} was no worse than the one before it, step by step.")
+    return said(None, R.NO_CANARY, "No canary runs.")
+
+
+def _analysis_status(before: ModelDeploymentStatus, canary: Canary) -> AnalysisStatus:
+    """As it was said last, unless a verdict changed or a tenth more requests came: not a write a second."""
+    analysis = canary.analysis
+    checks = tuple(
+        CheckStatus(name=c.check.value, canary=c.canary, stable=c.stable, verdict=c.finding.value) for c in analysis.checks
+    )  # fmt: skip
+    now = AnalysisStatus(step=canary.progress.step + 1, requests=analysis.requests, verdict=analysis.finding.value, checks=checks)
+    old, was = before.analysis, before.canary
+    if old is None or was is None or (was.revision, old.step, old.verdict) != (canary.revision, now.step, now.verdict):
+        return now
+    is_alike = [(c.name, c.verdict) for c in old.checks] == [(c.name, c.verdict) for c in now.checks]
+    return old if is_alike and old.requests <= now.requests < max(1.1 * old.requests, old.requests + 1) else now
+
+
 # --- revisions ---------------------------------------------------------------
 
 
@@ -238,6 +277,7 @@ def _canary_status(found: Findings) -> RevisionStatus:
     return RevisionStatus(
         version=candidate.pinned.version,
         revision=candidate.name,
+        weight=rollout.canary.weight if rollout.canary is not None else None,
         ready_replicas=found.snapshot.ready_replicas(candidate.pinned.engine_hash),
         since=since,
         message=conditions.shortened(rollout.failure.message if rollout.failure is not None else rollout.waits_for, 512),

@@ -1,0 +1,272 @@
+"""A canary's way: step by step while its requests are no worse, back at once when they are, and never on too little."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from tests.unit.modeldeployment.world import World, make_version
+
+from tuneloop_gateway.contract import Outcomes, ProbeState
+
+ROLLOUT: dict[str, Any] = {"strategy": "Canary"}
+FAST = (0,) * 100
+GOOD = Outcomes(requests=1500, errors=1, first_token=(*FAST, 1500))
+USUAL = Outcomes(requests=5000, errors=5, first_token=(*FAST, 5000))
+BAD = Outcomes(requests=100, errors=20, first_token=(*FAST, 80))
+FEW = Outcomes(requests=30, first_token=(*FAST, 30))
+
+
+def canary(*, gateways: int = 1, **rollout: Any) -> World:
+    """Version 1 serves, version 2 has just been approved and takes its first share."""
+    world = World(spec={"rollout": ROLLOUT | rollout}, gateways=gateways)
+    world.settle()
+    assert world.weights() == {1: 100}
+    world.versions.append(make_version(2))
+    world.settle()
+    return world
+
+
+def counted(world: World, new: Outcomes, usual: Outcomes = USUAL) -> World:
+    world.outcomes_of = {1: usual, 2: new}
+    return world
+
+
+def record(world: World, version: int) -> dict[str, str]:
+    found = [m for (kind, _), m in world.objects.items() if kind == "ControllerRevision" and m["data"]["version"] == version]
+    annotations: dict[str, str] = found[0]["metadata"]["annotations"]
+    return annotations
+
+
+def test_the_first_revision_has_nothing_to_be_compared_with() -> None:
+    world = World(spec={"rollout": ROLLOUT})
+    world.settle()
+    assert world.weights() == {1: 100}
+    assert world.condition("CanaryHealthy") == ("Unknown", "NoCanary")
+
+
+def test_a_new_version_starts_with_the_first_steps_weight() -> None:
+    world = canary()
+    assert world.weights() == {1: 95, 2: 5}
+    assert (world.status["canary"]["version"], world.status["canary"]["weight"]) == (2, 5)
+    assert world.status["canary"]["message"] == "It is in step 1 of 3, at 5 % of the traffic."
+    assert world.condition("Ready") == ("False", "RollingOut")
+    assert world.condition("CanaryHealthy") == ("Unknown", "Analysing")
+    assert world.config.window
+
+
+def test_it_takes_no_traffic_before_it_answered_the_probes() -> None:
+    world = World(spec={"rollout": ROLLOUT})
+    world.settle()
+    world.versions.append(make_version(2))
+    world.probe = ProbeState(status="Running")
+    world.settle()
+    assert world.weights() == {1: 100, 2: 0}
+    world.probe = ProbeState(status="Done", asked=50, agreed=40)
+    world.settle()
+    assert world.outcomes()[2] == "Rejected"
+    assert world.condition("CanaryHealthy") == ("Unknown", "NoCanary")
+
+
+def test_a_good_one_goes_step_by_step_to_all_traffic() -> None:
+    world = canary()
+    seen = [world.weights()[2]]
+    windows = {world.config.window}
+    for _ in range(3):
+        counted(world, GOOD)
+        world.step()
+        world.outcomes_of = {}
+        world.settle()
+        seen.append(world.weights()[2])
+        windows.add(world.config.window)
+    assert seen == [5, 25, 50, 100]
+    assert len(windows) == 4, "each step counts afresh, and none is counted at the end"
+    assert world.outcomes()[2] == "Promoted"
+    assert world.condition("Ready") == ("True", "Serving")
+    assert world.condition("CanaryHealthy") == ("True", "CanaryPassed")
+    assert json.loads(record(world, 2)["tuneloop.dev/analysis"])["checks"]["Errors"]["verdict"] == "Pass"
+    assert world.roles()[1] == "Draining", "the old engine stays warm"
+
+
+def test_each_step_needs_requests_of_its_own() -> None:
+    world = counted(canary(), GOOD)
+    world.applies = False  # what is counted stays that of the first step
+    for _ in range(3):
+        world.step()
+    assert world.weights()[2] == 25
+    world.apply_config()
+    world.step()
+    assert world.weights()[2] == 50
+
+
+def test_a_worse_one_is_stopped_in_the_pass_that_sees_it() -> None:
+    world = counted(canary(), BAD)
+    decision = world.step()
+    assert world.weights() == {1: 100, 2: 0}
+    assert world.roles()[2] == "Draining"
+    assert world.outcomes()[2] == "Rejected"
+    assert world.condition("CanaryHealthy") == ("False", "CanaryFailed")
+    assert [(note.type, note.reason) for note in decision.events if note.reason == "Rejected"] == [("Warning", "Rejected")]
+    said = record(world, 2)
+    assert said["tuneloop.dev/outcome-reason"] == "CanaryFailed"
+    assert said["tuneloop.dev/outcome-message"] == (
+        "In step 1 of 3, at 5 % of the traffic and after 100 requests it was worse than version 1:"
+        " Errors 20/100 (20.0 %) against 5/5000 (0.1 %)."
+    )
+    assert json.loads(said["tuneloop.dev/analysis"])["requests"] == 100
+    assert said["tuneloop.dev/canary-step"] == "1"
+
+
+def test_what_was_stopped_is_not_tried_again_until_something_changes() -> None:
+    world = counted(canary(), BAD)
+    world.step()
+    world.outcomes_of = {}
+    for _ in range(3):
+        world.step(seconds=1000)
+    assert world.weights() == {1: 100}
+    assert world.condition("Ready") == ("True", "RolledBack")
+    assert world.engines() == [world.engine_of(1)]
+    world.spec = world.spec | {"engine": {"maxModelLength": 128}}
+    world.generation += 1
+    world.settle()
+    assert world.weights() == {1: 95, 2: 5}
+
+
+def test_requests_that_run_on_a_stopped_one_keep_its_engine() -> None:
+    world = canary()
+    name = next(r.name for r in world.config.revisions if r.version == 2)
+    world.in_flight = {name: 1}
+    counted(world, BAD).step()
+    engine = world.engine_of(2)
+    world.step(seconds=60)
+    assert engine in world.engines()
+    world.in_flight = {}
+    world.settle()
+    assert engine not in world.engines()
+
+
+def test_the_counts_of_all_gateways_are_added() -> None:
+    world = counted(
+        canary(gateways=2), Outcomes(requests=800, first_token=(*FAST, 800)), Outcomes(requests=2500, first_token=(*FAST, 2500))
+    )
+    world.step()
+    assert world.weights()[2] == 25
+    assert world.outcomes()[2] is None
+
+
+@pytest.mark.parametrize(("policy", "expected"), [("Hold", {1: 95, 2: 5}), ("Promote", {1: 75, 2: 25}), ("Rollback", {1: 100, 2: 0})])
+def test_a_step_without_a_finding_ends_as_the_policy_says(policy: str, expected: dict[int, int]) -> None:
+    world = counted(canary(onInconclusive=policy), FEW)
+    world.step()
+    assert world.weights() == {1: 95, 2: 5}
+    world.step(seconds=3601)
+    assert world.weights() == expected
+    if policy == "Hold":
+        assert world.condition("CanaryHealthy") == ("Unknown", "CanaryInconclusive")
+        assert "too few requests for a finding" in world.message("CanaryHealthy")
+        counted(world, GOOD).step()
+        assert world.weights()[2] == 25, "a finding that comes late counts"
+    if policy == "Rollback":
+        assert record(world, 2)["tuneloop.dev/outcome-reason"] == "CanaryInconclusive"
+
+
+def test_too_little_traffic_is_never_a_pass() -> None:
+    world = counted(canary(steps=[{"weight": 50, "minRequests": 1}]), FEW)
+    for _ in range(5):
+        world.step(seconds=600)
+    assert world.weights() == {1: 50, 2: 50}
+    assert world.status["analysis"]["verdict"] == "Inconclusive"
+
+
+def test_a_newer_approval_replaces_a_running_canary_and_the_analysis_starts_again() -> None:
+    world = counted(canary(), FEW)
+    world.step()
+    world.versions.append(make_version(3))
+    world.settle()
+    assert world.weights() == {1: 95, 3: 5, 2: 0}
+    assert record(world, 2)["tuneloop.dev/outcome"] == "Replaced"
+    assert record(world, 2)["tuneloop.dev/outcome-message"] == "Version 3 is to be served instead."
+    assert world.config.window.startswith(next(r.name for r in world.config.revisions if r.version == 3))
+
+
+def test_a_replaced_canary_begins_again_when_its_turn_comes() -> None:
+    world = canary()
+    world.versions.append(make_version(3))
+    world.settle()
+    world.outcomes_of = {1: USUAL, 3: BAD}
+    world.step()
+    world.outcomes_of = {}
+    world.settle()
+    assert world.weights()[2] == 5
+    assert record(world, 2)["tuneloop.dev/canary-step"] == "1"
+    assert "tuneloop.dev/outcome" not in record(world, 2)
+
+
+def test_a_withdrawn_canary_goes_at_once() -> None:
+    world = canary()
+    world.versions[1] = make_version(2, approval="Withdrawn")
+    world.step()
+    assert world.weights() == {1: 100, 2: 0}
+    assert world.roles() == {1: "Stable", 2: "Draining"}
+    assert record(world, 2)["tuneloop.dev/outcome"] == "Replaced"
+
+
+def test_a_withdrawn_stable_version_is_left_at_once() -> None:
+    world = canary()
+    world.versions[0] = make_version(1, approval="Withdrawn")
+    world.settle()
+    assert world.weights() == {2: 100, 1: 0}
+
+
+def test_going_back_to_what_served_before_is_no_canary() -> None:
+    world = World(spec={"rollout": ROLLOUT}, versions=[make_version(1)])
+    world.settle()
+    world.versions.append(make_version(2))
+    for _ in range(3):
+        world.settle()
+        counted(world, GOOD).step()
+        world.outcomes_of = {}
+    world.settle()
+    assert world.weights()[2] == 100
+    world.spec = world.spec | {"model": {"name": "sentiment", "version": 1}}
+    world.generation += 1
+    world.settle()
+    assert world.weights() == {1: 100, 2: 0}
+
+
+def test_a_canary_whose_engine_dies_for_good_is_stopped() -> None:
+    world = canary()
+    dead = world.engine_of(2)
+    state = {"terminated": {"exitCode": 137, "reason": "OOMKilled"}}
+    world.ready[dead] = 0
+    world.pod_status[dead] = {"containerStatuses": [{"name": "engine", "restartCount": 3, "state": state, "lastState": state}]}
+    world.settle()
+    assert world.weights()[1] == 100
+    assert world.outcomes()[2] == "Rejected"
+
+
+def test_status_is_not_written_for_every_request() -> None:
+    world = counted(canary(), Outcomes(requests=100, first_token=(*FAST, 100)))
+    world.step()
+    before = json.dumps(world.status)
+    counted(world, Outcomes(requests=105, first_token=(*FAST, 105))).step()
+    assert json.dumps(world.status) == before
+    counted(world, Outcomes(requests=120, first_token=(*FAST, 120))).step()
+    assert world.status["analysis"]["requests"] == 120
+
+
+def test_it_is_looked_at_every_second() -> None:
+    world = counted(canary(), FEW)
+    assert world.step().requeue_after == 1.0
+
+
+def test_steps_that_were_taken_out_of_the_spec_do_not_stop_it() -> None:
+    world = counted(canary(), GOOD)
+    world.step()
+    world.outcomes_of = {}
+    world.settle()
+    world.spec = {"rollout": ROLLOUT | {"steps": [{"weight": 10, "minRequests": 1}]}}
+    world.generation += 1
+    world.settle()
+    assert world.weights() == {1: 90, 2: 10}
