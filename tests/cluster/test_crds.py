@@ -412,6 +412,9 @@ REFUSED: dict[str, list[Manifest]] = {
         changed(MODEL_DEPLOYMENT, "spec.gateway.replicas", 2),
         changed(MODEL_DEPLOYMENT, "spec.gateway", {"replicas": 2}),
     ],
+    "steps must rise in weight.": [
+        changed(MODEL_DEPLOYMENT, "spec.rollout.steps", [{"weight": 50}, {"weight": 5}]),
+    ],
     "template.spec.evaluation must have gates: a retraining without a gate is refused.": [
         changed(MODEL_DEPLOYMENT, "spec.retraining.template.spec.evaluation", {"suites": []}),
         changed(MODEL_DEPLOYMENT, "spec.retraining.template.spec.evaluation.gates", []),

@@ -276,6 +276,61 @@ def test_of_two_deployments_that_claim_one_name_the_first_serves_on(
     assert service["spec"]["selector"]["tuneloop.dev/modeldeployment"] == NAME
 
 
+FAST = [0] * 100
+CANARY = {"strategy": "Canary", "steps": [{"weight": 10, "minRequests": 100}, {"weight": 50, "minRequests": 100}], "keepPreviousSeconds": 1}
+USUAL: Object = {"requests": 5000, "errors": 5, "firstToken": [*FAST, 4995]}
+
+
+def weights(gateway: FakeGateway) -> dict[int | None, int]:
+    config = gateway.config()
+    return {revision.version: revision.weight for revision in config.revisions} if config else {}
+
+
+def test_a_good_canary_is_promoted_step_by_step_and_a_worse_one_is_stopped(
+    operator: OperatorProcess, stage: Stage, api: Api, namespace: str
+) -> None:
+    stage.serve(rollout=CANARY)
+    api.create(version(namespace, 2))
+    stage.start_engine(2)
+    wait_for(lambda: weights(stage.gateway) == {1: 90, 2: 10}, what="the canary's first share")
+    assert stage.status()["canary"]["weight"] == 10
+    stage.wait("CanaryHealthy", "Unknown", "Analysing")
+    stage.gateway.outcomes = {1: USUAL, 2: {"requests": 1500, "errors": 1, "firstToken": [*FAST, 1499]}}
+    wait_for(lambda: stage.status()["stable"]["version"] == 2, what="version 2 to take over")
+    stage.wait("CanaryHealthy", "True", "CanaryPassed")
+
+    stage.gateway.outcomes = {}
+    api.create(version(namespace, 3))
+    stage.start_engine(3)
+    wait_for(lambda: weights(stage.gateway).get(3) == 10, what="the share of version 3")
+    stage.gateway.outcomes = {2: USUAL, 3: {"requests": 100, "errors": 20, "firstToken": [*FAST, 80]}}
+    seen = time.monotonic()
+    wait_for(lambda: weights(stage.gateway).get(2) == 100, what="the rollback")
+    assert time.monotonic() - seen < 10
+    stage.wait("CanaryHealthy", "False", "CanaryFailed")
+    stage.wait("Ready", "True", "RolledBack")
+    said = record(api, namespace, 3)
+    assert (said["tuneloop.dev/outcome"], said["tuneloop.dev/outcome-reason"]) == ("Rejected", "CanaryFailed")
+    assert "Errors 20/100 (20.0 %) against 5/5000 (0.1 %)" in said["tuneloop.dev/outcome-message"]
+    assert '"verdict":"Fail"' in said["tuneloop.dev/analysis"]
+
+
+def test_a_canary_goes_on_where_the_operator_before_left_it(operator: OperatorProcess, stage: Stage, api: Api, namespace: str) -> None:
+    stage.serve(rollout=CANARY)
+    api.create(version(namespace, 2))
+    stage.start_engine(2)
+    wait_for(lambda: weights(stage.gateway) == {1: 90, 2: 10}, what="the canary's first share")
+    config = stage.gateway.config()
+    assert config is not None
+    operator.kill()
+    operator.start()
+    stage.gateway.outcomes = {1: USUAL, 2: {"requests": 30, "firstToken": [*FAST, 30]}}
+    wait_for(lambda: stage.status().get("analysis", {}).get("requests") == 30, what="the analysis by the next operator")
+    again = stage.gateway.config()
+    assert again is not None
+    assert again.window == config.window
+
+
 def record(api: Api, namespace: str, number: int) -> dict[str, str]:
     """Annotations of a version's revision."""
     revision = next(r for r in api.list("ControllerRevision", namespace) if r["data"]["version"] == number)

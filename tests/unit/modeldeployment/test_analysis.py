@@ -170,6 +170,12 @@ def test_without_streams_whole_answers_are_waited_for() -> None:
     assert analyse(Outcomes(requests=800, answers=800), whole(4000, 0.1), Limits(), 200).finding is Finding.INCONCLUSIVE
 
 
+def test_limits_without_a_bound_are_limits() -> None:
+    wide = Limits(1.0, max_error_ratio_increase=1.0, max_time_to_first_token_increase=math.inf, max_inter_token_latency_increase=0.0)
+    analysis = analyse(outcomes(900, errors=500, first=5.0), outcomes(4000), wide, 200)
+    assert analysis.failed == ()
+
+
 def test_few_votes_say_nothing() -> None:
     analysis = analyse(outcomes(800, down=40), outcomes(4000, up=900), Limits(), 200)
     assert finding_of(analysis, Check.HARM) is Finding.INCONCLUSIVE

@@ -16,6 +16,7 @@ MISS = 0.1
 """A canary at its limit, or beyond, passes a check with at most this probability in a step: the power is 90 %."""
 MAX_ANSWER_INCREASE = 0.1
 """Answers that are empty, refused, repetitive or cut short may grow by this share: another model may answer otherwise."""
+MAX_INCREASE = 1e6
 RELEVANT = 0.05
 """A latency that so small a share of the stable's requests has is not waited for."""
 
@@ -163,7 +164,8 @@ def _limit(check: Check, limits: Limits) -> float:
 
 def _shift(increase: float) -> int:
     """The limit in buckets, rounded up: 0.2 is 4 buckets of 5 %, a limit of 21.6 %."""
-    return max(0, math.ceil(math.log1p(increase) / math.log(LATENCY_EDGE_RATIO) - 1e-9))
+    steps = math.ceil(math.log1p(min(increase, MAX_INCREASE)) / math.log(LATENCY_EDGE_RATIO) - 1e-9)
+    return min(steps, LATENCY_BUCKETS)
 
 
 def _padded(buckets: tuple[int, ...]) -> tuple[int, ...]:

@@ -26,6 +26,7 @@ from enum import StrEnum
 PRIOR = (0.2, 0.8)
 """Beta(a, b) of an arm's share: little mass is spent on shares in the middle, since failures are rare."""
 BISECTIONS = 32
+MAX_MARGIN = 0.99
 LATE_SHARE = 0.05
 """Share of the requests that may be late beyond the limit without being a reason to stop: cold caches, one slow moment."""
 
@@ -139,6 +140,7 @@ def _log_likelihood(share: Share, p: float) -> float:
 
 def _log_likelihood_at(canary: Share, stable: Share, margin: float) -> float:
     """The largest likelihood of both counts where the canary's share is the stable's plus the margin; concave, so by bisection."""
+    margin = min(margin, MAX_MARGIN)
     low, high = 0.0, 1.0 - margin
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
