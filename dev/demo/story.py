@@ -402,7 +402,7 @@ def summarise(story: Story) -> None:
     say(f"{'phase':45s} {'minutes':>8s} {'warm budget':>12s}")
     for name, minutes, budget in story.minutes:
         say(f"{name:45s} {minutes:8.1f} {budget:12.1f}")
-    say(f"{'all':45s} {sum(m for _, m, _ in story.minutes):8.1f} {sum(b for _, _, b in story.minutes):8.1f}")
+    say(f"{'all':45s} {sum(m for _, m, _ in story.minutes):8.1f} {sum(b for _, _, b in story.minutes):12.1f}")
     say(f"peak memory (MemTotal - MemAvailable): {story.figures.get('peak memory', 0) / 2**30:.1f} GiB")
     before, after = story.figures.get("new domain before"), story.figures.get("new domain after")
     if before and after:
