@@ -25,6 +25,8 @@ PROBES_PATH = "/tuneloop/probes"
 REFERENCE_PATH = "/tuneloop/reference"
 ALLOWED_PATHS = {"/v1/chat/completions", "/v1/completions", "/v1/models", "/tokenize"}
 MANIFEST = "manifest.json"
+CARD = "MODEL_CARD.md"
+"""What a copy of a model has beside its manifest: the card with the figures of its evaluation. No engine reads it."""
 BASE_FILES = (".safetensors", ".json", ".jinja", ".txt", ".model", ".tiktoken")
 """What the trainer's digest of a base model is made of; files below subfolders are left out."""
 MAX_MANIFEST_BYTES = 16 << 20
@@ -120,14 +122,16 @@ class Mismatch(Exception):
 
 
 def verify(folder: Path, digest: str) -> int:
-    """Checks the manifest's digest, then every file's size and sha256, and that no file is unlisted. Returns the number of files."""
+    """Checks the manifest's digest, then every file's size and sha256, and that no file but the card is unlisted. Returns the number of
+    files."""
     _require_digest(digest)
     files = _read_manifest(folder, digest)
     for path, size, sha256 in files:
         _verify_file(folder / path, path, size, sha256)
     listed = {path for path, _, _ in files}
     present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir() or p.is_symlink()}
-    unlisted = sorted(present - listed - {MANIFEST})
+    beside = {MANIFEST} if (folder / CARD).is_symlink() else {MANIFEST, CARD}
+    unlisted = sorted(present - listed - beside)
     if unlisted:
         raise Mismatch(f"{unlisted[0]} is not in the manifest.")
     return len(files)

@@ -27,7 +27,7 @@ from tuneloop_trainer.evaluation.suites import prepare_suite
 from tuneloop_trainer.manifests import verify
 from tuneloop_trainer.objectives import objective_of
 from tuneloop_trainer.stages.evaluate import BaselineModel, gates_of, packaged, score_baseline
-from tuneloop_trainer.stages.outputs import require_stage, told_again
+from tuneloop_trainer.stages.outputs import MODEL_CARD, require_stage, told_again
 from tuneloop_trainer.stages.package import write_merged
 
 
@@ -210,6 +210,17 @@ def test_items_are_compared_by_who_wrote_them(judged: Any) -> None:
     page = Path(judged.uri).with_name(judged.evaluate.page).read_text()
     assert "gate: Accuracy by site" in page
     assert page.count("Gap between the best and the worst: ") >= 2, "of sites and of labels"
+
+
+def test_card_with_the_figures_lies_beside_the_results(judged: Any, learned: RunConfig) -> None:
+    card = Path(judged.uri).with_name(MODEL_CARD).read_text()
+    gate = judged.evaluate.gates[0]
+
+    assert "| rows trained on | 200 |" in card
+    assert f"| gate | Accuracy | Superior | Pass | {gate.candidate:.4g} | {gate.baseline:.4g} |" in card
+    assert "## Accuracy of gate by site" in card
+    assert judged.evaluate.artifact_digest in card
+    assert MODEL_CARD not in {path.name for path in Path(learned.paths.artifact).iterdir()}, "the artifact is what was evaluated"
 
 
 def test_evaluation_tells_its_result_again(judged: Any, learned: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,5 @@
-"""The model card that is packaged with the weights: where the model comes from, what it was trained on, and how."""
+"""The model card: where the model comes from, what it was trained on, and how. It is packaged with the weights; with the figures of the
+evaluation, which are not known then, it is beside the evaluation's results and in copies of the model."""
 
 from __future__ import annotations
 
@@ -8,10 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tuneloop_trainer.contract import PrepareSummary, RunConfig, TrainSummary
+from tuneloop_trainer.contract import EvaluateSummary, PrepareSummary, RunConfig, TrainSummary
+from tuneloop_trainer.evaluation.groups import Grouping
 
 LICENCE = re.compile(r"^license:\s*[\"']?([A-Za-z0-9][A-Za-z0-9.+-]{0,63})[\"']?\s*$", re.MULTILINE)
 MAX_CARD = 1 << 20
+MAX_NAME = 80
+"""Characters of a group's name."""
 
 
 def base_licence(folder: Path) -> str | None:
@@ -76,9 +80,54 @@ def sections(config: RunConfig, data: PrepareSummary, training: TrainSummary, li
             "The licences of the data are those of its sources, which Tuneloop does not know.",
         )),
         Section("Limits", text=(
-            "Evaluated on the suites of its FineTuneJob only: the ModelVersion has the verdict. Anything else it says is not measured.",
+            "Evaluated on the suites of its FineTuneJob only: the ModelVersion has the verdict, and MODEL_CARD.md of a copy the figures. "
+            "Anything else it says is not measured.",
         )),
     ]  # fmt: skip
+
+
+def figures(baseline: str, summary: EvaluateSummary, told: Sequence[tuple[str, Grouping]]) -> list[Section]:
+    """What the evaluation found: each gate, each suite, and the groups of the suites by name."""
+    gates = tuple(
+        (gate.suite, gate.metric, gate.rule, gate.verdict, *map(_figure, (gate.candidate, gate.baseline)),
+         f"{_figure(gate.lower)} to {_figure(gate.upper)}", str(gate.n), "" if gate.p is None else f"{gate.p:.3g}")
+        for gate in summary.gates
+    )  # fmt: skip
+    scores = tuple(
+        (suite, str(score.n), name.replace("_", " "), _figure(value))
+        for suite, score in summary.scores.items()
+        for name, value in score.model_dump(exclude={"n"}, exclude_none=True).items()
+    )
+    verdict = (f"Verdict: {summary.verdict}, of the artifact `{summary.artifact_digest}`.",)
+    header = ("suite", "metric", "rule", "verdict", "this model", baseline, "difference", "items", "p")
+    return [
+        Section("Evaluation", gates, header, text=verdict),
+        Section("Scores", scores, ("suite", "items", "figure", "value")),
+        *(_by_group(suite, grouping, baseline) for suite, grouping in told),
+    ]
+
+
+def _by_group(suite: str, grouping: Grouping, baseline: str) -> Section:
+    """Names of groups are words of the data: none of them becomes a link or an image."""
+    kind, gap = _words(grouping.kind), grouping.gap
+    rows = tuple(
+        (_words(group.name), str(group.n), *map(_figure, (group.candidate, group.baseline)), f"{group.lower:.4g} to {group.upper:.4g}")
+        for group in grouping.groups
+    )
+    text = () if gap is None else (
+        f"Between the best and the worst: {gap.candidate:.4g} ({gap.lower:.4g} to {gap.upper:.4g}), the baseline's {gap.baseline:.4g}; "
+        f"grown by {gap.growth_lower:.4g} to {gap.growth_upper:.4g}. Intervals of 95 %, for any number of groups.",
+    )  # fmt: skip
+    return Section(f"{grouping.metric} of {suite} by {kind}", rows, (kind, "items", "this model", baseline, "difference"), text=text)
+
+
+def _words(text: str) -> str:
+    """As it is, whatever Markdown it would be."""
+    return re.sub(r"([\\`*_\[\]!&])", r"\\\1", " ".join(text.split())[:MAX_NAME]).replace("<", "&lt;")
+
+
+def _figure(value: float) -> str:
+    return f"{value:.4g}"
 
 
 def lineage(config: RunConfig, data: PrepareSummary) -> Section:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from jinja2 import TemplateError
 from markupsafe import Markup
 
 from tuneloop_trainer import pages
-from tuneloop_trainer.card import Code, Section, base_licence, sections
+from tuneloop_trainer.card import Code, Section, base_licence, figures, markdown, sections
 from tuneloop_trainer.contract import Artifact, EvaluateSummary, GateResult, PrepareSummary, RunConfig, Stage, TrainSummary
 from tuneloop_trainer.data import page
 from tuneloop_trainer.errors import StageError
@@ -48,10 +48,27 @@ RULES = {"Superior": "better than the baseline", "NonInferior": "no worse than t
 
 def written_report(config: RunConfig, candidate: Artifact, summary: EvaluateSummary, told: Sequence[Compared]) -> str | None:
     """The page; None where it cannot be made, which is no reason to lose an evaluation."""
+    return _written(lambda: pages.render("report.html", context(config, candidate, summary, told)), "report")
+
+
+def written_card(config: RunConfig, candidate: Artifact, summary: EvaluateSummary, told: Sequence[Compared]) -> str | None:
+    """The packaged model card, and what the evaluation found; None as in `written_report`."""
+
+    def write() -> str:
+        prepared, trained = stage_folder(config, Stage.PREPARE), stage_folder(config, Stage.TRAIN) / "final"
+        licence = base_licence(Path(candidate.path))
+        *known, limits = sections(config, _prepare_summary(prepared), _train_summary(trained), licence)
+        found = figures(config.evaluation.baseline.name, summary, [(one.suite, part) for one in told for part in one.groupings])
+        return markdown(config, [*known, *found, limits], licence)
+
+    return _written(write, "model card")
+
+
+def _written(write: Callable[[], str], what: str) -> str | None:
     try:
-        return pages.render("report.html", context(config, candidate, summary, told))
+        return write()
     except (OSError, ValueError, LookupError, TypeError, ArithmeticError, AttributeError, StageError, TemplateError):
-        log.exception("the report cannot be made; the results are complete without it")
+        log.exception("the %s cannot be made; the results are complete without it", what)
         return None
 
 

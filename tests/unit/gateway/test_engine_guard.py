@@ -149,6 +149,12 @@ def test_the_published_folder_is_verified(tmp_path: Path) -> None:
     assert verify(tmp_path, publish(tmp_path, FILES)) == 3
 
 
+def test_the_card_of_a_copy_may_lie_beside_what_is_listed(tmp_path: Path) -> None:
+    digest = publish(tmp_path, FILES)
+    (tmp_path / "MODEL_CARD.md").write_text("# sentiment")
+    assert verify(tmp_path, digest) == 3
+
+
 def test_the_digest_is_the_trainers(tmp_path: Path) -> None:
     contract = pytest.importorskip("tuneloop_trainer.contract")
     digest = publish(tmp_path, FILES)
@@ -163,6 +169,8 @@ def test_the_digest_is_the_trainers(tmp_path: Path) -> None:
         (lambda f: (f / "config.json").unlink(), "config.json is missing"),
         (lambda f: (f / "modeling_evil.py").write_bytes(b"x"), "modeling_evil.py is not in the manifest"),
         (lambda f: (f / "link").symlink_to("/etc"), "link is not in the manifest"),
+        (lambda f: (f / "MODEL_CARD.md").symlink_to("/etc/passwd"), "MODEL_CARD.md is not in the manifest"),
+        (lambda f: (f / "tokenizer" / "MODEL_CARD.md").write_bytes(b"x"), "tokenizer/MODEL_CARD.md is not in the manifest"),
         (lambda f: (f / "manifest.json").unlink(), "manifest.json is missing"),
         (lambda f: (f / "manifest.json").write_text("[]"), "is not a manifest"),
         (lambda f: publish(f, {**FILES, "config.json": b"{ }"}), "but sha256:"),

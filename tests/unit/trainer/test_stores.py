@@ -16,8 +16,10 @@ import pytest
 import requests
 from tests.unit.trainer import stores
 
+from tuneloop_gateway import engine_guard
 from tuneloop_trainer.contract import EvaluateSummary, ExitCode, Manifest, Push, Reason, Stage, StageResult
 from tuneloop_trainer.errors import Invalid, Mismatch, Unavailable
+from tuneloop_trainer.stages.outputs import MODEL_CARD
 from tuneloop_trainer.stages.push import push
 from tuneloop_trainer.stores import oci, s3
 from tuneloop_trainer.stores.buckets import filesystem
@@ -36,6 +38,14 @@ def model(tmp_path: Path) -> tuple[Path, Manifest]:
     return stores.make_model(tmp_path / "artifact")
 
 
+@pytest.fixture
+def card(tmp_path: Path) -> Path:
+    path = tmp_path / "evaluate" / MODEL_CARD
+    path.parent.mkdir()
+    path.write_text("# tiny\n\nVerdict: Pass\n")
+    return path
+
+
 @pytest.fixture(scope="module")
 def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with stores.registry(tmp_path_factory.mktemp("registry") / "data") as address:
@@ -49,6 +59,10 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path
         yield endpoint, folder
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 def s3_secret(folder: Path, endpoint: str, secret: str = stores.SECRET) -> str:
     return stores.write_secret(folder, AWS_ACCESS_KEY_ID=stores.ACCESS, AWS_SECRET_ACCESS_KEY=secret, AWS_ENDPOINT_URL=endpoint)
 
@@ -57,9 +71,9 @@ def s3_secret(folder: Path, endpoint: str, secret: str = stores.SECRET) -> str:
 
 
 @needs_registry
-def test_model_is_an_artifact_that_can_be_pulled(registry: str, model: tuple[Path, Manifest]) -> None:
+def test_model_is_an_artifact_that_can_be_pulled(registry: str, model: tuple[Path, Manifest], card: Path, tmp_path: Path) -> None:
     folder, manifest = model
-    digest = oci.push_model(Push(uri=f"oci://{registry}/team/tiny:v1", plain_http=True), folder, manifest)
+    digest = oci.push_model(Push(uri=f"oci://{registry}/team/tiny:v1", plain_http=True), folder, manifest, card)
 
     answer = requests.get(f"http://{registry}/v2/team/tiny/manifests/v1", headers={"Accept": MANIFEST_TYPE}, timeout=5)
     image = answer.json()
@@ -69,13 +83,18 @@ def test_model_is_an_artifact_that_can_be_pulled(registry: str, model: tuple[Pat
     kinds = {layer["annotations"]["org.cncf.model.filepath"]: layer["mediaType"].rsplit(".", 2)[0] for layer in image["layers"]}
     assert kinds == {
         "README.md": "application/vnd.cncf.model.doc",
+        "MODEL_CARD.md": "application/vnd.cncf.model.doc",
         "config.json": "application/vnd.cncf.model.weight.config",
         "model.safetensors": "application/vnd.cncf.model.weight",
         "manifest.json": "application/vnd.cncf.model.weight.config",
     }
+    pulled = tmp_path / "pulled"
+    pulled.mkdir()
     for layer in image["layers"]:
         blob = requests.get(f"http://{registry}/v2/team/tiny/blobs/{layer['digest']}", timeout=5).content
-        assert blob == (folder / layer["annotations"]["org.opencontainers.image.title"]).read_bytes()
+        (pulled / layer["annotations"]["org.opencontainers.image.title"]).write_bytes(blob)
+    assert contents(pulled) == contents(folder) | contents(card.parent)
+    assert engine_guard.verify(pulled, manifest.digest()) == 3, "an engine takes the copy for the model that was evaluated"
 
 
 @needs_registry
@@ -187,18 +206,23 @@ def test_secret_without_a_login_is_refused(tmp_path: Path, content: dict[str, st
 
 
 @needs_s3
-def test_model_is_on_s3_below_its_digest(bucket: tuple[str, Path], model: tuple[Path, Manifest], tmp_path: Path) -> None:
+def test_model_is_on_s3_below_its_digest(bucket: tuple[str, Path], model: tuple[Path, Manifest], card: Path, tmp_path: Path) -> None:
     endpoint, data = bucket
     folder, manifest = model
     target = Push(uri="s3://models/team/tiny", credentials=s3_secret(tmp_path / "secret", endpoint))
 
-    assert s3.push_model(target, folder, manifest) == manifest.digest()
+    assert s3.push_model(target, folder, manifest, card) == manifest.digest()
 
     stored = data / "models" / "team" / "tiny" / manifest.digest()[7:]
-    assert {path.name: path.read_bytes() for path in stored.iterdir()} == {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert contents(stored) == contents(folder) | contents(card.parent)
+    assert engine_guard.verify(stored, manifest.digest()) == 3
     before = {path.name: path.stat().st_mtime_ns for path in stored.iterdir()}
-    assert s3.push_model(target, folder, manifest) == manifest.digest()
+    assert s3.push_model(target, folder, manifest, card) == manifest.digest()
     assert {path.name: path.stat().st_mtime_ns for path in stored.iterdir()} == before, "what is there is verified, not written again"
+    card.write_text("# tiny\n\nVerdict: Inconclusive\n")
+    s3.push_model(target, folder, manifest, card)
+    assert contents(stored) == contents(folder) | contents(card.parent)
+    assert {path.name for path in stored.iterdir() if path.stat().st_mtime_ns != before[path.name]} == {MODEL_CARD}
 
 
 @needs_s3
@@ -264,18 +288,22 @@ def evaluated(manifest: Manifest, verdict: Any) -> StageResult:
     return StageResult(stage=Stage.EVALUATE, exit_code=ExitCode.DONE, evaluate=summary)
 
 
+@pytest.mark.parametrize("has_card", [True, False], ids=["", "evaluated by an earlier release"])
 @pytest.mark.parametrize(("verdict", "pushed"), [("Pass", True), ("NoGates", True), ("Inconclusive", True), ("Fail", False)])
 def test_only_what_the_gates_did_not_reject_is_pushed(
-    tmp_path: Path, model: tuple[Path, Manifest], monkeypatch: pytest.MonkeyPatch, verdict: str, pushed: bool
+    tmp_path: Path, model: tuple[Path, Manifest], card: Path, monkeypatch: pytest.MonkeyPatch, verdict: str, pushed: bool, has_card: bool
 ) -> None:
     from tests.unit.trainer.builders import make_config, make_progress
 
-    monkeypatch.setattr(oci, "push_model", lambda target, folder, manifest: f"sha256:{target.uri[-1]}")
+    cards: list[Path | None] = []
+    monkeypatch.setattr(oci, "push_model", lambda target, folder, manifest, card: cards.append(card) or f"sha256:{target.uri[-1]}")
     config = make_config(tmp_path, tmp_path / "base", push=(Push(uri="oci://registry.test/a"), Push(uri="oci://registry.test/b")))
-    config = config.model_copy(update={"paths": config.paths.model_copy(update={"artifact": str(model[0])})})
+    paths = config.paths.model_copy(update={"artifact": str(model[0]), "work": str(tmp_path if has_card else tmp_path / "work")})
+    config = config.model_copy(update={"paths": paths})
     result = push(config, evaluated(model[1], verdict), make_progress(tmp_path, Stage.EVALUATE))
     assert result.evaluate is not None
     assert result.evaluate.pushed == (("sha256:a", "sha256:b") if pushed else ())
+    assert cards == ([card if has_card else None] * 2 if pushed else [])
 
 
 def test_nothing_of_a_secret_is_logged(tmp_path: Path, model: tuple[Path, Manifest], caplog: pytest.LogCaptureFixture) -> None:

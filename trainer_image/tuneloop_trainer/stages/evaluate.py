@@ -36,9 +36,9 @@ from tuneloop_trainer.manifests import publish, sha256_file, staging
 from tuneloop_trainer.models import Model
 from tuneloop_trainer.objectives import Objective, objective_of
 from tuneloop_trainer.progress import ProgressWriter
-from tuneloop_trainer.report import written_report
+from tuneloop_trainer.report import written_card, written_report
 from tuneloop_trainer.results import RESULT_FILE, sentence, write_result
-from tuneloop_trainer.stages.outputs import evaluation_key, require_stage, stage_folder, told_again
+from tuneloop_trainer.stages.outputs import MODEL_CARD, evaluation_key, require_stage, stage_folder, told_again
 from tuneloop_trainer.stages.package import published
 from tuneloop_trainer.stages.prepare import SUITES
 from tuneloop_trainer.stages.vocabulary import trained_base
@@ -216,6 +216,8 @@ def conclude(
         if (page := written_report(config, candidate, summary, told)) is not None:
             (folder / REPORT).write_text(page, encoding="utf-8")
             summary = summary.model_copy(update={"page": REPORT})
+        if (card := written_card(config, candidate, summary, told)) is not None:
+            (folder / MODEL_CARD).write_text(card, encoding="utf-8")
         result = StageResult(
             stage=Stage.EVALUATE, exit_code=ExitCode.DONE, uri=str(target / RESULTS), sha256=sha256_file(folder / RESULTS), evaluate=summary
         )

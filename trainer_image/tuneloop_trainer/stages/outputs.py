@@ -17,6 +17,8 @@ def stage_folder(config: RunConfig, stage: Stage) -> Path:
     return Path(config.paths.work) / stage.value
 
 
+MODEL_CARD = "MODEL_CARD.md"
+"""In evaluate's output and in copies of the model: its card, with the figures of its evaluation."""
 FIRST_NONES = frozenset(
     {"path", "feedback", "template", "repository", "revision", "lora", "max_steps", "warmup_steps", "early_stopping_patience", "source"}
 )

@@ -9,11 +9,11 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tuneloop_trainer.contract import Manifest, Push, Reason
 from tuneloop_trainer.errors import Invalid, Mismatch
-from tuneloop_trainer.manifests import MANIFEST
+from tuneloop_trainer.manifests import MANIFEST, sha256_file
 from tuneloop_trainer.stores.credentials import registry_login
 from tuneloop_trainer.stores.registry import MANIFEST_TYPE, Registry
 
@@ -27,18 +27,29 @@ REFERENCE = re.compile(
 )
 
 
-def push_model(target: Push, folder: Path, manifest: Manifest, registry: Registry | None = None) -> str:
+class File(NamedTuple):
+    """Something that is pushed."""
+
+    path: str
+    """In the copy."""
+    source: Path
+    size: int
+    sha256: str
+
+
+def push_model(target: Push, folder: Path, manifest: Manifest, card: Path | None = None, registry: Registry | None = None) -> str:
     """Push, pull every byte back, and return the digest of the OCI manifest. Raises Invalid, Unavailable or Mismatch."""
     found = REFERENCE.match(target.uri)
     if found is None:
         raise Invalid(f"output.push {target.uri} is not oci://registry/repository:tag.", Reason.STORE_UNAVAILABLE)
     host = found["host"]
     registry = registry or Registry(host, found["repository"], registry_login(target.credentials, host), plain_http=target.plain_http)
-    layers = [_layer(path, size, sha256) for path, size, sha256 in files_of(folder, manifest)]
+    files = files_of(folder, manifest, card)
+    layers = [_layer(file) for file in files]
     config = _canonical(_config(manifest, layers))
     content = _canonical(_image_manifest(manifest, config, layers))
-    for layer in layers:
-        registry.put_blob(folder / layer["annotations"][FILEPATH], layer["digest"])
+    for file, layer in zip(files, layers, strict=True):
+        registry.put_blob(file.source, layer["digest"])
     registry.put_blob(config, digest_of(config))
     registry.put_manifest(content, found["tag"] or default_tag(manifest))
     verify(registry, content)
@@ -61,27 +72,28 @@ def default_tag(manifest: Manifest) -> str:
     return f"sha256-{manifest.digest().removeprefix('sha256:')[:12]}"
 
 
-def files_of(folder: Path, manifest: Manifest) -> list[tuple[str, int, str]]:
-    """(path, size, sha256) of everything that is pushed: the manifest's files, and the manifest last."""
-    files = [(file.path, file.size, file.sha256) for file in manifest.files]
-    content = (folder / MANIFEST).read_bytes()
-    return [*files, (MANIFEST, len(content), hashlib.sha256(content).hexdigest())]
+def files_of(folder: Path, manifest: Manifest, card: Path | None) -> list[File]:
+    """Everything that is pushed: the manifest's files, the card with the figures of the evaluation, and the manifest last. The card is
+    no part of the manifest, whose digest is the model's and known before it is evaluated."""
+    files = [File(file.path, folder / file.path, file.size, file.sha256) for file in manifest.files]
+    beside = [card] if card is not None else []
+    return [*files, *(File(path.name, path, path.stat().st_size, sha256_file(path)) for path in (*beside, folder / MANIFEST))]
 
 
 def digest_of(content: bytes) -> str:
     return f"sha256:{hashlib.sha256(content).hexdigest()}"
 
 
-def _layer(path: str, size: int, sha256: str) -> dict[str, Any]:
-    if path.endswith(".safetensors"):
+def _layer(file: File) -> dict[str, Any]:
+    if file.path.endswith(".safetensors"):
         kind = "weight"
     else:
-        kind = "doc" if path.endswith(".md") else "weight.config"
+        kind = "doc" if file.path.endswith(".md") else "weight.config"
     return {
         "mediaType": f"{PREFIX}.{kind}.v1.raw",
-        "digest": f"sha256:{sha256}",
-        "size": size,
-        "annotations": {TITLE: path, FILEPATH: path},
+        "digest": f"sha256:{file.sha256}",
+        "size": file.size,
+        "annotations": {TITLE: file.path, FILEPATH: file.path},
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,34 +13,43 @@ from tuneloop_trainer.contract import Manifest, Push, Reason
 from tuneloop_trainer.errors import Invalid, Mismatch, StageError, Unavailable
 from tuneloop_trainer.manifests import MANIFEST
 from tuneloop_trainer.stores.buckets import ATTEMPTS, CHUNK, REQUEST_SECONDS, Trouble, filesystem, trouble
-from tuneloop_trainer.stores.oci import files_of
+from tuneloop_trainer.stores.oci import File, files_of
 
 OWNER = "output.push"
 
 
-def push_model(target: Push, folder: Path, manifest: Manifest, request_seconds: float = REQUEST_SECONDS, attempts: int = ATTEMPTS) -> str:
-    """Push, read every byte back, and return the manifest's digest. Raises Invalid, Unavailable or Mismatch."""
+def push_model(
+    target: Push,
+    folder: Path,
+    manifest: Manifest,
+    card: Path | None = None,
+    request_seconds: float = REQUEST_SECONDS,
+    attempts: int = ATTEMPTS,
+) -> str:
+    """Push, read every byte back, and return the manifest's digest. What has a manifest is not written again, but its card, where an
+    evaluation found something else. Raises Invalid, Unavailable or Mismatch."""
     bucket = target.uri.removeprefix("s3://").rstrip("/")
     if not target.uri.startswith("s3://") or not bucket:
         raise Invalid(f"output.push {target.uri} is not s3://bucket/prefix.", Reason.STORE_UNAVAILABLE)
     root = f"{bucket}/{manifest.digest().removeprefix('sha256:')}"
     with _told(target):
         store = filesystem(target.credentials, OWNER, request_seconds, attempts)
-        if _digest(store, f"{root}/{MANIFEST}", missing_is_none=True) == manifest.digest():
-            verify(store, root, folder, manifest)
-            return manifest.digest()
-        for path, _, _ in files_of(folder, manifest):
-            with (folder / path).open("rb") as source, store.open_output_stream(f"{root}/{path}") as sink:
+        files = files_of(folder, manifest, card)
+        is_there = _digest(store, f"{root}/{MANIFEST}", missing_is_none=True) == manifest.digest()
+        for file in files:
+            if is_there and (file.source != card or _digest(store, f"{root}/{file.path}", missing_is_none=True) == f"sha256:{file.sha256}"):
+                continue
+            with file.source.open("rb") as source, store.open_output_stream(f"{root}/{file.path}") as sink:
                 shutil.copyfileobj(source, sink, CHUNK)
-        verify(store, root, folder, manifest)
+        verify(store, root, files)
     return manifest.digest()
 
 
-def verify(store: Any, root: str, folder: Path, manifest: Manifest) -> None:
+def verify(store: Any, root: str, files: Sequence[File]) -> None:
     """Raises Mismatch."""
-    for path, _, sha256 in files_of(folder, manifest):
-        if _digest(store, f"{root}/{path}") != f"sha256:{sha256}":
-            raise Mismatch(f"The store gives back another {path} than was written.")
+    for file in files:
+        if _digest(store, f"{root}/{file.path}") != f"sha256:{file.sha256}":
+            raise Mismatch(f"The store gives back another {file.path} than was written.")
 
 
 def _digest(store: Any, path: str, missing_is_none: bool = False) -> str | None:
