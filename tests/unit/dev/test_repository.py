@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.conftest import group_of
 
 ROOT = Path(__file__).parents[3]
 TARGETS = """demo test test-unit test-cluster test-e2e test-long lint generate verify cluster-up cluster-down images chart
@@ -44,3 +45,10 @@ def test_requirements_are_pinned_and_name_no_index() -> None:
             text = line.split("#")[0].strip()
             assert not text.startswith("-"), f"{path.name}: {line}"
             assert not text or "==" in text, f"{path.name}: {line}"
+
+
+def test_files_that_share_a_kind_of_the_cluster_are_one_processs() -> None:
+    users = {path for path in (ROOT / "tests").rglob("test_*.py") if "xdist_group(" in path.read_text() and path != Path(__file__)}
+    assert len(users) >= 4
+    assert {group_of(str(path.relative_to(ROOT))) for path in users} == {"widgets"}
+    assert group_of("tests/cluster/test_crds.py") is None
