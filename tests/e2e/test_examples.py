@@ -82,12 +82,13 @@ def finished(installed: Story, tmp_path_factory: pytest.TempPathFactory) -> dict
 def deployed(installed: Story, finished: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Example -> its ModelDeployment, and what it `answered`."""
     found: dict[str, dict[str, Any]] = {}
-    made = [name for name in NAMES if "modelVersion" in finished[name].get("status", {})]
-    for start in range(0, len(made), ENGINES_AT_ONCE):
-        wave = {name: finished[name]["spec"]["output"]["model"] for name in made[start : start + ENGINES_AT_ONCE]}
+    done = [name for name in NAMES if "modelVersion" in finished[name].get("status", {})]
+    for start in range(0, len(done), ENGINES_AT_ONCE):
+        wave = {name: finished[name]["spec"]["output"]["model"] for name in done[start : start + ENGINES_AT_ONCE]}
         for name, model in wave.items():
             approval = json.dumps({"spec": {"approval": "Approved"}})  # three steps make no model better
-            installed.space.kubectl("patch", "modelversion", f"{model}-v1", "--type=merge", "-p", approval)
+            made = _version(installed, finished[name])["metadata"]["name"]
+            installed.space.kubectl("patch", "modelversion", made, "--type=merge", "-p", approval)
             installed.space.apply(json.dumps(_deployment(model, finished[name])))
         for name, model in wave.items():
             found[name] = installed.space.wait_until("modeldeployment", model, _is_settled, timeout=900)
@@ -107,8 +108,7 @@ def test_an_example_becomes_a_model_version(installed: Story, finished: dict[str
     assert condition(job, "Succeeded").get("status") == "True", condition(job, "Succeeded").get("message")
     assert status["progress"]["step"] == STEPS
     assert status["evaluation"]["gates"], "rows that are held out judge it"
-    version = installed.space.get("modelversion", f"{job['spec']['output']['model']}-v{status['modelVersion']}")
-    assert version is not None
+    version = _version(installed, job)
     assert version["spec"]["artifact"]["manifestDigest"].startswith("sha256:")
     assert version["spec"]["lineage"]["fineTuneJob"] == job["metadata"]["name"]
 
@@ -120,6 +120,13 @@ def test_an_example_is_served_or_said_not_to_be(deployed: dict[str, dict[str, An
     else:
         assert condition(deployed[name], "Ready").get("status") == "True", condition(deployed[name], "Ready").get("message")
         assert deployed[name]["answered"]["usage"]["completion_tokens"] > 0
+
+
+def _version(installed: Story, job: dict[str, Any]) -> dict[str, Any]:
+    """The ModelVersion that the job made."""
+    found = installed.space.get("modelversion", f"{job['spec']['output']['model']}-v{job['status']['modelVersion']}")
+    assert found is not None
+    return found
 
 
 def _deployment(model: str, job: dict[str, Any]) -> dict[str, Any]:
@@ -162,10 +169,8 @@ def _judge(job: dict[str, Any], found: dict[str, dict[str, Any]], installed: Sto
     for options in job["spec"].get("objective", {}).values():
         for reward in options.get("rewards", ()) if isinstance(options, dict) else ():
             if "model" in reward:
-                judge = found[JUDGE]
-                version = installed.space.get("modelversion", f"{judge['spec']['output']['model']}-v{judge['status']['modelVersion']}")
-                assert version is not None
-                reward["model"] = {key: version["spec"]["artifact"][key] for key in ("uri", "manifestDigest")}
+                artifact = _version(installed, found[JUDGE])["spec"]["artifact"]
+                reward["model"] = {key: artifact[key] for key in ("uri", "manifestDigest")}
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:

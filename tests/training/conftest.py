@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 from tests.training.zygote import ENV_SAMPLES
-from tests.unit.trainer.builders import make_base, make_encoder_decoder
+from tests.unit.trainer.builders import copy_work, make_base, make_encoder_decoder
 
-from tuneloop_trainer.contract import RunConfig, Stage, StageResult
+from tuneloop_trainer.contract import ExitCode, RunConfig, Stage, StageResult
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -130,3 +130,11 @@ def encoder_decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def base(decoder: Path) -> Path:
     return decoder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(zygote: Zygote, prepared: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """The run that a module has `prepared`, trained by one process to its end."""
+    config = copy_work(prepared, tmp_path_factory.mktemp("undisturbed"))
+    assert zygote.run(config, Stage.TRAIN).exit_code == ExitCode.DONE
+    return config

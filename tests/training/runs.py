@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import json
+import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests.training.conftest import Zygote
+from tests.training.conftest import Attempt, Zygote, free_port
 from tests.unit.trainer.builders import make_config, make_rows, make_source, write_jsonl
 
-from tuneloop_trainer.contract import Checkpoint, ExitCode, Lora, Method, RunConfig, Stage, Training
+from tuneloop_trainer.contract import (
+    ENV_NODES,
+    ENV_PROCESSES,
+    ENV_RENDEZVOUS,
+    Checkpoint,
+    ExitCode,
+    Lora,
+    Method,
+    RunConfig,
+    Stage,
+    Training,
+    TrainSummary,
+)
 
 EVERY_STEPS = 5
 
@@ -73,3 +87,43 @@ def losses(config: RunConfig) -> list[float]:
 
 def weights(config: RunConfig) -> bytes:
     return (Path(config.paths.work) / "train" / "final" / "adapter_model.safetensors").read_bytes()
+
+
+# --- several processes --------------------------------------------------------
+
+
+def together(processes: int = 2) -> dict[str, str]:
+    return {ENV_PROCESSES: str(processes), ENV_NODES: "1", ENV_RENDEZVOUS: f"127.0.0.1:{free_port()}"}
+
+
+def rows_together(config: RunConfig) -> dict[int, list[str]]:
+    """Step -> the rows that all processes saw in their last attempt at it, sorted."""
+    last: dict[tuple[int, int], tuple[int, list[str]]] = {}
+    for forward in forwards(config):
+        key = (forward.step, forward.rank)
+        worker, rows = last.get(key, (forward.worker, []))
+        last[key] = (forward.worker, [*(rows if worker == forward.worker else []), *forward.rows])
+    steps = {step for step, _ in last}
+    return {step: sorted(row for (of, _), (_, rows) in last.items() if of == step for row in rows) for step in steps}
+
+
+def wait_for_step(attempt: Attempt, config: RunConfig, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while not any(forward.step >= step for forward in forwards(config)):
+        assert not attempt.is_over(), attempt.result().message
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def killed_and_resumed(zygote: Zygote, config: RunConfig, rest: int = 2) -> TrainSummary:
+    """Of two processes one is killed after the first checkpoint; what the next two, or the one that is left, tell."""
+    attempt = zygote.start(config, Stage.TRAIN, **together())
+    wait_for_step(attempt, config, EVERY_STEPS + 2)
+
+    attempt.signal_worker(attempt.workers()[1], signal.SIGKILL)
+    code = attempt.wait()
+    finished = zygote.run(config, Stage.TRAIN, **together(rest)).train
+
+    assert code == ExitCode.OUT_OF_MEMORY, "the one that was killed says why, not the one that lost it"
+    assert finished is not None
+    return finished

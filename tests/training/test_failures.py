@@ -20,13 +20,6 @@ def prepared(zygote: Zygote, base: Path, tmp_path_factory: pytest.TempPathFactor
     return prepared_run(zygote, base, tmp_path_factory.mktemp("prepared"), STEPS)
 
 
-@pytest.fixture(scope="module")
-def undisturbed(zygote: Zygote, prepared: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    config = copy_work(prepared, tmp_path_factory.mktemp("undisturbed"))
-    assert zygote.run(config, Stage.TRAIN).exit_code == ExitCode.DONE
-    return config
-
-
 def test_step_that_hangs_is_ended_and_the_run_goes_on(zygote: Zygote, prepared: RunConfig, undisturbed: RunConfig, tmp_path: Path) -> None:
     config = replace(copy_work(prepared, tmp_path), stall_seconds=2.0)
 

@@ -12,12 +12,11 @@ from pathlib import Path
 
 import pytest
 from tests.training.conftest import Attempt, Zygote, free_port
-from tests.training.runs import forwards, losses, prepared_run, rows_of_steps
+from tests.training.runs import forwards, killed_and_resumed, losses, prepared_run, rows_of_steps, rows_together, together, wait_for_step
 from tests.unit.trainer.builders import copy_work
 
 from tuneloop_trainer.contract import (
     ENV_NODES,
-    ENV_PROCESSES,
     ENV_RENDEZVOUS,
     ExactMatch,
     ExitCode,
@@ -33,32 +32,10 @@ from tuneloop_trainer.workers import ENV_NODE
 STEPS = 12
 
 
-def together(processes: int = 2) -> dict[str, str]:
-    return {ENV_PROCESSES: str(processes), ENV_NODES: "1", ENV_RENDEZVOUS: f"127.0.0.1:{free_port()}"}
-
-
 @pytest.fixture(scope="module")
 def prepared(zygote: Zygote, base: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     """Without dropout, whose random numbers each process draws for itself."""
     return prepared_run(zygote, base, tmp_path_factory.mktemp("prepared"), STEPS, dropout=0.0)
-
-
-@pytest.fixture(scope="module")
-def alone(zygote: Zygote, prepared: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    config = copy_work(prepared, tmp_path_factory.mktemp("alone"))
-    assert zygote.run(config, Stage.TRAIN).exit_code == ExitCode.DONE
-    return config
-
-
-def rows_together(config: RunConfig) -> dict[int, list[str]]:
-    """Step -> the rows that all processes saw in their last attempt at it, sorted."""
-    last: dict[tuple[int, int], tuple[int, list[str]]] = {}
-    for forward in forwards(config):
-        key = (forward.step, forward.rank)
-        worker, rows = last.get(key, (forward.worker, []))
-        last[key] = (forward.worker, [*(rows if worker == forward.worker else []), *forward.rows])
-    steps = {step for step, _ in last}
-    return {step: sorted(row for (of, _), (_, rows) in last.items() if of == step for row in rows) for step in steps}
 
 
 def assert_as_alone(config: RunConfig, alone: RunConfig) -> None:
@@ -75,7 +52,7 @@ def assert_taken_up_by_one(config: RunConfig, alone: RunConfig, at: int) -> None
     assert losses(config) == pytest.approx(losses(alone), rel=0.02)
 
 
-def test_two_processes_train_as_one_does(zygote: Zygote, prepared: RunConfig, alone: RunConfig, tmp_path: Path) -> None:
+def test_two_processes_train_as_one_does(zygote: Zygote, prepared: RunConfig, undisturbed: RunConfig, tmp_path: Path) -> None:
     config = copy_work(prepared, tmp_path)
 
     result = zygote.run(config, Stage.TRAIN, **together())
@@ -83,11 +60,11 @@ def test_two_processes_train_as_one_does(zygote: Zygote, prepared: RunConfig, al
     assert result.exit_code == ExitCode.DONE
     assert result.train is not None
     assert (result.train.step, result.train.samples) == (STEPS, 4 * STEPS)
-    assert_as_alone(config, alone)
+    assert_as_alone(config, undisturbed)
 
 
 def test_signal_to_one_process_stops_both_at_the_same_step_and_one_takes_it_up(
-    zygote: Zygote, prepared: RunConfig, alone: RunConfig, tmp_path: Path
+    zygote: Zygote, prepared: RunConfig, undisturbed: RunConfig, tmp_path: Path
 ) -> None:
     config = copy_work(prepared, tmp_path)
     attempt = zygote.start(config, Stage.TRAIN, **together())
@@ -102,25 +79,17 @@ def test_signal_to_one_process_stops_both_at_the_same_step_and_one_takes_it_up(
     assert stopped is not None
     assert finished is not None
     assert (finished.resumed_from_step, finished.steps_lost) == (stopped.step, 0)
-    assert_taken_up_by_one(config, alone, stopped.step)
+    assert_taken_up_by_one(config, undisturbed, stopped.step)
 
 
 @pytest.mark.parametrize("rest", [2, 1])
 def test_process_that_is_killed_ends_all_and_they_or_the_rest_go_on(
-    zygote: Zygote, prepared: RunConfig, alone: RunConfig, tmp_path: Path, rest: int
+    zygote: Zygote, prepared: RunConfig, undisturbed: RunConfig, tmp_path: Path, rest: int
 ) -> None:
     config = copy_work(prepared, tmp_path)
-    attempt = zygote.start(config, Stage.TRAIN, **together())
-    wait_for_step(attempt, config, 7)
 
-    attempt.signal_worker(attempt.workers()[1], signal.SIGKILL)
-    code = attempt.wait()
-    finished = zygote.run(config, Stage.TRAIN, **together(rest)).train
-
-    assert code == ExitCode.OUT_OF_MEMORY, "the one that was killed says why, not the one that lost it"
-    assert finished is not None
-    assert finished.resumed_from_step == 5
-    assert_as_alone(config, alone) if rest == 2 else assert_taken_up_by_one(config, alone, 5)
+    assert killed_and_resumed(zygote, config, rest).resumed_from_step == 5
+    assert_as_alone(config, undisturbed) if rest == 2 else assert_taken_up_by_one(config, undisturbed, 5)
 
 
 @pytest.mark.parametrize("index", [0, 1])
@@ -165,13 +134,15 @@ def test_two_processes_train_an_adapter_on_a_base_in_four_bits_as_one_does(zygot
 
 
 @pytest.mark.long
-def test_two_launchers_as_two_pods_train_as_one_process_does(zygote: Zygote, prepared: RunConfig, alone: RunConfig, tmp_path: Path) -> None:
+def test_two_launchers_as_two_pods_train_as_one_process_does(
+    zygote: Zygote, prepared: RunConfig, undisturbed: RunConfig, tmp_path: Path
+) -> None:
     config = copy_work(prepared, tmp_path / "shared")
     with two_nodes(zygote, config, tmp_path) as (first, second):
         codes = (first.wait(), second.wait())
 
     assert codes == (ExitCode.DONE, ExitCode.DONE)
-    assert_as_alone(config, alone)
+    assert_as_alone(config, undisturbed)
     told = StageResult.model_validate_json((tmp_path / "first" / "termination").read_bytes())
     assert told.uri is not None, "the first one publishes"
 
@@ -179,7 +150,7 @@ def test_two_launchers_as_two_pods_train_as_one_process_does(zygote: Zygote, pre
 @pytest.mark.long
 @pytest.mark.parametrize("lost", [0, 1])
 def test_node_that_is_lost_without_a_word_ends_the_other_which_goes_on_alone(
-    zygote: Zygote, prepared: RunConfig, alone: RunConfig, tmp_path: Path, lost: int
+    zygote: Zygote, prepared: RunConfig, undisturbed: RunConfig, tmp_path: Path, lost: int
 ) -> None:
     """As an elastic training does it. The first node holds the rendezvous, and writes the checkpoints."""
     config = copy_work(prepared, tmp_path / "shared")
@@ -192,7 +163,7 @@ def test_node_that_is_lost_without_a_word_ends_the_other_which_goes_on_alone(
     assert codes[1 - lost] == ExitCode.PEER_LOST
     assert finished is not None
     assert (finished.resumed_from_step, finished.step) == (5, STEPS)
-    assert_taken_up_by_one(config, alone, 5)
+    assert_taken_up_by_one(config, undisturbed, 5)
 
 
 @contextmanager
@@ -211,14 +182,6 @@ def two_nodes(zygote: Zygote, config: RunConfig, folder: Path) -> Iterator[tuple
 def own_place(folder: Path, index: int) -> dict[str, str]:
     folder.mkdir()
     return {ENV_NODE: str(index), "TERMINATION_PATH": str(folder / "termination"), "TMPDIR": str(folder)}
-
-
-def wait_for_step(attempt: Attempt, config: RunConfig, step: int) -> None:
-    deadline = time.monotonic() + 120
-    while not any(forward.step >= step for forward in forwards(config)):
-        assert not attempt.is_over(), attempt.result().message
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def wait_for_phase(port: int, phase: str) -> None:

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 from tests.training.conftest import Zygote
-from tests.training.runs import EVERY_STEPS, losses, prepared_run
-from tests.training.test_many_processes import together, wait_for_step
+from tests.training.runs import EVERY_STEPS, losses, prepared_run, together, wait_for_step
 from tests.unit.trainer.builders import copy_work, make_progress
 from transformers import TrainerControl, TrainerState
 
@@ -29,13 +28,6 @@ STEPS = 14
 @pytest.fixture(scope="module")
 def prepared(zygote: Zygote, decoder: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     return prepared_run(zygote, decoder, tmp_path_factory.mktemp("prepared"), STEPS)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(zygote: Zygote, prepared: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    config = copy_work(prepared, tmp_path_factory.mktemp("undisturbed"))
-    assert zygote.run(config, Stage.TRAIN).exit_code == ExitCode.DONE
-    return config
 
 
 def asynchronous(prepared: RunConfig, root: Path) -> RunConfig:

@@ -73,14 +73,6 @@ def prepared(zygote: Zygote, base: Path, tmp_path_factory: pytest.TempPathFactor
     return prepared_run(zygote, base, tmp_path_factory.mktemp("prepared"), MAX_STEPS)
 
 
-@pytest.fixture(scope="module")
-def undisturbed(zygote: Zygote, prepared: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    config = copy_work(prepared, tmp_path_factory.mktemp("undisturbed"))
-    assert zygote.run(config, Stage.TRAIN).exit_code == ExitCode.DONE
-    assert len(rows_of_steps(config)) == MAX_STEPS
-    return config
-
-
 # --- killing -----------------------------------------------------------------
 
 
@@ -149,6 +141,7 @@ def disturb(zygote: Zygote, run: Run, chance: random.Random, kills: int) -> tupl
 def assert_as_undisturbed(run: Run, summary: TrainSummary, undisturbed: RunConfig) -> None:
     assert run.wrong_resumes == []
     expected = rows_of_steps(undisturbed)
+    assert len(expected) == MAX_STEPS
     wrong = [step for (_, step), rows in rows_by_attempt(run.config).items() if rows != expected[step]]
     assert wrong == [], "steps that saw other rows, kept or lost"
     assert rows_of_steps(run.config) == expected

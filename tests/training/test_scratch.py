@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.training.conftest import Zygote
-from tests.training.test_many_processes import together
+from tests.training.runs import together
 from tests.training.test_objectives import improvement, optimised, run_through
 from tests.training.test_sharded import prepare_again
 from tests.training.test_training import InterruptAfter, losses

@@ -6,8 +6,7 @@ meanwhile is not read as a mixture.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
 from os import SEEK_END
 from pathlib import Path
@@ -16,9 +15,8 @@ from typing import Any
 from tuneloop_trainer.contract import Bucket, Reason
 from tuneloop_trainer.data.fetching import Pace, RemoteFile, refuse_unknown_format
 from tuneloop_trainer.data.formats import format_of
-from tuneloop_trainer.errors import Invalid, StageError, Unavailable
+from tuneloop_trainer.errors import Invalid, Unavailable
 from tuneloop_trainer.stores import buckets
-from tuneloop_trainer.stores.buckets import Trouble, trouble
 
 TEXTS = (".jsonl", ".ndjson", ".csv")
 
@@ -83,20 +81,9 @@ def _version(source: Any) -> tuple[str, str]:
     return metadata.get("Content-Length", b"").decode(), metadata.get("ETag", b"").decode()
 
 
-@contextmanager
-def _told(uri: str) -> Iterator[None]:
-    """pyarrow's errors as ours. What the server said is not quoted: it may hold what was sent."""
-    try:
-        yield
-    except StageError:
-        raise
-    except OSError as error:
-        if error.errno is not None and not isinstance(error, FileNotFoundError):
-            raise  # the disk's, not the bucket's
-        found = trouble(error)
-        if found is Trouble.DENIED:
-            message = f"Dataset {uri} may not be read with the keys of its Secret. Look at its secretRef."
-            raise Invalid(message, Reason.ACCESS_DENIED) from error
-        if found is Trouble.MISSING:
-            raise Invalid(f"Dataset {uri} does not exist: there is no such bucket, object or prefix.") from error
-        raise Unavailable(f"Dataset {uri} cannot be read: S3 does not answer as it should.", Reason.SOURCE_UNAVAILABLE) from error
+def _told(uri: str) -> AbstractContextManager[None]:
+    return buckets.told(
+        denied=Invalid(f"Dataset {uri} may not be read with the keys of its Secret. Look at its secretRef.", Reason.ACCESS_DENIED),
+        missing=Invalid(f"Dataset {uri} does not exist: there is no such bucket, object or prefix."),
+        away=Unavailable(f"Dataset {uri} cannot be read: S3 does not answer as it should.", Reason.SOURCE_UNAVAILABLE),
+    )

@@ -5,11 +5,13 @@ Its errors are told apart by their text, which is all that it gives.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum, auto
 from typing import Any
 
 from tuneloop_trainer.contract import Reason
-from tuneloop_trainer.errors import Invalid
+from tuneloop_trainer.errors import Invalid, StageError
 from tuneloop_trainer.stores.credentials import read_key
 
 CHUNK = 8 << 20
@@ -42,6 +44,19 @@ def trouble(error: OSError) -> Trouble:
     if isinstance(error, FileNotFoundError) or any(word in text for word in MISSING):
         return Trouble.MISSING
     return Trouble.AWAY
+
+
+@contextmanager
+def told(denied: StageError, missing: StageError, away: StageError) -> Iterator[None]:
+    """pyarrow's errors as ours. What the server said is not quoted: it may hold what was sent."""
+    try:
+        yield
+    except StageError:
+        raise
+    except OSError as error:
+        if error.errno is not None and not isinstance(error, FileNotFoundError):
+            raise  # the disk's, not the bucket's
+        raise {Trouble.DENIED: denied, Trouble.MISSING: missing, Trouble.AWAY: away}[trouble(error)] from error
 
 
 def filesystem(credentials: str | None, owner: str, request_seconds: float, attempts: int) -> Any:  # Any: pyarrow has no types

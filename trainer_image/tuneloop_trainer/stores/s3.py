@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from tuneloop_trainer.contract import Manifest, Push, Reason
-from tuneloop_trainer.errors import Invalid, Mismatch, StageError, Unavailable
+from tuneloop_trainer.errors import Invalid, Mismatch, Unavailable
 from tuneloop_trainer.manifests import MANIFEST
-from tuneloop_trainer.stores.buckets import ATTEMPTS, CHUNK, REQUEST_SECONDS, Trouble, filesystem, trouble
+from tuneloop_trainer.stores import buckets
+from tuneloop_trainer.stores.buckets import ATTEMPTS, CHUNK, REQUEST_SECONDS, filesystem
 from tuneloop_trainer.stores.oci import File, files_of
 
 OWNER = "output.push"
@@ -65,19 +66,9 @@ def _digest(store: Any, path: str, missing_is_none: bool = False) -> str | None:
     return f"sha256:{hashed.hexdigest()}"
 
 
-@contextmanager
-def _told(target: Push) -> Iterator[None]:
-    """pyarrow's errors as ours. What the server said is not quoted: it may hold what was sent."""
-    try:
-        yield
-    except StageError:
-        raise
-    except OSError as error:
-        found = trouble(error)
-        if found is Trouble.DENIED:
-            raise Invalid(f"Store {target.uri} denies access. Look at the Secret of output.push.", Reason.ACCESS_DENIED) from error
-        if found is Trouble.MISSING:
-            raise Invalid(
-                f"Store {target.uri} does not exist. Create the bucket, or change output.push.", Reason.STORE_UNAVAILABLE
-            ) from error
-        raise Unavailable(f"Store {target.uri} does not answer as it should.", Reason.STORE_UNAVAILABLE) from error
+def _told(target: Push) -> AbstractContextManager[None]:
+    return buckets.told(
+        denied=Invalid(f"Store {target.uri} denies access. Look at the Secret of output.push.", Reason.ACCESS_DENIED),
+        missing=Invalid(f"Store {target.uri} does not exist. Create the bucket, or change output.push.", Reason.STORE_UNAVAILABLE),
+        away=Unavailable(f"Store {target.uri} does not answer as it should.", Reason.STORE_UNAVAILABLE),
+    )
