@@ -56,6 +56,10 @@ class Unavailable(StageError):
     reason = Reason.SOURCE_UNAVAILABLE
 
 
+class Changed(Unavailable):
+    """What several pods read of the same place is not the same."""
+
+
 class PeerLost(StageError):
     """Another process that trains the same model went away."""
 

@@ -16,6 +16,7 @@ from tuneloop_trainer.interrupts import Interrupts
 from tuneloop_trainer.launcher import ENV_CONFIG, ENV_POD_UID, ENV_PROGRESS, ENV_RESULT
 from tuneloop_trainer.progress import ProgressWriter
 from tuneloop_trainer.results import sentence, write_result
+from tuneloop_trainer.workers import Place
 
 log = logging.getLogger("tuneloop.worker")
 STORE_ERRORS = frozenset(
@@ -69,9 +70,11 @@ def _stage(stage: Stage, config: RunConfig, progress: ProgressWriter, interrupts
     # Imported here: each stage pulls in only the libraries that it needs.
     match stage:
         case Stage.PREPARE:
+            from tuneloop_trainer.data.formats import Share
             from tuneloop_trainer.stages.prepare import prepare
 
-            return prepare(config, progress)
+            place = Place.from_environment(os.environ)
+            return prepare(config, progress, Share(place.node, place.nodes))
         case Stage.TRAIN:
             from tuneloop_trainer.stages.train import train
 

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,9 +15,9 @@ import pytest
 from tuneloop_gateway.canonical import redact_personal_data
 from tuneloop_trainer.contract import Curation, Reason
 from tuneloop_trainer.data import filters, personal, quality
-from tuneloop_trainer.data.curation import Curating
+from tuneloop_trainer.data.curation import Curating, Judging
 from tuneloop_trainer.data.languages import LanguageFilter
-from tuneloop_trainer.data.near import NearDuplicates
+from tuneloop_trainer.data.near import NearDuplicates, signatures
 from tuneloop_trainer.data.records import Record
 from tuneloop_trainer.data.splits import boundary, place
 from tuneloop_trainer.data.toxicity import ToxicityScorer
@@ -53,13 +54,16 @@ def make_text(number: int, words: int = 40) -> str:
 
 def curated(
     root: Path, records: list[Record], items: list[Record] | None = None, fraction: float = 0.0, **asked: Any
-) -> tuple[list[Record], list[Record], Curating]:
-    curating = Curating(Curation(**asked), root / "spool", seed=1, most_held_out=1000)
+) -> tuple[list[Record], list[Record], Any]:
+    """What is trained on, what is held out, and what was counted."""
+    curating, judging = Curating(Curation(**asked), root / "spool", seed=1, most_held_out=1000), Judging(Curation(**asked))
     with closing(curating):
-        curating.guard(items or [])
-        curating.add(records)
+        judging.guard(items or [])
+        curating.add(records, judging)
+        curating.drops.update(judging.filters.drops)
         sources, validation = curating.divide(fraction)
-        return [record for source in sources for record in source], validation, curating
+        counted = SimpleNamespace(drops=curating.drops, filters=judging.filters)
+        return [record for source in sources for record in source], validation, counted
 
 
 # --- personal data ---
@@ -143,7 +147,7 @@ def test_texts_that_share_three_quarters_of_their_words_are_no_near_duplicates(t
 def test_a_chain_of_near_texts_keeps_its_first(tmp_path: Path) -> None:
     words = make_text(1, 80).split()
     near = NearDuplicates(tmp_path)
-    near.add([" ".join([*words[:place], "x", *words[place + 1 :]]) for place in range(10, 15)])
+    near.add(signatures([" ".join([*words[:place], "x", *words[place + 1 :]]) for place in range(10, 15)]))
 
     assert list(near.later()) == [2, 3, 4, 5]
 
@@ -306,7 +310,7 @@ def test_gate_items_and_the_validation_split_never_train(tmp_path: Path) -> None
 def test_no_more_is_held_out_than_can_be_scored(tmp_path: Path) -> None:
     curating = Curating(Curation(decontaminate=False), tmp_path, seed=1, most_held_out=10)
     with closing(curating):
-        curating.add(make_record(number, make_text(number, 5)) for number in range(200))
+        curating.add((make_record(number, make_text(number, 5)) for number in range(200)), Judging(Curation()))
         sources, validation = curating.divide(0.5)
 
         assert (len(validation), len(sources[0])) == (10, 190)
@@ -316,8 +320,8 @@ def test_what_comes_back_from_disk_is_what_went_in_and_can_be_walked_again(tmp_p
     records = [make_record(n, f"é {n}", system=None if n % 2 else "s", user="u", rejected="r", desirable=bool(n % 2)) for n in range(30)]
     curating = Curating(Curation(), tmp_path, seed=1, most_held_out=1000)
     with closing(curating):
-        curating.add(records[:20])
-        curating.add(records[20:])
+        curating.add(records[:20], Judging(Curation()))
+        curating.add(records[20:], Judging(Curation()))
         (first, second), _ = curating.divide(0.0)
 
         assert [list(first), list(first), list(second)] == [records[:20], records[:20], records[20:]]

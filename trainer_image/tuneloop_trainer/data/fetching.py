@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Protocol
 
 from tuneloop_trainer.contract import Reason
-from tuneloop_trainer.data.formats import MAX_BYTES, SUFFIXES, format_of
+from tuneloop_trainer.data.formats import ALONE, MAX_BYTES, SUFFIXES, Share, format_of, too_large
 from tuneloop_trainer.errors import Invalid, Unavailable
 
 MAX_FILES = 10_000
@@ -50,6 +50,7 @@ class Workspace:
     told: Callable[[float], None] = lambda _: None
     commits: dict[tuple[str, str | None], str] = field(default_factory=dict)
     """(repository, revision asked for) -> its commit, found once for all sources of a run."""
+    share: Share = ALONE
 
 
 @dataclass
@@ -59,6 +60,7 @@ class Pace:
     uri: str
     name: str
     told: Callable[[int], None] = lambda _: None
+    share: Share = ALONE
     clock: Callable[[], float] = time.monotonic
     _started: float = field(init=False)
     _bytes: int = 0
@@ -69,8 +71,8 @@ class Pace:
     def copied(self, count: int) -> None:
         """Raises Invalid for a file that is too large, Unavailable for one that comes too slowly."""
         self._bytes += count
-        if self._bytes > MAX_BYTES:
-            raise too_large(self.uri)
+        if self._bytes > MAX_BYTES * self.share.of:
+            raise too_large(self.uri, self.share)
         if (self.clock() - self._started - GRACE_SECONDS) * LEAST_BYTES_PER_SECOND > self._bytes:
             raise Unavailable(f"Dataset {self.uri}: {self.name[-80:]} comes too slowly to be waited for.", Reason.SOURCE_UNAVAILABLE)
         self.told(self._bytes)
@@ -86,7 +88,7 @@ class Pace:
 def fetched(remote: Remote, uri: str, work: Workspace) -> Iterator[tuple[str, Path]]:
     """(name, path) of every file; it is there until the next one is asked for. Raises Invalid or Unavailable."""
     files = remote.files()
-    _refuse_too_many(files, uri)
+    _refuse_too_many(files, uri, work.share)
     total, before = sum(file.size or 0 for file in files) or 1, 0
     for file in files:
         with _folder(work, file, uri) as folder:
@@ -95,7 +97,7 @@ def fetched(remote: Remote, uri: str, work: Workspace) -> Iterator[tuple[str, Pa
             def told(count: int, done: int = done) -> None:
                 work.told(round(min(100.0, 100 * (done + count) / total), 1))
 
-            yield PurePosixPath(file.name).name, remote.fetch(file, folder / _local_name(file.name), Pace(uri, file.name, told))
+            yield PurePosixPath(file.name).name, remote.fetch(file, folder / _local_name(file.name), Pace(uri, file.name, told, work.share))
         before += file.size or 0
 
 
@@ -118,17 +120,13 @@ def _local_name(name: str) -> str:
     return PurePosixPath(name).name.replace("\0", "")[-100:]
 
 
-def _refuse_too_many(files: list[RemoteFile], uri: str) -> None:
+def _refuse_too_many(files: list[RemoteFile], uri: str, share: Share) -> None:
     if not files:
         raise Invalid(f"Dataset {uri} has no file that ends in {KNOWN}.", Reason.DATA_EMPTY)
     if len(files) > MAX_FILES:
         raise Invalid(f"Dataset {uri} has {len(files)} files; at most {MAX_FILES} are read. Join them.")
-    if sum(file.size or 0 for file in files) > MAX_BYTES:
-        raise too_large(uri)
-
-
-def too_large(uri: str) -> Invalid:
-    return Invalid(f"Dataset {uri} is larger than {MAX_BYTES >> 30} GiB. Split it, or take a sample.")
+    if sum(file.size or 0 for file in files) > MAX_BYTES * share.of:
+        raise too_large(uri, share)
 
 
 def refuse_unknown_format(name: str, uri: str) -> None:

@@ -18,6 +18,7 @@ from tuneloop_trainer.errors import Invalid
 
 Values = dict[str, object] | str
 """A row's columns, or why it has none."""
+PASSED_OVER = "it is another pod's"
 MAX_LINE_BYTES = 1 << 20
 MAX_BYTES = 64 << 30
 MAX_EXPANSION = 200
@@ -30,19 +31,45 @@ _NOT_A_NUMBER = ("nan", "NaN")
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Which rows of a source a pod takes, of several that prepare one set: each reads all bytes, and takes every `of`-th row."""
+
+    number: int = 0
+    of: int = 1
+
+    def takes(self, row: int) -> bool:
+        return row % self.of == self.number
+
+
+ALONE = Share()
+
+
 @dataclass
 class Intake:
     """What has been read of a source: counted against the limits, and hashed."""
 
     uri: str
+    share: Share = ALONE
     size: int = 0
+    rows: int = 0
+    """Rows that were counted so far."""
+    has_begun: bool = False
+    """Whether a row with columns was seen: all pods look at the first one, so that all read the source in the same way."""
     hash: Any = field(default_factory=hashlib.sha256)  # Any: hashlib's own type is private
 
     def take(self, content: bytes) -> None:
         self.hash.update(content)
         self.size += len(content)
-        if self.size > MAX_BYTES:
-            raise Invalid(f"Dataset {self.uri} is larger than {MAX_BYTES >> 30} GiB. Split it, or take a sample.")
+        if self.size > MAX_BYTES * self.share.of:
+            raise too_large(self.uri, self.share)
+
+    def wants(self, row: int) -> bool:
+        return not self.has_begun or self.share.takes(row)
+
+
+def too_large(uri: str, share: Share) -> Invalid:
+    return Invalid(f"Dataset {uri} is larger than {MAX_BYTES * share.of >> 30} GiB. Split it, take a sample, or raise data.workers.")
 
 
 def format_of(name: str) -> tuple[str, str] | None:
@@ -77,7 +104,7 @@ def read_file(path: Path, intake: Intake) -> Iterator[Values]:
 def read_json_lines(stream: IO[bytes], intake: Intake) -> Iterator[Values]:
     for line in _lines(stream, intake):
         if line.strip():
-            yield _json_row(line)
+            yield _json_row(line) if intake.wants(intake.rows + 1) else PASSED_OVER
 
 
 def read_csv(stream: IO[bytes], intake: Intake) -> Iterator[Values]:
@@ -190,7 +217,7 @@ def _parquet(path: Path, intake: Intake) -> Iterator[Values]:
             _refuse_bomb(unfolded, path, intake.uri)
             mean = unfolded / max(1, table.metadata.num_rows)
             for batch in table.iter_batches(batch_size=max(1, min(BATCH_ROWS, int(BATCH_BYTES / max(1.0, mean)))), use_threads=False):
-                yield from batch.to_pylist()
+                yield from _wanted(batch, intake)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise Invalid(f"Dataset {intake.uri} is not Parquet: {_short(error)}.") from error
 
@@ -210,9 +237,20 @@ def _arrow(path: Path, intake: Intake) -> Iterator[Values]:
                 _refuse_bomb(batch.nbytes, path, intake.uri)
                 step = max(1, min(BATCH_ROWS, BATCH_BYTES * max(1, batch.num_rows) // max(1, batch.nbytes)))
                 for start in range(0, batch.num_rows, step):
-                    yield from batch.slice(start, step).to_pylist()
+                    yield from _wanted(batch.slice(start, step), intake)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise Invalid(f"Dataset {intake.uri} is not Arrow: {_short(error)}.") from error
+
+
+def _wanted(batch: Any, intake: Intake) -> Iterator[Values]:  # Any: Arrow is untyped
+    """The batch's rows; those that are passed over are not made into Python's objects."""
+    wanted = [intake.wants(intake.rows + 1 + place) for place in range(batch.num_rows)]
+    if not all(wanted):
+        import pyarrow
+
+        batch = batch.take(pyarrow.array([place for place, is_wanted in enumerate(wanted) if is_wanted], pyarrow.int64()))
+    made = iter(batch.to_pylist())
+    yield from (next(made) if is_wanted else PASSED_OVER for is_wanted in wanted)
 
 
 def _refuse_bomb(unfolded: int, path: Path, uri: str) -> None:

@@ -24,8 +24,19 @@ CHUNK = 1 << 16
 _MIX = np.random.default_rng(7).integers(1, 2**63, BAND, dtype=np.uint64) | np.uint64(1)
 
 
+def signatures(texts: Sequence[str]) -> list[bytes]:
+    """Of each text the MinHash."""
+    from datasketch import MinHash
+
+    if not texts:
+        return []
+    shingles = [[" ".join(run).encode() for run in runs(words(text), SHINGLE)] for text in texts]
+    made = MinHash.generator(shingles, num_perm=PERMUTATIONS, seed=1, hashfunc=zlib.crc32)
+    return [signature.digest().astype(np.uint32).tobytes() for signature in made]
+
+
 class NearDuplicates:
-    """Takes the texts in order, then says which of them are near an earlier one."""
+    """Takes the texts' signatures in order, then says which of the texts are near an earlier one."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -33,14 +44,9 @@ class NearDuplicates:
         self._file = self._path.open("wb")
         self._rows = 0
 
-    def add(self, texts: Sequence[str]) -> None:
-        from datasketch import MinHash
-
-        if texts:
-            shingles = [[" ".join(run).encode() for run in runs(words(text), SHINGLE)] for text in texts]
-            for signature in MinHash.generator(shingles, num_perm=PERMUTATIONS, seed=1, hashfunc=zlib.crc32):
-                self._file.write(signature.digest().astype(np.uint32).tobytes())
-            self._rows += len(texts)
+    def add(self, signatures: Sequence[bytes]) -> None:
+        self._file.writelines(signatures)
+        self._rows += len(signatures)
 
     def close(self) -> None:
         self._file.close()

@@ -101,10 +101,12 @@ class Drops:
 
     counts: Counter[str] = field(default_factory=Counter)
     first: str = ""
+    first_row: int = 0
 
-    def add(self, reason: str, where: str = "") -> None:
+    def add(self, reason: str, where: str = "", row: int = 0) -> None:
         self.counts[reason] += 1
-        self.first = self.first or where
+        if not self.first:
+            self.first, self.first_row = where, row
 
 
 class RowReader:
@@ -113,7 +115,6 @@ class RowReader:
     def __init__(self, source: DataSource, where: str, shape: Shape = PROMPTED, work: Workspace | None = None) -> None:
         self.reading = Reading(source, work or Workspace())
         self.drops = Drops()
-        self.rows = 0
         self._source = source
         self._where = where
         self._shape = shape
@@ -140,18 +141,26 @@ class RowReader:
             self._columns_read |= template.variables
         self._input = self._templates.get(shape.prompt or shape.completion)
 
+    @property
+    def rows(self) -> int:
+        """That there are, those of other pods included."""
+        return self.reading.count
+
     def records(self) -> Iterator[Record]:
         """Every usable row. Raises Invalid if a needed column is missing or more than 20 % of the rows are unusable."""
+        yield from self.own_records()
+        refuse_if_mostly_bad(self._source, self._where, self.rows, self.drops)
+
+    def own_records(self) -> Iterator[Record]:
+        """As `records`, of this pod's rows; whether too many of all are unusable has to be asked of all pods."""
         checked = False
         for row in self.reading.rows():
-            self.rows += 1
             if row.values is not None and not checked:
                 self._check_columns(row.values)
                 checked = True
-            record = self._record(row)
+            record = self._record(row) if self.reading.takes(row) else None
             if record is not None:
                 yield record
-        self._refuse_if_mostly_bad()
 
     def _check_columns(self, values: dict[str, object]) -> None:
         # Without a word about columns, a row that has no prompt is the conversation that it has.
@@ -231,16 +240,18 @@ class RowReader:
         return (_text(context.get(name)) or "") if template is None else template.render(context)
 
     def _drop(self, reason: str, row: Row, problem: str) -> Record | None:
-        self.drops.add(reason, f"row {row.number}{f' ({row.file[:60]})' if row.file else ''}: {problem}")
+        self.drops.add(reason, f"row {row.number}{f' ({row.file[:60]})' if row.file else ''}: {problem}", row.number)
         return None
 
-    def _refuse_if_mostly_bad(self) -> None:
-        bad = sum(self.drops.counts.values())
-        if bad > MAX_BAD_SHARE * self.rows:
-            raise Invalid(
-                f"Dataset {self._source.uri}: {bad} of {self.rows} rows cannot be used; {self.drops.first}. "
-                f"Correct the rows, or set {self._where}.columns or {self._where}.template."
-            )
+
+def refuse_if_mostly_bad(source: DataSource, where: str, rows: int, drops: Drops) -> None:
+    """Raises Invalid."""
+    bad = sum(drops.counts.values())
+    if bad > MAX_BAD_SHARE * rows:
+        raise Invalid(
+            f"Dataset {source.uri}: {bad} of {rows} rows cannot be used; {drops.first}. "
+            f"Correct the rows, or set {where}.columns or {where}.template."
+        )
 
 
 def refuse_if_empty(records: int, rows: int, drops: Counter[str]) -> None:

@@ -9,10 +9,11 @@ from pathlib import Path
 from tuneloop_trainer.contract import DataSource, Reason
 from tuneloop_trainer.data.exports import open_export
 from tuneloop_trainer.data.fetching import KNOWN, MAX_FILES, Remote, Workspace, fetched, refuse_unknown_format
-from tuneloop_trainer.data.formats import Intake, Values, format_of, read_file, read_json_lines
+from tuneloop_trainer.data.formats import ALONE, Intake, Values, format_of, read_file, read_json_lines
 from tuneloop_trainer.errors import Invalid, StageError
 
 MAX_ROWS = 20_000_000
+"""That a pod takes of a source."""
 VOLUMES = Path("/volumes")
 """Claims are mounted below it, each in a folder of its name."""
 
@@ -37,7 +38,17 @@ class Reading:
     _intake: Intake = field(init=False)
 
     def __post_init__(self) -> None:
-        self._intake = Intake(self.source.uri)
+        # What people say meanwhile comes into one export and not into another: one pod reads it.
+        self._intake = Intake(self.source.uri, ALONE if self.source.feedback is not None else self.work.share)
+
+    @property
+    def count(self) -> int:
+        """Rows that there are, so far."""
+        return self._intake.rows
+
+    def takes(self, row: Row) -> bool:
+        """Whether the row is this pod's; it is shown the first one whose columns can be told, whoever's it is."""
+        return self._intake.share.takes(row.number)
 
     @property
     def digest(self) -> str:
@@ -50,14 +61,18 @@ class Reading:
         return None if asked is None else self.work.commits.get((asked.name, asked.revision))
 
     def rows(self) -> Iterator[Row]:
-        number = 0
+        intake = self._intake
+        most = MAX_ROWS * intake.share.of
         for file, values in self._values():
-            number += 1
-            if number > MAX_ROWS:
-                raise Invalid(f"Dataset {self.source.uri} has more than {MAX_ROWS} rows. Split it, or take a sample.")
-            yield Row(number, values, file=file) if isinstance(values, dict) else Row(number, None, values, file)
+            intake.rows += 1
+            if intake.rows > most:
+                raise Invalid(f"Dataset {self.source.uri} has more than {most} rows. Split it, take a sample, or raise data.workers.")
+            if not intake.wants(intake.rows):
+                continue
+            intake.has_begun = intake.has_begun or isinstance(values, dict)
+            yield Row(intake.rows, values, file=file) if isinstance(values, dict) else Row(intake.rows, None, values, file)
         feedback = self.source.feedback
-        if number == 0 and (feedback is None or feedback.epoch is None):  # rows of an epoch that is over go with their time
+        if intake.rows == 0 and (feedback is None or feedback.epoch is None):  # rows of an epoch that is over go with their time
             raise Invalid(f"Dataset {self.source.uri} is empty: it has no rows.", Reason.DATA_EMPTY)
 
     def _values(self) -> Iterator[tuple[str, Values]]:

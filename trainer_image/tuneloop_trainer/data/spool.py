@@ -51,8 +51,7 @@ class Spool:
         return self._database.execute("INSERT OR IGNORE INTO seen VALUES (?)", (record.key[:16],)).rowcount == 1
 
     def add(self, source: int, record: Record) -> None:
-        text = json.dumps(_values(record), ensure_ascii=False)
-        self._waiting.append((source, place(record.document, self._seed), record.key[:8], text))
+        self._waiting.append((source, place(record.document, self._seed), record.key[:8], written(record)))
         if len(self._waiting) >= WRITE_EVERY:
             self._write()
 
@@ -71,7 +70,7 @@ class Spool:
     def held(self) -> list[Record]:
         """The records set aside, in the order of adding."""
         query = "SELECT record FROM records WHERE dropped = 0 AND place <= ? ORDER BY id"
-        return [_record(text) for (text,) in self._database.execute(query, (self._held,))]
+        return [read_record(text) for (text,) in self._database.execute(query, (self._held,))]
 
     def train(self, source: int) -> Rows:
         """The records of a source that are neither dropped nor set aside."""
@@ -81,7 +80,7 @@ class Spool:
         self._write()
         query = f"SELECT id, record FROM records WHERE dropped = 0 AND place > ? AND {where} ORDER BY id"
         for id_, text in self._database.execute(query, (self._held, *arguments)):
-            yield id_, _record(text)
+            yield id_, read_record(text)
 
     def count(self, where: str, arguments: Sequence[object]) -> int:
         self._write()
@@ -115,7 +114,11 @@ class Rows:
         return (record for _, record in self._spool.numbered("source = ?", (self._source,)))
 
 
-def _record(text: str) -> Record:
+def written(record: Record) -> str:
+    return json.dumps(_values(record), ensure_ascii=False)
+
+
+def read_record(text: str) -> Record:
     record = Record(*json.loads(text))
     return record if record.history is None else replace(record, history=turns_of(record.history))
 

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 
 from tuneloop_trainer import bases, models
@@ -19,18 +19,18 @@ from tuneloop_trainer.contract import PROBE_TEXT, ExitCode, PrepareSummary, Reas
 from tuneloop_trainer.costs import TooCostly, bounded
 from tuneloop_trainer.data import curation, page, schedule
 from tuneloop_trainer.data.fetching import Workspace
-from tuneloop_trainer.data.filters import Filters
+from tuneloop_trainer.data.formats import ALONE, Share
 from tuneloop_trainer.data.packing import pack_stream
 from tuneloop_trainer.data.parallel import processes
 from tuneloop_trainer.data.preflight import MAX_SHOWN, Preflight, read_vocabulary
-from tuneloop_trainer.data.records import Record, RowReader, refuse_if_empty
+from tuneloop_trainer.data.records import Record
 from tuneloop_trainer.data.reference import write_reference
 from tuneloop_trainer.data.samples import Samples
 from tuneloop_trainer.data.shards import TokenRow, write_shards
 from tuneloop_trainer.data.suites import MAX_ITEMS, Item, items_of, labels_of, needs_labels, suites_of, write_items
 from tuneloop_trainer.data.templates import served_prompt
 from tuneloop_trainer.data.tokens import TokenCounts, Tokenizing
-from tuneloop_trainer.errors import Invalid
+from tuneloop_trainer.errors import Changed, Invalid
 from tuneloop_trainer.hardware import peak_resident_bytes
 from tuneloop_trainer.manifests import Metadata, publish, sha256_file, staging
 from tuneloop_trainer.objectives import Objective, objective_of
@@ -40,30 +40,15 @@ from tuneloop_trainer.results import RESULT_FILE, write_result
 from tuneloop_trainer.scratch import read_shape as read_shape_without_weights
 from tuneloop_trainer.scratch import write_base
 from tuneloop_trainer.shapes import read_shape
+from tuneloop_trainer.stages.gathering import Gathered, divide, read_sources, read_suites, take_parts
 from tuneloop_trainer.stages.outputs import run_key, stage_folder, told_again
+from tuneloop_trainer.stages.parts import all_parts, discard_parts, make_part
 from tuneloop_trainer.stages.vocabulary import Extended, describe, extend_vocabulary
 from tuneloop_trainer.training.arguments import read_arguments
 
 log = logging.getLogger("tuneloop.prepare")
 CARD, PAGE = "card.json", "card.html"
 SUITES = "suites"
-ROWS_BETWEEN_SIGNS = 1_000
-MAX_SUITE_ROWS = 5 * MAX_ITEMS
-"""Rows that are read of a suite, equal ones included."""
-
-
-@dataclass
-class Gathered:
-    """What was read and is kept: training records per source, the validation split, and records per Dataset suite."""
-
-    train: curation.Sources
-    validation: list[Record]
-    suites: dict[str, list[Record]]
-    digests: dict[str, str]
-    revisions: dict[str, str]
-    rows_in: int
-    drops: Counter[str]
-    filters: Filters
 
 
 @dataclass
@@ -80,10 +65,25 @@ class Observed:
         self.samples.offer(record.key, record.row, tokens.rows[0])
 
 
-def prepare(config: RunConfig, progress: ProgressWriter) -> StageResult:
-    if (result := told_again(config, Stage.PREPARE)) is not None:
-        return result
-    read_arguments(config)
+def prepare(config: RunConfig, progress: ProgressWriter, share: Share = ALONE) -> StageResult:
+    """`share` is this pod's among several: the others make parts of the rows, the first one makes its own and then the output of all."""
+    result = told_again(config, Stage.PREPARE)
+    if result is None:
+        try:
+            read_arguments(config)
+            if share.number > 0:
+                make_part(config, objective_of(config), share, progress)
+                return StageResult(stage=Stage.PREPARE, exit_code=ExitCode.DONE, message=f"Part {share.number + 1} is made.")
+            result = _prepare(config, progress, share)
+        except (Invalid, Changed):
+            discard_parts(config)  # what was read has to change, or has changed
+            raise
+    if share.number == 0:
+        discard_parts(config)
+    return result
+
+
+def _prepare(config: RunConfig, progress: ProgressWriter, share: Share) -> StageResult:
     progress.phase("DownloadingModel")
     found = (bases.prepare_base if config.scratch is None else bases.prepare_tokenizer)(config.base, config.paths)
     progress.phase("LoadingModel")
@@ -91,14 +91,21 @@ def prepare(config: RunConfig, progress: ProgressWriter) -> StageResult:
     if config.scratch is None and found is not None:  # what cannot be used is told before any row is read
         _refuse_endless(objective.formatter(found.folder, models.load_tokenizer(found.folder, config.base.uri)), config.base.uri)
 
-    progress.phase("ReadingData")
     started = time.monotonic()
+    if share.of > 1:
+        make_part(config, objective, share, progress)
+        folders = all_parts(config, share, progress)
+    progress.phase("ReadingData")
     with staging(stage_folder(config, Stage.PREPARE)) as folder, scratch(folder) as spool:
         curating = curation.Curating(config.curation, spool, config.training.seed, MAX_ITEMS)
         with closing(curating):
-            gathered = gather(
-                config, objective, curating, Workspace(spool / "fetched", lambda share: progress.phase("Fetching", percent=share)), progress
-            )
+            work = Workspace(spool / "fetched", lambda percent: progress.phase("Fetching", percent=percent))
+            items = read_suites(config, objective, work)
+            if share.of > 1:
+                told = take_parts(config, curating, items, folders, progress)
+            else:
+                told = read_sources(config, objective, curating, items, work, progress)
+            gathered = divide(config, objective, curating, items, told)
             objective.look_at(gathered.train, [*gathered.validation, *chain.from_iterable(gathered.suites.values())])
             suites = snapshot_suites(config, gathered, folder / SUITES)
             base = found.folder if found is not None else folder / bases.OWN
@@ -128,7 +135,7 @@ def prepare(config: RunConfig, progress: ProgressWriter) -> StageResult:
                     "model": (read_shape if config.scratch is None else read_shape_without_weights)(used),
                     "reward_bytes": objective.reward_bytes(),
                     "base_revision": found.revision if found is not None else None,
-                    "rows_per_second": round(gathered.rows_in / max(seconds, 1e-3), 1),
+                    "rows_per_second": round(gathered.told.rows_in / max(seconds, 1e-3), 1),
                     "peak_memory_bytes": peak_resident_bytes(),
                     "suite_digests": suites,
                     "prompt_probe_sha256": _prompt_probe(config, formatter) if objective.answers else None,
@@ -160,48 +167,6 @@ def scratch(folder: Path) -> Iterator[Path]:
         yield beside
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-
-
-def gather(config: RunConfig, objective: Objective, curating: curation.Curating, work: Workspace, progress: ProgressWriter) -> Gathered:
-    """Read every Dataset suite and every source; what is kept of the sources goes to disk."""
-    suites = read_suites(config, objective, work)
-    curating.guard(chain.from_iterable(suites.values()))
-    digests: dict[str, str] = {}
-    revisions: dict[str, str] = {}
-    rows_in = 0
-    for index, source in enumerate(config.train):
-        reader = RowReader(source, f"data.train[{index}]", objective.shape, work)
-        curating.add(_told(reader, rows_in, progress))
-        digests[source.uri] = reader.reading.digest
-        if (revision := reader.reading.revision) is not None:
-            revisions[source.uri] = revision
-        rows_in += reader.rows
-        curating.drops.update(reader.drops.counts)
-    train, validation = curating.divide(config.validation_fraction)
-    refuse_if_empty(sum(map(len, train)), rows_in, curating.drops)
-    if config.validation_fraction > 0 and not validation:
-        raise Invalid("data.validation holds out whole documents, and the data has one document only. Set the column 'document'.")
-    return Gathered(train, objective.judged(validation), suites, digests, revisions, rows_in, curating.drops, curating.filters)
-
-
-def _told(reader: RowReader, before: int, progress: ProgressWriter) -> Iterator[Record]:
-    """A source's records; how many rows were read is a sign of life."""
-    for record in reader.records():
-        if reader.rows % ROWS_BETWEEN_SIGNS == 0:
-            progress.phase("ReadingData", samples=before + reader.rows)
-        yield record
-
-
-def read_suites(config: RunConfig, objective: Objective, work: Workspace) -> dict[str, list[Record]]:
-    """The records of every Dataset suite."""
-    suites = {}
-    for index, suite in enumerate(config.evaluation.suites):
-        if suite.source is not None:
-            reader = RowReader(suite.source, f"evaluation.suites[{index}].dataset", objective.suite_shape(suite), work)
-            suites[suite.name] = list(islice(reader.records(), MAX_SUITE_ROWS + 1))
-            if len(suites[suite.name]) > MAX_SUITE_ROWS:
-                raise Invalid(f"Suite {suite.name} has more than {MAX_SUITE_ROWS} rows; at most {MAX_ITEMS} are scored. Take a sample.")
-    return suites
 
 
 def snapshot_suites(config: RunConfig, gathered: Gathered, folder: Path) -> dict[str, str]:
@@ -259,9 +224,9 @@ def tokenize(
     card = _card(config, gathered, tokenizing, sizes, warnings, observed.preflight.classes) | {"vocabulary": vocabulary.card}
     write_card(config, card, observed, counts, folder)
     return PrepareSummary(
-        rows_in=gathered.rows_in,
+        rows_in=gathered.told.rows_in,
         rows_kept=counts.rows,
-        dropped=dict(gathered.drops),
+        dropped=dict(sorted(gathered.drops.items())),
         tokens=counts.tokens,
         supervised_share=round(counts.supervised_share, 6),
         truncated=counts.truncated,
@@ -269,8 +234,8 @@ def tokenize(
         warnings=tuple(warnings[:MAX_SHOWN]),
         max_steps=steps,
         base_digest="",
-        dataset_digests=gathered.digests,
-        dataset_revisions=gathered.revisions,
+        dataset_digests=gathered.told.digests,
+        dataset_revisions=gathered.told.revisions,
         shards_digest=digest,
         longest_row=longest,
         vocabulary=vocabulary.summary,
@@ -304,18 +269,18 @@ def _card(
             {
                 "uri": source.uri,
                 "weight": source.weight,
-                "sha256": gathered.digests[source.uri],
-                "revision": gathered.revisions.get(source.uri),
+                "sha256": gathered.told.digests[source.uri],
+                "revision": gathered.told.revisions.get(source.uri),
                 "rows": rows,
             }
             for source, rows in zip(config.train, sizes, strict=True)
         ],
-        "rows_in": gathered.rows_in,
-        "dropped": dict(gathered.drops),
+        "rows_in": gathered.told.rows_in,
+        "dropped": dict(sorted(gathered.drops.items())),
         "first_dropped": tokenizing.drops.first,
         "tokens": asdict(tokenizing.counts),
-        "found": {name: dict(counts) for name, counts in gathered.filters.details.items()},
-        "tools": gathered.filters.tools,
+        "found": {name: dict(sorted(counts.items())) for name, counts in sorted(gathered.told.found.items())},
+        "tools": gathered.told.tools,
         "packed": config.training.packing,
     }
 

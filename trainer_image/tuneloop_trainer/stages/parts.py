@@ -1,0 +1,104 @@
+"""The parts that several pods make of one set: each pod makes its own, and the first one waits for all of them and goes on alone.
+
+A part is published as every stage's output is, so that a pod that starts again finds its own, and a part of another configuration is not
+taken. They lie beside the stage's folder until it is published.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from tuneloop_trainer.contract import Reason, RunConfig, Stage
+from tuneloop_trainer.data import curation, parts
+from tuneloop_trainer.data.fetching import Workspace
+from tuneloop_trainer.data.formats import Share
+from tuneloop_trainer.data.records import RowReader
+from tuneloop_trainer.errors import Mismatch, Unavailable
+from tuneloop_trainer.manifests import publish, read_manifest, staging, verify
+from tuneloop_trainer.objectives import Objective
+from tuneloop_trainer.progress import ProgressWriter
+from tuneloop_trainer.stages.gathering import read_suites, signalled
+from tuneloop_trainer.stages.outputs import run_key, stage_folder
+
+log = logging.getLogger("tuneloop.prepare")
+FOLDER = "prepare-parts"
+LOOK_EVERY_SECONDS = 2.0
+
+
+def part_folder(config: RunConfig, share: Share) -> Path:
+    return stage_folder(config, Stage.PREPARE).with_name(FOLDER) / f"{share.number}-of-{share.of}"
+
+
+def make_part(config: RunConfig, objective: Objective, share: Share, progress: ProgressWriter) -> None:
+    """Read this pod's rows and publish what they came to; nothing, where that was done before."""
+    target = part_folder(config, share)
+    if _is_made(config, target) and _verifies(target):
+        return
+    progress.phase("ReadingData")
+    with staging(target) as folder:
+        beside = folder.with_name(f"{folder.name}-fetched")
+        try:
+            _write(config, objective, share, folder, beside, progress)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+        publish(folder, target, "dataset", {"run_key": run_key(config)})
+    log.info("part %d of %d is made", share.number + 1, share.of)
+
+
+def all_parts(config: RunConfig, share: Share, progress: ProgressWriter, pause: Callable[[float], None] = time.sleep) -> list[Path]:
+    """The parts of all pods, as soon as they are there. Raises Unavailable for one that is not what its manifest says."""
+    folders = [part_folder(config, Share(number, share.of)) for number in range(share.of)]
+    for number, folder in enumerate(folders):
+        while not _is_made(config, folder):
+            progress.phase("WaitingForParts", percent=round(100 * number / share.of, 1))
+            pause(LOOK_EVERY_SECONDS)
+        if not _verifies(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            raise Unavailable(f"Part {number + 1} of the rows is damaged; it is made again.", Reason.STORE_UNAVAILABLE)
+    return folders
+
+
+def discard_parts(config: RunConfig) -> None:
+    """Once they were used, or what they were made of has to change. What a pod is still writing stays."""
+    for folder in stage_folder(config, Stage.PREPARE).with_name(FOLDER).glob("[0-9]*-of-*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write(config: RunConfig, objective: Objective, share: Share, folder: Path, beside: Path, progress: ProgressWriter) -> None:
+    work = Workspace(beside, lambda percent: progress.phase("Fetching", percent=percent))
+    suites = read_suites(config, objective, work)
+    judging = curation.Judging(config.curation)
+    judging.guard(suites.everything())
+    work.share = share
+    read: list[parts.ReadSource | None] = []
+    before = 0
+    for index, source in enumerate(config.train):
+        if source.feedback is not None and share.number > 0:
+            read.append(None)
+            continue
+        reader = RowReader(source, f"data.train[{index}]", objective.shape, work)
+        records = signalled(reader.own_records(), progress, reader, before)
+        parts.write_source(folder, index, judging.judged(records))
+        read.append(parts.ReadSource.of(reader))
+        before += reader.rows
+    parts.write_counts(folder, parts.Counts.of(read, suites.digests, judging.filters))
+
+
+def _is_made(config: RunConfig, folder: Path) -> bool:
+    """Whether there is a part of this configuration; its files are not looked at."""
+    try:
+        return read_manifest(folder).metadata.get("run_key") == run_key(config)
+    except Mismatch:
+        return False
+
+
+def _verifies(folder: Path) -> bool:
+    try:
+        verify(folder)
+    except Mismatch:
+        return False
+    return True
