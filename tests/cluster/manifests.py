@@ -42,6 +42,7 @@ FINE_TUNE_JOB: Manifest = {
                 {"feedback": {"deployment": "sentiment", "epoch": "0"}},
             ],
             "validation": {"fraction": "0.1"},
+            "workers": 2,
             "curation": {
                 "deduplicate": "Near",
                 "personalData": "Redact",

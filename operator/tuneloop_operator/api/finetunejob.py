@@ -173,6 +173,13 @@ class Data(Model):
     train: Annotated[tuple[DataSource, ...], Field(min_length=1, max_length=16)] = Field(description="Sources of training rows.")
     validation: Validation | None = Field(default=None, description="Hold out a part of the training data.")
     curation: Curation = Field(default=Curation(), description="What is removed.")
+    workers: int = Field(
+        default=1,
+        ge=1,
+        le=64,
+        description="Pods that read and curate the rows, each its share; the result is that of one. With more than one the claims are"
+        " mounted on several nodes.",
+    )
 
 
 AboveOne = Annotated[str, decimal("must be a number above 1, as a string, for example '5'.", "double(self) > 1.0")]

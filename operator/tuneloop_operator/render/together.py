@@ -1,4 +1,4 @@
-"""What the pods of a training that runs on several nodes need to find each other, and each one's processes."""
+"""Which stages run as several pods, and what those of a training need to find each other, and each one's processes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from tuneloop_trainer.contract import ENV_NODES, ENV_PROCESSES, ENV_RENDEZVOUS, 
 
 
 def nodes(job: FineTuneJob, stage: Stage, *, with_devices: bool) -> int:
-    """Pods of an attempt: only training is shared, and not where its result is only read again."""
-    return job.spec.compute.nodes if stage is Stage.TRAIN and with_devices else 1
+    """Pods of an attempt: those that train together, or prepare shares of the rows; one where its result is only read again."""
+    shared = {Stage.TRAIN: job.spec.compute.nodes, Stage.PREPARE: job.spec.data.workers}
+    return shared.get(stage, 1) if with_devices else 1
 
 
 def processes(job: FineTuneJob) -> int:
@@ -29,7 +30,9 @@ def fewest_nodes(job: FineTuneJob, *, is_sharded: bool) -> int:
 
 
 def environment(job: FineTuneJob, job_name: str, stage: Stage, count: int) -> list[Json]:
-    """For the launcher; nothing where one process trains alone. The pod's own number is set by Kubernetes."""
+    """For the launcher; nothing where one process works alone. The pod's own number is set by Kubernetes."""
+    if stage is Stage.PREPARE and count > 1:
+        return [pods.value(ENV_NODES, str(count))]
     if stage is not Stage.TRAIN or count * processes_of_node(job) == 1:
         return []
     first = f"{job_name}-0.{names.job_peers(job.metadata.name)}" if count > 1 else "127.0.0.1"

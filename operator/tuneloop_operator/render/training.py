@@ -127,7 +127,7 @@ def stage_job(
     template = _pod(job, resolved, config, settings, stage, labels, config_map_name(job, text), with_devices)
     if with_devices:
         template["spec"]["containers"][0]["env"] += together.environment(job, name, stage, nodes)
-    if nodes > 1:
+    if stage is Stage.TRAIN and nodes > 1:
         template["spec"]["subdomain"] = names.job_peers(job.metadata.name)
     job_only = {names.INPUT_LABEL: input_hash, names.RETRY_HASH_LABEL: retry_hash(job), names.FROM_STEP_LABEL: str(from_step)}
     return {
@@ -141,7 +141,7 @@ def stage_job(
         "spec": {
             "parallelism": nodes,
             "completions": nodes,
-            # As one: what ends one pod ends the attempt, and the next one takes it up with as many.
+            # As one: what ends one pod ends the attempt, and the next one takes it up with as many. Parts of the rows that were made stay.
             **({"completionMode": "Indexed"} if nodes > 1 else {}),
             "backoffLimit": 0,
             "suspend": False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -264,7 +265,7 @@ def test_lengths_are_shown_from_the_first_to_the_last_that_occurs() -> None:
 # --- memory ---
 
 MEASURE = """
-import resource, sys, time
+import json, resource, sys, time
 from pathlib import Path
 from tests.unit.trainer.builders import make_config, make_source, run_stage
 from tuneloop_trainer.contract import Curation, Stage, Training
@@ -276,25 +277,32 @@ config = make_config(root / f"{rows}-{deduplicate}", base, [source], training=tr
 started = time.process_time()
 result = run_stage(config, Stage.PREPARE)
 assert result.exit_code == 0, result.message
-print(result.prepare.rows_kept, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time() - started)
+peak, seconds = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time() - started
+told = result.prepare
+print(json.dumps({"peak": peak, "seconds": seconds} | ({"kept": told.rows_kept, "rate": told.rows_per_second} if told else {})))
 """
 
 
 @pytest.mark.long
 @pytest.mark.timeout(1500)
+@pytest.mark.parametrize("pods", [1, 2])
 @pytest.mark.parametrize("deduplicate", ["Exact", "Near"])
-def test_memory_stays_flat_as_rows_grow_tenfold(deduplicate: str, tmp_path: Path, base: Path) -> None:
+def test_memory_stays_flat_as_rows_grow_tenfold(deduplicate: str, pods: int, tmp_path: Path, base: Path) -> None:
     measured = {}
     for rows in (6_000, 60_000):
         with (tmp_path / f"{rows}.jsonl").open("w") as file:
             for number in range(rows):
                 word = f"{number * 7919 % 1_000_003} and {number * 104_729 % 999_983} or {number * 31_337 % 500_009}"
                 file.write(json.dumps({"text": f"{word} people saw number {number}", "label": "good" if number % 2 else "bad"}) + "\n")
-        run = subprocess.run(
-            [sys.executable, "-c", MEASURE, str(tmp_path), str(base), str(rows), deduplicate], capture_output=True, text=True, check=True
+        command = [sys.executable, "-c", MEASURE, str(tmp_path), str(base), str(rows), deduplicate]
+        places = ({"TUNELOOP_NODES": str(pods), "JOB_COMPLETION_INDEX": str(number)} for number in range(pods))
+        running = [subprocess.Popen(command, env=os.environ | place, stdout=subprocess.PIPE, text=True) for place in places]
+        told = [json.loads(process.communicate()[0]) for process in running]
+        measured[rows] = max(one["peak"] for one in told) / 1024
+        seconds = sum(one["seconds"] for one in told)
+        print(
+            f"{deduplicate}, {pods} pods: {rows} rows, {told[0]['kept']} kept: {measured[rows]:.0f} MiB, "
+            f"{told[0]['rate']:.0f} rows a second, {rows / seconds:.0f} for each CPU second"
         )
-        kept, peak, seconds = run.stdout.split()
-        measured[rows] = int(peak) / 1024
-        print(f"{deduplicate}: {rows} rows, {kept} kept: {measured[rows]:.0f} MiB, {rows / float(seconds):.0f} rows per CPU second")
 
     assert measured[60_000] < 1.1 * measured[6_000] + 20

@@ -88,7 +88,8 @@ class Case:
     def _input(self, stage: Stage) -> object:
         match stage:
             case Stage.PREPARE:
-                return self.config().model_dump(mode="json")
+                asked = self.config().model_dump(mode="json")
+                return asked if self.job.spec.data.workers == 1 else [asked, self.job.spec.data.workers]
             case Stage.EVALUATE:
                 pinned, artifact = self.resolved.baseline, self.status.artifact
                 baseline = [pinned.name, pinned.manifest_digest] if pinned is not None else None
@@ -175,7 +176,7 @@ class Case:
             nodes=nodes,
             with_devices=with_devices,
         )
-        if nodes > 1:
+        if stage is Stage.TRAIN and nodes > 1:
             self.apply.append(together.service(self.job, training.job_labels(self.job)))
         self.apply += [training.progress_policy(self.job, self.settings), training.config_map(self.job, text), manifest]
         if stage is Stage.PREPARE:

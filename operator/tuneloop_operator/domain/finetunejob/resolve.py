@@ -56,6 +56,7 @@ def config_digest(spec: FineTuneJobSpec) -> str:
     compute = {field: value for field, value in asked.pop("compute", {}).items() if field not in ("pod", "costPerAcceleratorHour")}
     if compute:
         asked["compute"] = compute
+    asked["data"].pop("workers", None)
     text = json.dumps(asked, sort_keys=True, separators=(",", ":"))
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 

@@ -93,7 +93,9 @@ def _start(case: Case, stage: Stage, due: Due) -> Standing:
 def _going(case: Case, stage: Stage, active: Active) -> Standing:
     if active.is_running:
         interval = case.settings.progress_interval_seconds if stage is Stage.TRAIN else 60.0
-        return Standing(PHASES[stage], REASONS[stage], _doing(case, stage, active.run.nodes), requeue_after=interval)
+        return Standing(
+            PHASES[stage], REASONS[stage], _doing(case, stage, active.run.nodes, active.run.job.status.succeeded), requeue_after=interval
+        )
     look_again = _look_again(active.run, case.now)
     if stage is Stage.TRAIN and (fewer := elastic.fewer(case.job, active.run, case.now, is_sharded=case.is_sharded())) is not None:
         if fewer.seconds_left <= 0:
@@ -112,8 +114,10 @@ def _go_on_with_fewer(case: Case, run: StageRun, nodes: int) -> Standing:
     return Standing(PHASES[Stage.TRAIN], REASONS[Stage.TRAIN], _doing(case, Stage.TRAIN, nodes), requeue_after=5.0)
 
 
-def _doing(case: Case, stage: Stage, nodes: int) -> str:
+def _doing(case: Case, stage: Stage, nodes: int, done: int = 0) -> str:
     wanted = case.job.spec.compute.nodes
+    if stage is Stage.PREPARE and nodes > 1:
+        return f"{DOING[stage]} {done} of {nodes} pods are done."
     if stage is not Stage.TRAIN or nodes == wanted:
         return DOING[stage]
     return f"The model is being trained on {nodes} of {wanted} nodes, with the same global batch: no node took the others."
