@@ -55,7 +55,8 @@ def pods(installed: Story, name: str) -> list[dict[str, Any]]:
 
 def digest(installed: Story, name: str) -> str:
     """Of the shards, as the pod told it that made them."""
-    states = [status["state"].get("terminated") or {} for pod in pods(installed, name) for status in pod["status"].get("containerStatuses", ())]
+    statuses = [status for pod in pods(installed, name) for status in pod["status"].get("containerStatuses", ())]
+    states = [status["state"].get("terminated") or {} for status in statuses]
     results = [json.loads(state["message"]) for state in states if state.get("exitCode") == 0]
     (made,) = {result["prepare"]["shardsDigest"] for result in results if "prepare" in result}
     return str(made)
