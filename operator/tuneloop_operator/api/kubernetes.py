@@ -71,6 +71,17 @@ class Job(Model):
         return self.is_complete or self.is_failed
 
 
+def job_of_set(job_set: dict[str, Any], made: dict[str, Any] | None) -> Job:
+    """A JobSet as the one Job that it has: under its own name, with the status of the Job that was made for it. What it says itself
+    counts where that Job says nothing of its end."""
+    own = {"Completed": "Complete", "Failed": "Failed"}
+    told = [c | {"type": own[c["type"]]} for c in (job_set.get("status") or {}).get("conditions") or () if c.get("type") in own]
+    status = dict((made or {}).get("status") or {})
+    status["conditions"] = [*(status.get("conditions") or ()), *told]
+    spec = {"suspend": bool(job_set["spec"].get("suspend"))}
+    return Job.model_validate({"metadata": job_set["metadata"], "spec": spec, "status": status})
+
+
 class Terminated(Model):
     exit_code: int = 0
     reason: str = ""

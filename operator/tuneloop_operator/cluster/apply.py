@@ -22,7 +22,7 @@ from tuneloop_operator.render.names import HASH_LABEL, MANAGER, short_hash
 
 MADE_SECONDS = 600.0
 """How long it is believed that a Secret, which the operator cannot read, is still there."""
-WRITE_ONCE = ("Job",)
+WRITE_ONCE = ("Job", "JobSet")
 """Kinds whose spec the API server holds fast. A later release may render them differently; what runs is left alone then."""
 
 

@@ -35,6 +35,8 @@ class Cluster:
     ) -> None:
         self.transport = transport
         self.settings = settings
+        self.unserved: set[str] = set()
+        """Optional kinds that the API server did not have when the operator started."""
         self.cache = cache or Cache()
         self.guard = guard
         """Called before each write; raises NotLeader where the Lease is lost."""

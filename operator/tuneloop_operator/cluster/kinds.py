@@ -17,6 +17,8 @@ class Resource:
     plural: str
     kind: str
     is_namespaced: bool = True
+    is_optional: bool = False
+    """Of somebody else, and made use of where the API server has it."""
 
     @property
     def group(self) -> str:
@@ -61,6 +63,7 @@ KINDS: dict[str, Resource] = {
         Resource("apps/v1", "replicasets", "ReplicaSet"),
         Resource("apps/v1", "controllerrevisions", "ControllerRevision"),
         Resource("batch/v1", "jobs", "Job"),
+        Resource("jobset.x-k8s.io/v1alpha2", "jobsets", "JobSet", is_optional=True),
         Resource("policy/v1", "poddisruptionbudgets", "PodDisruptionBudget"),
         Resource("networking.k8s.io/v1", "networkpolicies", "NetworkPolicy"),
         Resource("rbac.authorization.k8s.io/v1", "roles", "Role"),

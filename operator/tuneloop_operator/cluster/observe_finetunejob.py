@@ -9,7 +9,7 @@ from typing import Any
 
 from tuneloop_operator.api import finetunejob as api
 from tuneloop_operator.api import modeldeployment, modelversion
-from tuneloop_operator.api.kubernetes import Job, Pod, WarningEvent
+from tuneloop_operator.api.kubernetes import Job, Pod, WarningEvent, job_of_set
 from tuneloop_operator.api.modeldeployment import ModelDeployment
 from tuneloop_operator.api.modelversion import ModelVersion
 from tuneloop_operator.cluster.cache import Cache
@@ -25,7 +25,7 @@ from tuneloop_operator.render.run_config import run_config
 from tuneloop_operator.settings import Settings
 from tuneloop_trainer.contract import PROGRESS_LIMIT, PROGRESS_PORT, Progress, Stage
 
-CHILDREN = ("Job", "Pod", "ConfigMap", "NetworkPolicy", "Service")
+CHILDREN = ("JobSet", "Job", "Pod", "ConfigMap", "NetworkPolicy", "Service")
 MUTE_SECONDS = 3.0
 """A Job without a pod, or a pod without a word for so long, is asked after in the events."""
 MAX_EVENTS = 20
@@ -53,6 +53,7 @@ async def observe(key: Key, cluster: Cluster, settings: Settings, now: datetime)
         conflicts=tuple(sorted(cluster.conflicts.get(job.metadata.uid, ()), key=lambda taken: (taken.kind, taken.name))),
         refusals=cluster.refused(job.metadata.uid),
         children=tuple(_children(cluster.cache, job)),
+        has_job_sets="JobSet" not in cluster.unserved,
     )
 
 
@@ -60,15 +61,16 @@ async def observe(key: Key, cluster: Cluster, settings: Settings, now: datetime)
 
 
 def _stage_runs(cache: Cache, job: api.FineTuneJob) -> list[StageRun]:
-    owned = cache.owned("Job", job.metadata.namespace, job.metadata.uid)
+    owned = [raw for kind in ("Job", "JobSet") for raw in cache.owned(kind, job.metadata.namespace, job.metadata.uid)]
     runs = [run for raw in owned if (run := _stage_run(cache, raw)) is not None]
     order = list(Stage)
     return sorted(runs, key=lambda run: (order.index(run.stage), run.number))
 
 
 def _stage_run(cache: Cache, raw: dict[str, Any]) -> StageRun | None:
-    """None for a Job whose labels are not ours any more, or that is being deleted."""
-    job = Job.model_validate(raw)
+    """None for a Job whose labels are not ours any more, or that is being deleted. A JobSet is taken for the one Job that it makes."""
+    made = _made_by(cache, raw) if raw["kind"] == "JobSet" else raw
+    job = job_of_set(raw, made) if raw["kind"] == "JobSet" else Job.model_validate(raw)
     labels = job.metadata.labels
     try:
         stage, number = Stage(labels.get(names.STAGE_LABEL, "")), int(labels.get(names.ATTEMPT_LABEL, ""))
@@ -77,7 +79,8 @@ def _stage_run(cache: Cache, raw: dict[str, Any]) -> StageRun | None:
         return None
     if job.metadata.deletion_timestamp is not None:
         return None
-    pods = [Pod.model_validate(pod) for pod in cache.owned("Pod", job.metadata.namespace, job.metadata.uid)]
+    owned = cache.owned("Pod", job.metadata.namespace, made["metadata"]["uid"]) if made is not None else []
+    pods = [Pod.model_validate(pod) for pod in owned]
     return StageRun(
         stage=stage,
         number=number,
@@ -86,8 +89,15 @@ def _stage_run(cache: Cache, raw: dict[str, Any]) -> StageRun | None:
         from_step=from_step,
         job=job,
         manifest=raw,
+        made_uid=made["metadata"]["uid"] if made is not None else "",
         pods=tuple(sorted(pods, key=lambda pod: (pod.metadata.creation_timestamp, pod.metadata.name))),
     )
+
+
+def _made_by(cache: Cache, job_set: dict[str, Any]) -> dict[str, Any] | None:
+    """The Job of a JobSet, once its controller has made it."""
+    metadata = job_set["metadata"]
+    return next(iter(cache.owned("Job", metadata["namespace"], metadata["uid"])), None)
 
 
 def _began_with(cache: Cache, job: api.FineTuneJob, runs: list[StageRun]) -> str | None:
@@ -148,7 +158,7 @@ def _mute_subject(run: StageRun, now: datetime) -> str | None:
         return None
     if run.pod is None:
         is_old = times.seconds_between(run.job.metadata.creation_timestamp, now) >= MUTE_SECONDS
-        return run.job.metadata.uid if is_old else None
+        return (run.made_uid or run.job.metadata.uid) if is_old else None
     is_old = times.seconds_between(run.pod.metadata.creation_timestamp, now) >= MUTE_SECONDS
     states = [status.state.waiting for status in run.pod.status.container_statuses if status.state.waiting is not None]
     is_creating = run.pod.spec.node_name is not None and all(state.reason == "ContainerCreating" for state in states)

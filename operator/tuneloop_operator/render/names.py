@@ -70,6 +70,10 @@ INDEX_LENGTH = 3
 """Characters that the number of a pod adds to the name of its host: `-0` to `-63`."""
 
 
+IN_SET_LENGTH = 16
+"""The same in a JobSet, whose pods it names too: `-node-0-63-abcde`."""
+
+
 def stage_job(job: str, stage: str, number: int, spare: int = 0) -> str:
     """`<name>-train-<n>`, `<name>-prepare-<n>`, …; a long job's name is cut where the number has grown long too. `spare`
     characters are left for what is appended to it."""

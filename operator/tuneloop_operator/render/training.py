@@ -116,21 +116,25 @@ def stage_job(
     text: str,
     from_step: int = 0,
     nodes: int = 1,
+    in_set: bool = False,
     with_devices: bool = True,
 ) -> Json:
-    """One attempt of one stage. It is never retried by Kubernetes but for disruptions, which are nobody's fault.
+    """One attempt of one stage, as a JobSet where that is asked for. It is never retried by Kubernetes but for disruptions, which are
+    nobody's fault.
 
     `config` says which claims it needs; `text` is what it reads.
     """
     labels = job_labels(job) | {names.STAGE_LABEL: stage.value, names.ATTEMPT_LABEL: str(number)}
-    name = names.stage_job(job.metadata.name, stage.value, number, names.INDEX_LENGTH if nodes > 1 else 0)
+    spare = 0 if nodes == 1 else names.IN_SET_LENGTH if in_set else names.INDEX_LENGTH
+    name = names.stage_job(job.metadata.name, stage.value, number, spare)
     template = _pod(job, resolved, config, settings, stage, labels, config_map_name(job, text), with_devices)
     if with_devices:
-        template["spec"]["containers"][0]["env"] += together.environment(job, name, stage, nodes)
-    if stage is Stage.TRAIN and nodes > 1:
+        first = together.first_host(job, name, nodes, in_set=in_set)
+        template["spec"]["containers"][0]["env"] += together.environment(job, first, stage, nodes)
+    if stage is Stage.TRAIN and nodes > 1 and not in_set:
         template["spec"]["subdomain"] = names.job_peers(job.metadata.name)
     job_only = {names.INPUT_LABEL: input_hash, names.RETRY_HASH_LABEL: retry_hash(job), names.FROM_STEP_LABEL: str(from_step)}
-    return {
+    manifest: Json = {
         "apiVersion": "batch/v1",
         "kind": "Job",
         "metadata": {
@@ -156,13 +160,20 @@ def stage_job(
             "template": template,
         },
     }
+    return together.job_set(manifest) if in_set else manifest
 
 
 def suspended(manifest: Json, suspend: bool) -> Json:
-    """An observed Job with nothing changed but `suspend`: its template is immutable, and may have been made by another version of us."""
+    """An observed Job, or JobSet, with nothing changed but `suspend`: its template is immutable, and may have been made by another
+    version of us."""
     metadata = manifest["metadata"]
     kept = {name: metadata[name] for name in ("name", "namespace", "labels") if name in metadata}
-    return {"apiVersion": "batch/v1", "kind": "Job", "metadata": kept, "spec": manifest["spec"] | {"suspend": suspend}}
+    return {
+        "apiVersion": manifest["apiVersion"],
+        "kind": manifest["kind"],
+        "metadata": kept,
+        "spec": manifest["spec"] | {"suspend": suspend},
+    }
 
 
 def retry_hash(job: FineTuneJob) -> str:

@@ -26,13 +26,16 @@ SWEEP_SECONDS = 600.0
 
 
 async def prime(cluster: Cluster, kinds: Iterable[str]) -> None:
-    """Lists every kind into the cache; waits as long as the API server, or a CRD, is missing."""
+    """Lists every kind into the cache; waits as long as the API server, or a CRD, is missing, but for no optional one."""
     for kind in kinds:
         while True:
             try:
                 await list_into(cluster, kind)
                 break
             except NotFound:
+                if KINDS[kind].is_optional:
+                    cluster.unserved.add(kind)
+                    break
                 log.warning("the API server does not serve %s: install the CRDs", kind)
             except (ApiError, Unreachable) as error:
                 log.warning("cannot list %s: %s", kind, error)

@@ -68,6 +68,8 @@ class Operator:
             if not await _either(prime(self.cluster, self.routes.kinds), stop):
                 return
             self.is_primed = True
+            kinds = tuple(kind for kind in self.routes.kinds if kind not in self.cluster.unserved)
+            self.informer.kinds = self.sweeper.kinds = kinds
             _settle_memory()
             self.informer.start()
             tasks.append(asyncio.create_task(self.sweeper.run(), name="sweeper"))
@@ -75,7 +77,7 @@ class Operator:
                 tasks.append(asyncio.create_task(self.elector.run(), name="elector"))
             else:
                 self._led(True)
-            log.info("watching %s", ", ".join(self.routes.kinds))
+            log.info("watching %s", ", ".join(kinds))
             await _either(_first_end(tasks), stop)
         finally:
             await self._end(tasks)

@@ -151,6 +151,7 @@ class World:
     now: datetime = NOW
     writes: int = 0
     settings: Settings = SETTINGS
+    has_job_sets: bool = False
     events: list[Any] = field(default_factory=list)
     made: list[str] = field(default_factory=list)
     """Names of everything that was ever made, in order."""
@@ -174,6 +175,7 @@ class World:
             conflicts=self.conflicts,
             refusals=self.refusals,
             children=tuple(children),
+            has_job_sets=self.has_job_sets,
         )
 
     def decide(self) -> Decision:
@@ -204,7 +206,7 @@ class World:
 
     def apply(self, manifest: dict[str, Any]) -> None:
         name = manifest["metadata"]["name"]
-        if manifest["kind"] != "Job":
+        if manifest["kind"] not in ("Job", "JobSet"):
             place = f"{manifest['kind']}/{name}"
             if self.others.get(place) != manifest:
                 self.writes += 1

@@ -163,6 +163,7 @@ class Case:
         nodes = nodes or together.nodes(self.job, stage, with_devices=with_devices)
         number = self.next_number(stage)
         text = self.config_text(self.micro_batch(), is_sharded=self.is_sharded()) if stage is Stage.TRAIN else self.config_text()
+        in_set = stage is Stage.TRAIN and nodes > 1 and self.snapshot.has_job_sets
         manifest = training.stage_job(
             self.job,
             self.resolved,
@@ -174,9 +175,10 @@ class Case:
             text=text,
             from_step=self.reached_step if stage is Stage.TRAIN else 0,
             nodes=nodes,
+            in_set=in_set,
             with_devices=with_devices,
         )
-        if stage is Stage.TRAIN and nodes > 1:
+        if stage is Stage.TRAIN and nodes > 1 and not in_set:
             self.apply.append(together.service(self.job, training.job_labels(self.job)))
         self.apply += [training.progress_policy(self.job, self.settings), training.config_map(self.job, text), manifest]
         if stage is Stage.PREPARE:

@@ -10,6 +10,7 @@ from tuneloop_operator.api.kubernetes import Job, Pod, WarningEvent
 from tuneloop_operator.api.modeldeployment import ModelDeployment
 from tuneloop_operator.api.modelversion import ModelVersion
 from tuneloop_operator.domain.decision import Key, Manifest, Refusal, Target
+from tuneloop_operator.render import together
 from tuneloop_trainer.contract import Progress, Stage
 
 
@@ -27,7 +28,9 @@ class StageRun:
     """Step that training had reached when it was made."""
     job: Job
     manifest: Manifest
-    """The Job as it was observed, to be applied again where only `suspend` changes."""
+    """The Job, or JobSet, as it was observed, to be applied again where only `suspend` changes."""
+    made_uid: str = ""
+    """Of the Job that has the pods."""
     pods: tuple[Pod, ...] = ()
     """Oldest first; more than one where a disruption was made good for by Kubernetes."""
     warnings: tuple[WarningEvent, ...] = ()
@@ -36,13 +39,13 @@ class StageRun:
     @property
     def config_map(self) -> str | None:
         """Name of the ConfigMap that its pods read."""
-        volumes = self.manifest["spec"]["template"]["spec"].get("volumes") or ()
+        volumes = together.job_spec(self.manifest)["template"]["spec"].get("volumes") or ()
         return next((volume["configMap"]["name"] for volume in volumes if "configMap" in volume), None)
 
     @property
     def nodes(self) -> int:
         """Pods that share it."""
-        return int(self.manifest["spec"].get("parallelism", 1))
+        return int(together.job_spec(self.manifest).get("parallelism", 1))
 
     @property
     def pod(self) -> Pod | None:
@@ -53,7 +56,7 @@ class StageRun:
     @property
     def target(self) -> Target:
         metadata = self.job.metadata
-        return Target(Key("Job", metadata.namespace, metadata.name), metadata.uid)
+        return Target(Key(self.manifest["kind"], metadata.namespace, metadata.name), metadata.uid)
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,8 @@ class FineTuneJobSnapshot:
     """Children that the API server did not take."""
     children: tuple[Target, ...] = ()
     """Everything that the job controls."""
+    has_job_sets: bool = False
+    """Whether the API server serves JobSets."""
 
     @staticmethod
     def first_configured(runs: Sequence[StageRun]) -> str | None:
