@@ -13,6 +13,7 @@ from tests.cluster.conftest import Start, fresh_namespace, install
 from tests.cluster.harness import Api, Object, wait_for
 from tests.cluster.test_finetunejob import Trainee, make_claim, name_of
 from tests.unit.finetunejob.builders import trained
+from tests.unit.finetunejob.test_job_sets import world
 
 from tuneloop_operator.render import names
 from tuneloop_trainer.contract import Stage
@@ -78,6 +79,14 @@ def end(trainee: Trainee, job: str, *codes: int) -> None:
     told = trained().model_dump_json(by_alias=True, exclude_none=True)
     for pod, code in zip([trainee.play.run(pod) for pod in pods], codes, strict=True):
         trainee.play.finish(pod, code, told if code == 0 else "")
+
+
+def test_job_set_has_no_field_that_its_definition_does_not_know(api: Api, place: str) -> None:
+    manifest = world().current().manifest
+    metadata = {**manifest["metadata"], "namespace": place}
+    path = f"/apis/jobset.x-k8s.io/v1alpha2/namespaces/{place}/jobsets"
+    answer = api.call("POST", f"{path}?fieldValidation=Strict&dryRun=All", {**manifest, "metadata": metadata})
+    assert answer["spec"]["replicatedJobs"][0]["template"]["spec"]["completions"] == 2
 
 
 def test_training_on_two_nodes_is_a_job_set_that_ends_with_its_job(api: Api, trainee: Trainee) -> None:
