@@ -58,7 +58,9 @@ def test_names_of_pods_of_a_job_set_are_no_longer_than_they_may_be() -> None:
 
 
 def test_one_node_and_the_other_stages_need_no_job_set() -> None:
-    found = world(nodes=1)
+    data = make_spec()["data"] | {"workers": 2}
+    spec = make_spec(compute={"nodes": 1, "acceleratorsPerNode": 0}, data=data)
+    found = World(job=make_job(spec), has_job_sets=True).up_to(Stage.TRAIN)
     assert {run.manifest["kind"] for run in found.runs.values()} == {"Job"}
     assert env(found.current()) == {}
 
