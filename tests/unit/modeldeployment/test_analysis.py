@@ -96,6 +96,19 @@ def _binomial(hits: int, total: int, p: float) -> float:
     return math.comb(total, hits) * p**hits * (1 - p) ** (total - hits)
 
 
+def test_a_finding_needs_evidence_of_one_over_its_level() -> None:
+    worse, usual, margin = Share(6, 30), Share(6, 600), 0.01
+    enough = math.exp(-evidence_above(worse, usual, margin))
+    assert 0 < enough < 0.1
+    assert compare_shares(worse, usual, margin, level=enough * 1.01, miss=MISS) is Finding.FAIL
+    assert compare_shares(worse, usual, margin, level=enough * 0.99, miss=MISS) is Finding.INCONCLUSIVE
+    good = Share(0, 500)
+    enough = math.exp(-evidence_below(good, usual, margin))
+    assert 0 < enough < 0.5
+    assert compare_shares(good, usual, margin, level=LEVEL, miss=enough * 1.01) is Finding.PASS
+    assert compare_shares(good, usual, margin, level=LEVEL, miss=enough * 0.99) is Finding.INCONCLUSIVE
+
+
 def test_one_in_five_failing_is_stopped_within_forty_requests() -> None:
     level = Limits(steps=3).level
     needed = next(

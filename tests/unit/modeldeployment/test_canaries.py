@@ -100,6 +100,18 @@ def test_each_step_needs_requests_of_its_own() -> None:
     assert world.weights()[2] == 50
 
 
+def test_what_was_counted_in_another_window_is_no_evidence() -> None:
+    world = counted(canary(), GOOD)
+    world.applies = False
+    world.step()
+    counted(world, BAD)  # still of the first step, which is over
+    world.step()
+    assert world.weights()[2] == 25
+    world.apply_config()
+    world.step()
+    assert world.weights()[1] == 100
+
+
 def test_a_worse_one_is_stopped_in_the_pass_that_sees_it() -> None:
     world = counted(canary(), BAD)
     decision = world.step()
