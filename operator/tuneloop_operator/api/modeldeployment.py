@@ -110,10 +110,11 @@ STEPS = tuple(RolloutStep(weight=weight, min_requests=least) for weight, least i
 class Rollout(Model):
     """How a new revision takes over."""
 
-    strategy: Literal["BlueGreen", "Canary"] = Field(
+    strategy: Literal["BlueGreen", "Canary", "Recreate"] = Field(
         default="BlueGreen",
         description="BlueGreen: all traffic at once, after the new revision is ready and has passed its probes. Canary: then step by"
-        " step, as long as its requests are no worse than the stable revision's.",
+        " step, as long as its requests are no worse than the stable revision's. Recreate: the engine before is stopped first, where"
+        " there are no devices for two; requests wait up to 15 s, and are then answered 503.",
     )
     steps: Annotated[tuple[RolloutStep, ...], Field(min_length=1, max_length=16)] = Field(
         default=STEPS,

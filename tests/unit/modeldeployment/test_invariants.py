@@ -175,6 +175,16 @@ Life.TestCase.settings = settings(max_examples=25, stateful_step_count=25, deadl
 TestLife = Life.TestCase
 
 
+class LifeInPlace(Life):
+    """The same, on devices for one engine alone."""
+
+    more: ClassVar[dict[str, object]] = {"rollout": {"strategy": "Recreate"}}
+
+
+LifeInPlace.TestCase.settings = Life.TestCase.settings
+TestLifeInPlace = LifeInPlace.TestCase
+
+
 class LifeOfCanaries(Life):
     """The same, with new revisions as canaries."""
 

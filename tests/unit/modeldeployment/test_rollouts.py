@@ -390,3 +390,68 @@ def test_a_model_that_no_engine_knows_is_not_served(objective: str) -> None:
         "what that makes. Set spec.model to another version."
     )
     assert not world.engines()
+
+
+# --- in place ----------------------------------------------------------------
+
+
+def pods_of(world: World, version: int) -> int:
+    """Pods that the version's engine should have."""
+    name = f"tweets-{world.engine_of(version)}"
+    return int(world.objects["Deployment", name]["spec"]["replicas"]) if ("Deployment", name) in world.objects else 0
+
+
+def in_place() -> World:
+    """Version 1 serves; version 2 is to take its place, and is not ready yet."""
+    world = served(spec={"rollout": {"strategy": "Recreate"}})
+    world.versions.append(make_version(2))
+    world.step()
+    world.ready[world.engine_of(2)] = 0
+    world.step()
+    return world
+
+
+def test_recreate_stops_the_engine_before_and_then_serves_by_the_new_one() -> None:
+    world = in_place()
+    assert (pods_of(world, 1), pods_of(world, 2)) == (0, 1)
+    assert world.condition("Available") == ("False", "NoEndpoints")
+    assert world.weights() == {1: 100, 2: 0}, "requests wait"
+    world.ready = {}
+    world.settle()
+    assert world.weights() == {2: 100}
+    assert world.engines() == [world.engine_of(2)]
+    assert world.condition("Ready") == ("True", "Serving")
+
+
+def test_recreate_goes_back_where_the_new_engine_fails() -> None:
+    world = in_place()
+    ended = {"exitCode": 137, "reason": "OOMKilled"}
+    world.pod_status[world.engine_of(2)] = {
+        "containerStatuses": [{"name": "engine", "restartCount": 1, "lastState": {"terminated": ended}}]
+    }
+    world.settle()
+    assert (pods_of(world, 1), pods_of(world, 2)) == (1, 0)
+    assert world.condition("Ready") == ("True", "RolledBack")
+
+
+def test_recreate_waits_for_an_image_no_longer_than_a_start_may_take() -> None:
+    world = in_place()
+    waiting = {"waiting": {"reason": "ImagePullBackOff", "message": "no."}}
+    world.pod_status[world.engine_of(2)] = {"containerStatuses": [{"name": "engine", "state": waiting}]}
+    world.step(seconds=600)
+    assert pods_of(world, 1) == 0
+    world.step(seconds=700)
+    world.settle()
+    assert (pods_of(world, 1), pods_of(world, 2)) == (1, 0)
+    assert world.condition("Ready") == ("True", "RolledBack")
+
+
+def test_recreate_stops_nothing_for_another_prompt() -> None:
+    world = served(spec={"rollout": {"strategy": "Recreate"}})
+    world.spec = world.spec | {"prompt": {"system": "Hi."}}
+    world.generation += 1
+    world.step()
+    assert pods_of(world, 1) == 1
+    world.settle()
+    assert len(world.engines()) == 1
+    assert world.condition("Available") == ("True", "Serving")

@@ -167,6 +167,15 @@ def canary(outcomes: Outcomes, seconds: float = 1, **spec: object) -> World:
     return world
 
 
+def in_place() -> World:
+    world = served(spec={"rollout": {"strategy": "Recreate"}})
+    world.versions.append(make_version(2))
+    world.step()
+    world.ready[world.engine_of(2)] = 0
+    world.settle()
+    return world
+
+
 FAILING = Outcomes(requests=100, errors=30, first_token=(*FAST, 70))
 
 STATES: dict[str, Callable[[], World]] = {
@@ -216,6 +225,7 @@ STATES: dict[str, Callable[[], World]] = {
     "A canary's step is inconclusive": lambda: canary(Outcomes(requests=9), seconds=4000),
     "A canary was worse, Latest": lambda: canary(FAILING),
     "A canary was worse, pinned": lambda: canary(FAILING, model={"name": "sentiment", "version": 2}),
+    "A new revision takes the place of the one before, Recreate": in_place,
     "All engine pods are lost": lost_engine,
     "One of two engine pods finds no node": degraded_replica,
     "All gateway pods are lost": lost_gateway,

@@ -189,6 +189,7 @@ class World:
         for target in decision.delete:
             self._count()
             del self.objects[target.key.kind, target.key.name]
+            del self.born[target.key.kind, target.key.name]
 
     def _count(self) -> None:
         if self.writes_left == 0:
@@ -260,7 +261,7 @@ class World:
 
     def snapshot(self) -> Snapshot:
         deployments = {name: m for (kind, name), m in self.objects.items() if kind == "Deployment"}
-        engines = {h: Deployment.model_validate(m) for m in deployments.values() if (h := m["metadata"]["labels"].get(names.ENGINE_LABEL))}
+        engines = {h: self._made(m) for m in deployments.values() if (h := m["metadata"]["labels"].get(names.ENGINE_LABEL))}
         config_map = self.objects.get(("ConfigMap", names.gateway(self.name)))
         has_gateway = names.gateway(self.name) in deployments
         return Snapshot(
@@ -283,6 +284,9 @@ class World:
             refusals=self.refusals,
             keys=None if has_gateway else FreshKeys("a", "b", "c"),
         )
+
+    def _made(self, manifest: Json) -> Deployment:
+        return Deployment.model_validate(manifest | {"metadata": manifest["metadata"] | {"creationTimestamp": self.born[_name(manifest)]}})
 
     def _guards(self) -> list[Json]:
         return [m for (kind, _), m in self.objects.items() if kind == "ConfigMap" and names.ENGINE_LABEL in m["metadata"]["labels"]]

@@ -58,7 +58,7 @@ def _objects(snapshot: Snapshot, rollout: Rollout, epoch: Epoch, configured: Con
     records = [render_revision(revision, snapshot.name, deployment.metadata.namespace) for revision in rollout.revisions]
     if configured is None:
         return tuple(records)
-    engines = [manifest for revision in _by_engine(rollout) for manifest in _engine(snapshot, revision)]
+    engines = [manifest for revision in _by_engine(rollout) for manifest in _engine(snapshot, rollout, revision)]
     return (*records, *engines, *_gateway(snapshot, rollout, epoch, configured, settings))
 
 
@@ -67,9 +67,9 @@ def _by_engine(rollout: Rollout) -> list[Revision]:
     return list({revision.pinned.engine_hash: revision for revision in reversed(rollout.live)}.values())
 
 
-def _engine(snapshot: Snapshot, revision: Revision) -> list[Manifest]:
+def _engine(snapshot: Snapshot, rollout: Rollout, revision: Revision) -> list[Manifest]:
     deployment, hashed = snapshot.deployment, revision.pinned.engine_hash
-    replicas = deployment.spec.engine.replicas
+    replicas = 0 if rollout.gives_way(revision, deployment.spec.rollout.strategy) else deployment.spec.engine.replicas
     budget = [engine.render_engine_budget(deployment, hashed)] if replicas > 1 else []
     return [
         engine.render_guard(deployment, hashed, snapshot.guards.get(hashed, snapshot.guard_source)),

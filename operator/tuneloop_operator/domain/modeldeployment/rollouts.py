@@ -53,6 +53,11 @@ class Rollout:
         """Those that the gateway knows, stable first."""
         return tuple(r for r in (self.stable, self.candidate, *self.draining) if r is not None)
 
+    def gives_way(self, revision: Revision, strategy: str) -> bool:
+        """Its engine has no pods while the candidate's takes its place."""
+        candidate = self.candidate
+        return strategy == "Recreate" and candidate is not None and candidate.pinned.engine_hash != revision.pinned.engine_hash
+
 
 @dataclass(frozen=True)
 class Judgement:
@@ -162,7 +167,8 @@ def judge_start(snapshot: Snapshot, candidate: Revision, stable: Revision | None
     ready = snapshot.ready_replicas(pinned.engine_hash)
     if ready < replicas:
         failure = engine_failure(snapshot, candidate, now)
-        if failure is not None and failure.is_fatal and stable is not None and stable.pinned.engine_hash != pinned.engine_hash:
+        is_another = stable is not None and stable.pinned.engine_hash != pinned.engine_hash
+        if failure is not None and is_another and (failure.is_fatal or _holds_the_place(snapshot, candidate, now)):
             return Judgement(verdict=_rejected(failure.reason, failure.message, now))
         return Judgement(failure=failure, waits_for=f"{ready} of {replicas} engine pods are ready.")
     gateways = snapshot.ready_gateways
@@ -180,6 +186,14 @@ def judge_start(snapshot: Snapshot, candidate: Revision, stable: Revision | None
     if judgement.verdict is None:
         return judgement
     return replace(judgement, verdict=replace(judgement.verdict, prompt=_prompt_read(candidate, reports)))
+
+
+def _holds_the_place(snapshot: Snapshot, candidate: Revision, now: datetime) -> bool:
+    """Under Recreate nothing serves meanwhile: what might yet heal has as long as a start may take."""
+    made = snapshot.engines.get(candidate.pinned.engine_hash)
+    if snapshot.deployment.spec.rollout.strategy != "Recreate" or made is None or not made.metadata.creation_timestamp:
+        return False
+    return times.seconds_between(made.metadata.creation_timestamp, now) > candidate.pinned.startup_timeout_seconds
 
 
 def _promoted_at(now: datetime) -> Verdict:
@@ -274,6 +288,8 @@ def _ended(revision: Revision, rollout: Rollout, now: datetime) -> Revision:
 
 def _drains(snapshot: Snapshot, rollout: Rollout, revision: Revision, now: datetime) -> bool:
     """Warm for keepPreviousSeconds after another took over; longer while requests run on it. A canary that was stopped: while they do."""
+    if revision.is_promoted and snapshot.deployment.spec.rollout.strategy == "Recreate":
+        return False  # it has no pods any more
     if revision.is_promoted:
         passed, keep = (
             times.seconds_between(superseded_at(rollout.revisions, revision), now),
