@@ -50,6 +50,12 @@ async def test_a_session_stays_on_its_revision(start: Start, engine: FakeEngine,
     assert len({revision for revisions in seen.values() for revision in revisions}) == 2
 
 
+async def test_every_replica_puts_a_session_on_the_same_revision(start: Start, engine: FakeEngine, second_engine: FakeEngine) -> None:
+    gateway, other = [await start_divided(start, engine, second_engine) for _ in range(2)]
+    for session in map(str, range(12)):
+        assert (await ask_in(gateway, session))[1] == (await ask_in(other, session))[1]
+
+
 async def test_without_a_name_a_session_is_what_begins_alike(start: Start, engine: FakeEngine, second_engine: FakeEngine) -> None:
     gateway = await start_divided(start, engine, second_engine)
     for number in range(6):
