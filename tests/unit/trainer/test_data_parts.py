@@ -15,9 +15,11 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from tests.unit.trainer import objectives
 from tests.unit.trainer.builders import make_config, make_gated, make_progress, make_rows, make_source, replace, write_jsonl
 
 from tuneloop_trainer import worker
+from tuneloop_trainer.bases import Prepared
 from tuneloop_trainer.contract import (
     Curation,
     Evaluation,
@@ -30,6 +32,7 @@ from tuneloop_trainer.contract import (
     Suite,
     Template,
     Training,
+    Vocabulary,
 )
 from tuneloop_trainer.data.fetching import Workspace
 from tuneloop_trainer.data.formats import Share
@@ -38,7 +41,8 @@ from tuneloop_trainer.data.sources import Reading
 from tuneloop_trainer.errors import Invalid
 from tuneloop_trainer.interrupts import Interrupts
 from tuneloop_trainer.manifests import MANIFEST
-from tuneloop_trainer.objectives import objective_of
+from tuneloop_trainer.objectives.sft import SFT
+from tuneloop_trainer.progress import ProgressWriter
 from tuneloop_trainer.stages import parts
 from tuneloop_trainer.stages import prepare as preparing
 from tuneloop_trainer.stages.parts import part_folder
@@ -127,6 +131,11 @@ def output(config: RunConfig) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in names if name not in ("result.json", MANIFEST)}
 
 
+def make_part(config: RunConfig, share: Share, progress: ProgressWriter) -> None:
+    start = preparing._begin(config, progress)
+    parts.make_part(config, start.objective, start.tokenizer, share, progress)
+
+
 def told(result: StageResult) -> dict[str, Any]:
     assert result.prepare is not None, result.message
     return result.prepare.model_dump(exclude={"rows_per_second", "peak_memory_bytes"})
@@ -167,6 +176,85 @@ def test_shards_card_and_counts_are_those_of_one_pod(of: int, tmp_path: Path, da
     assert not list((tmp_path / "work" / "prepare-parts").iterdir()), "the parts are gone once they were used"
 
 
+@pytest.mark.parametrize(
+    "objective", ["SFT", "Pretraining", "SequenceClassification", "DPO", "KTO", "RewardModel", "GRPO", "Scratch", "words"]
+)
+def test_every_objective_has_the_rows_of_one_pod(objective: Any, tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(root: Path, of: int) -> tuple[dict[str, Any], dict[str, bytes]]:
+        shared: dict[str, Any] = {"validation_fraction": 0.1}
+        if objective == "words":
+            config = make_config(root, base, vocabulary=Vocabulary(min_count=5, min_fertility=3), **shared)
+        elif objective == "Scratch":
+            config = objectives.make_scratch(root, **shared)
+        else:
+            config = objectives.make_run(root, base, objective, **shared)
+        return told(run_pods(config, of, monkeypatch)), output(config)
+
+    one, two = run(tmp_path / "one", 1), run(tmp_path / "two", 2)
+
+    assert one[0] == two[0]
+    assert one[1].keys() == two[1].keys()
+    assert [name for name in one[1] if one[1][name] != two[1][name]] == []
+
+
+def test_rows_are_tokenised_by_the_pods_that_read_them_on_all_their_cpus(
+    tmp_path: Path, data: Any, alone: Any, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(make_run(tmp_path, data, base), threads=2)
+    for number in (0, 1):
+        make_part(config, Share(number, 2), make_progress(tmp_path, Stage.PREPARE))
+    asked: list[int] = []
+    real = SFT.tokens
+    monkeypatch.setattr(SFT, "tokens", lambda self, form, record: asked.append(record.row) or real(self, form, record))
+
+    result = run_pod(config, 0, 2, monkeypatch)
+
+    assert (told(result), output(config)) == (alone[1], alone[0])
+    assert len(asked) == told(result)["validation_rows"], "those alone were left to the first pod"
+
+
+def test_a_row_that_cannot_be_tokenised_is_refused_only_where_it_is_kept(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tokens(self: SFT, formatter: Any, record: Any) -> Any:
+        if "odd" in record.content:
+            raise Invalid(f"row {record.row} is odd")
+        return real(self, formatter, record)
+
+    real = SFT.tokens
+    monkeypatch.setattr(SFT, "tokens", tokens)
+    rows = [*make_rows(40), {"text": "the odd row out of all others", "label": "positive"}]
+    item = write_jsonl(tmp_path / "gate.jsonl", [{"text": rows[-1]["text"], "label": "negative"}])
+    suite = Suite(name="gate", type="Dataset", source=make_source(item), metrics=("Loss",))
+    config = make_config(tmp_path, base, [make_source(write_jsonl(tmp_path / "train.jsonl", rows))])
+
+    refused = run_pods(config, 2, monkeypatch)
+    kept = run_pods(replace(config, evaluation=Evaluation(suites=(suite,))), 2, monkeypatch)
+
+    assert (refused.exit_code, refused.message) == (ExitCode.INVALID, "row 41 is odd")
+    assert told(kept)["dropped"] == {"ContaminatedHash": 1}
+
+
+def test_tokens_of_another_commit_of_the_base_are_not_taken(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config(tmp_path, base)
+    commits = iter("aaab")
+
+    def found(*_: Any) -> Prepared:
+        return Prepared(base, next(commits))
+
+    monkeypatch.setattr(preparing.bases, "prepare_base", found)
+    make_part(config, Share(0, 2), make_progress(tmp_path, Stage.PREPARE))
+    make_part(config, Share(1, 2), make_progress(tmp_path, Stage.PREPARE))
+    part = (part_folder(config, Share(1, 2)) / "part.json").read_text()
+    assert '"base":"a"' in part
+    assert run_pod(config, 1, 2, monkeypatch).exit_code == 0
+
+    failed = run_pod(config, 0, 2, monkeypatch)
+
+    assert failed.exit_code == ExitCode.UNAVAILABLE
+    assert failed.message.startswith("Model pvc://models/base changed while several pods read it")
+
+
 # --- what happens to pods -----------------------------------------------------
 
 
@@ -202,9 +290,9 @@ def test_the_first_pod_waits_for_the_others(tmp_path: Path, data: Any, base: Pat
 
     def pause(seconds: float) -> None:
         waited.append(progress.current.phase)
-        parts.make_part(config, objective_of(config), Share(len(waited), 3), make_progress(tmp_path / "other", Stage.PREPARE))
+        make_part(config, Share(len(waited), 3), make_progress(tmp_path / "other", Stage.PREPARE))
 
-    parts.make_part(config, objective_of(config), Share(0, 3), progress)
+    make_part(config, Share(0, 3), progress)
     folders = parts.all_parts(config, Share(0, 3), progress, pause)
 
     assert [folder.name for folder in folders] == ["0-of-3", "1-of-3", "2-of-3"]
@@ -217,7 +305,7 @@ def test_parts_of_another_configuration_are_not_taken(
     config = make_run(tmp_path, data, base)
     other = replace(config, curation=config.curation.model_copy(update={"personal_data": "Keep", "quality": "None"}))
     for number in (0, 1):
-        parts.make_part(other, objective_of(other), Share(number, 2), make_progress(tmp_path, Stage.PREPARE))
+        make_part(other, Share(number, 2), make_progress(tmp_path, Stage.PREPARE))
 
     result = run_pods(config, 2, monkeypatch)
 
@@ -227,7 +315,7 @@ def test_parts_of_another_configuration_are_not_taken(
 def test_a_part_that_is_damaged_is_made_again(tmp_path: Path, data: Any, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = make_run(tmp_path, data, base)
     assert run_pod(config, 1, 2, monkeypatch).exit_code == 0
-    (part_folder(config, Share(1, 2)) / "source-00.arrow").write_bytes(b"x")
+    (part_folder(config, Share(1, 2)) / "records-00.arrow").write_bytes(b"x")
 
     failed = run_pod(config, 0, 2, monkeypatch)
 

@@ -70,7 +70,11 @@ class Tokenizing:
         self._records = 0
 
     def rows(self, records: Iterable[Record]) -> Iterator[TokenRow]:
-        for record, tokens in self._tokens.results(records):
+        return self.counted(self._tokens.results(records))
+
+    def counted(self, pairs: Iterable[tuple[Record, Tokens]]) -> Iterator[TokenRow]:
+        """The rows of records that are tokenised already."""
+        for record, tokens in pairs:
             yield from self._rows(record, tokens)
             self._records += 1
             if self._records % 100 == 0:

@@ -40,6 +40,7 @@ class SequenceClassification(Objective):
     answered every text by the labels' shares of the training rows."""
 
     shape: Shape = LABELLED
+    tokens_need_all: ClassVar[bool] = True
     answers: ClassVar[bool] = False
     task: ClassVar[str] = "SEQ_CLS"
     labels: tuple[str, ...] = ()

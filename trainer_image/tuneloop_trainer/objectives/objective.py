@@ -61,6 +61,8 @@ class Objective:
     """Rows that a micro-batch must have."""
     repeats: int = 1
     """Times that a row counts in a global batch: completions that the model writes to it."""
+    tokens_need_all: ClassVar[bool] = False
+    """Whether a record's tokens depend on what `look_at` saw."""
     answers: ClassVar[bool] = True
     """Whether the model writes text, so that it can be asked freely and probed where it is served."""
     task: ClassVar[str] = "CAUSAL_LM"

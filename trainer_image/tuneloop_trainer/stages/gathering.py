@@ -54,6 +54,8 @@ class Gathered:
     suites: dict[str, list[Record]]
     drops: Counter[str]
     told: Told
+    tokenized: Sequence[Path] = ()
+    """Parts that have the tokens of the records."""
 
 
 def read_suites(config: RunConfig, objective: Objective, work: Workspace) -> SuiteRows:
@@ -97,13 +99,20 @@ def read_sources(
 
 
 def take_parts(
-    config: RunConfig, curating: curation.Curating, suites: SuiteRows, folders: Sequence[Path], progress: ProgressWriter
+    config: RunConfig,
+    curating: curation.Curating,
+    suites: SuiteRows,
+    folders: Sequence[Path],
+    tokenizer: parts.Tokenizer | None,
+    progress: ProgressWriter,
 ) -> Told:
     """What several pods read, in the order of the rows. Raises Changed where they did not read the same."""
     counts = [parts.read_counts(folder) for folder in folders]
     told, found = Told(tools=counts[0].tools), defaultdict[str, Counter[str]](Counter)
     if any(part.suites != suites.digests for part in counts):
         raise _changed("What evaluation.suites is read from")
+    if tokenizer is not None and {part.base for part in counts} != {tokenizer.revision}:
+        raise _changed(f"Model {config.base.uri}")
     for index, source in enumerate(config.train):
         known = [part for count in counts if (part := count.sources[index]) is not None]
         if len({part.digest for part in known}) != 1:

@@ -10,14 +10,18 @@ import logging
 import shutil
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+from tuneloop_trainer.bases import Prepared
+from tuneloop_trainer.chat import Formatter
 from tuneloop_trainer.contract import Reason, RunConfig, Stage
 from tuneloop_trainer.data import curation, parts
 from tuneloop_trainer.data.fetching import Workspace
 from tuneloop_trainer.data.formats import Share
 from tuneloop_trainer.data.records import RowReader
 from tuneloop_trainer.errors import Mismatch, Unavailable
+from tuneloop_trainer.hardware import cpu_threads
 from tuneloop_trainer.manifests import publish, read_manifest, staging, verify
 from tuneloop_trainer.objectives import Objective
 from tuneloop_trainer.progress import ProgressWriter
@@ -33,7 +37,15 @@ def part_folder(config: RunConfig, share: Share) -> Path:
     return stage_folder(config, Stage.PREPARE).with_name(FOLDER) / f"{share.number}-of-{share.of}"
 
 
-def make_part(config: RunConfig, objective: Objective, share: Share, progress: ProgressWriter) -> None:
+def early_tokenizer(config: RunConfig, objective: Objective, found: Prepared | None, formatter: Formatter | None) -> parts.Tokenizer | None:
+    """What each pod tokenises its rows with; None where that waits for what is learned of all rows: new words, labels, a plug-in's."""
+    waits = config.scratch is not None or config.vocabulary is not None or config.objective == "Custom" or objective.tokens_need_all
+    if found is None or formatter is None or waits:
+        return None
+    return parts.Tokenizer(partial(objective.tokens, formatter), cpu_threads(config.threads), found.revision)
+
+
+def make_part(config: RunConfig, objective: Objective, tokenizer: parts.Tokenizer | None, share: Share, progress: ProgressWriter) -> None:
     """Read this pod's rows and publish what they came to; nothing, where that was done before."""
     target = part_folder(config, share)
     if _is_made(config, target) and _verifies(target):
@@ -42,7 +54,7 @@ def make_part(config: RunConfig, objective: Objective, share: Share, progress: P
     with staging(target) as folder:
         beside = folder.with_name(f"{folder.name}-fetched")
         try:
-            _write(config, objective, share, folder, beside, progress)
+            _write(config, objective, tokenizer, share, folder, beside, progress)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
         publish(folder, target, "dataset", {"run_key": run_key(config)})
@@ -68,7 +80,15 @@ def discard_parts(config: RunConfig) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _write(config: RunConfig, objective: Objective, share: Share, folder: Path, beside: Path, progress: ProgressWriter) -> None:
+def _write(
+    config: RunConfig,
+    objective: Objective,
+    tokenizer: parts.Tokenizer | None,
+    share: Share,
+    folder: Path,
+    beside: Path,
+    progress: ProgressWriter,
+) -> None:
     work = Workspace(beside, lambda percent: progress.phase("Fetching", percent=percent))
     suites = read_suites(config, objective, work)
     judging = curation.Judging(config.curation)
@@ -82,10 +102,12 @@ def _write(config: RunConfig, objective: Objective, share: Share, folder: Path, 
             continue
         reader = RowReader(source, f"data.train[{index}]", objective.shape, work)
         records = signalled(reader.own_records(), progress, reader, before)
-        parts.write_source(folder, index, judging.judged(records))
+        parts.write_source(folder, index, judging.judged(records), tokenizer)
         read.append(parts.ReadSource.of(reader))
         before += reader.rows
-    parts.write_counts(folder, parts.Counts.of(read, suites.digests, judging.filters))
+    parts.write_counts(
+        folder, parts.Counts.of(read, suites.digests, judging.filters, tokenizer.revision if tokenizer is not None else None)
+    )
 
 
 def _is_made(config: RunConfig, folder: Path) -> bool:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from tuneloop_trainer.data.fetching import Workspace
 from tuneloop_trainer.data.formats import ALONE, Share
 from tuneloop_trainer.data.packing import pack_stream
 from tuneloop_trainer.data.parallel import processes
+from tuneloop_trainer.data.parts import Tokenizer, with_tokens
 from tuneloop_trainer.data.preflight import MAX_SHOWN, Preflight, read_vocabulary
 from tuneloop_trainer.data.records import Record
 from tuneloop_trainer.data.reference import write_reference
@@ -42,13 +44,23 @@ from tuneloop_trainer.scratch import write_base
 from tuneloop_trainer.shapes import read_shape
 from tuneloop_trainer.stages.gathering import Gathered, divide, read_sources, read_suites, take_parts
 from tuneloop_trainer.stages.outputs import run_key, stage_folder, told_again
-from tuneloop_trainer.stages.parts import all_parts, discard_parts, make_part
+from tuneloop_trainer.stages.parts import all_parts, discard_parts, early_tokenizer, make_part
 from tuneloop_trainer.stages.vocabulary import Extended, describe, extend_vocabulary
 from tuneloop_trainer.training.arguments import read_arguments
 
 log = logging.getLogger("tuneloop.prepare")
 CARD, PAGE = "card.json", "card.html"
 SUITES = "suites"
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run begins with, in each of its pods."""
+
+    found: bases.Prepared | None
+    objective: Objective
+    tokenizer: Tokenizer | None
+    """Where several pods may tokenise their rows."""
 
 
 @dataclass
@@ -71,10 +83,11 @@ def prepare(config: RunConfig, progress: ProgressWriter, share: Share = ALONE) -
     if result is None:
         try:
             read_arguments(config)
+            start = _begin(config, progress)
             if share.number > 0:
-                make_part(config, objective_of(config), share, progress)
+                make_part(config, start.objective, start.tokenizer, share, progress)
                 return StageResult(stage=Stage.PREPARE, exit_code=ExitCode.DONE, message=f"Part {share.number + 1} is made.")
-            result = _prepare(config, progress, share)
+            result = _prepare(config, start, share, progress)
         except (Invalid, Changed):
             discard_parts(config)  # what was read has to change, or has changed
             raise
@@ -83,17 +96,23 @@ def prepare(config: RunConfig, progress: ProgressWriter, share: Share = ALONE) -
     return result
 
 
-def _prepare(config: RunConfig, progress: ProgressWriter, share: Share) -> StageResult:
+def _begin(config: RunConfig, progress: ProgressWriter) -> Start:
+    """What cannot be used of the base is told before any row is read."""
     progress.phase("DownloadingModel")
     found = (bases.prepare_base if config.scratch is None else bases.prepare_tokenizer)(config.base, config.paths)
     progress.phase("LoadingModel")
-    objective = objective_of(config)
-    if config.scratch is None and found is not None:  # what cannot be used is told before any row is read
-        _refuse_endless(objective.formatter(found.folder, models.load_tokenizer(found.folder, config.base.uri)), config.base.uri)
+    objective, formatter = objective_of(config), None
+    if config.scratch is None and found is not None:
+        formatter = objective.formatter(found.folder, models.load_tokenizer(found.folder, config.base.uri))
+        _refuse_endless(formatter, config.base.uri)
+    return Start(found, objective, early_tokenizer(config, objective, found, formatter))
 
+
+def _prepare(config: RunConfig, start: Start, share: Share, progress: ProgressWriter) -> StageResult:
+    found, objective = start.found, start.objective
     started = time.monotonic()
     if share.of > 1:
-        make_part(config, objective, share, progress)
+        make_part(config, objective, start.tokenizer, share, progress)
         folders = all_parts(config, share, progress)
     progress.phase("ReadingData")
     with staging(stage_folder(config, Stage.PREPARE)) as folder, scratch(folder) as spool:
@@ -102,10 +121,12 @@ def _prepare(config: RunConfig, progress: ProgressWriter, share: Share) -> Stage
             work = Workspace(spool / "fetched", lambda percent: progress.phase("Fetching", percent=percent))
             items = read_suites(config, objective, work)
             if share.of > 1:
-                told = take_parts(config, curating, items, folders, progress)
+                told = take_parts(config, curating, items, folders, start.tokenizer, progress)
             else:
                 told = read_sources(config, objective, curating, items, work, progress)
             gathered = divide(config, objective, curating, items, told)
+            if share.of > 1 and start.tokenizer is not None:
+                gathered.tokenized = folders
             objective.look_at(gathered.train, [*gathered.validation, *chain.from_iterable(gathered.suites.values())])
             suites = snapshot_suites(config, gathered, folder / SUITES)
             base = found.folder if found is not None else folder / bases.OWN
@@ -201,12 +222,13 @@ def tokenize(
     """Write the shards; returns the summary but for model and suites."""
     total = sum(map(len, gathered.train))
     tokenizing = Tokenizing(config, objective, formatter, progress.counter("Tokenizing", total), observed.see, processes(config, total))
+    make, tokenized = partial(objective.tokens, formatter), gathered.tokenized
     sizes, longest = [0] * len(gathered.train), 0
 
     def rows() -> Iterator[TokenRow]:
         nonlocal longest
         for source, records in enumerate(gathered.train):
-            made = tokenizing.rows(records)
+            made = tokenizing.counted(with_tokens(records, tokenized, source, make)) if tokenized else tokenizing.rows(records)
             for row in pack_stream(made, config.training.max_sequence_length) if objective.packs or config.training.packing else made:
                 sizes[source] += 1
                 longest = max(longest, row.length)
