@@ -177,8 +177,7 @@ class Data(Model):
         default=1,
         ge=1,
         le=64,
-        description="Pods that read, curate and tokenise the rows, each its share; the result is that of one. With more than one the claims are"
-        " mounted on several nodes.",
+        description="Pods that read, curate and tokenise the rows, each its share; the result is that of one. All mount the claims.",
     )
 
 

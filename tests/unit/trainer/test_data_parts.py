@@ -312,6 +312,16 @@ def test_parts_of_another_configuration_are_not_taken(
     assert (told(result), output(config)) == (alone[1], alone[0])
 
 
+def test_parts_of_another_image_are_not_taken(tmp_path: Path, data: Any, base: Path) -> None:
+    config, progress = make_run(tmp_path, data, base), make_progress(tmp_path, Stage.PREPARE)
+    made = []
+    for image in ("one", "two", "two"):
+        make_part(replace(config, image=image), Share(0, 2), progress)
+        made.append((part_folder(config, Share(0, 2)) / MANIFEST).stat().st_ino)
+    assert made[0] != made[1]
+    assert made[1] == made[2]
+
+
 def test_a_part_that_is_damaged_is_made_again(tmp_path: Path, data: Any, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = make_run(tmp_path, data, base)
     assert run_pod(config, 1, 2, monkeypatch).exit_code == 0

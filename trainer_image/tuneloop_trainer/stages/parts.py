@@ -22,7 +22,7 @@ from tuneloop_trainer.data.formats import Share
 from tuneloop_trainer.data.records import RowReader
 from tuneloop_trainer.errors import Mismatch, Unavailable
 from tuneloop_trainer.hardware import cpu_threads
-from tuneloop_trainer.manifests import publish, read_manifest, staging, verify
+from tuneloop_trainer.manifests import Metadata, publish, read_manifest, staging, verify
 from tuneloop_trainer.objectives import Objective
 from tuneloop_trainer.progress import ProgressWriter
 from tuneloop_trainer.stages.gathering import read_suites, signalled
@@ -57,7 +57,7 @@ def make_part(config: RunConfig, objective: Objective, tokenizer: parts.Tokenize
             _write(config, objective, tokenizer, share, folder, beside, progress)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
-        publish(folder, target, "dataset", {"run_key": run_key(config)})
+        publish(folder, target, "dataset", _key(config))
     log.info("part %d of %d is made", share.number + 1, share.of)
 
 
@@ -110,10 +110,15 @@ def _write(
     )
 
 
+def _key(config: RunConfig) -> Metadata:
+    """Parts are no output that a later release has to read: one of another image is made anew."""
+    return {"run_key": run_key(config), "image": config.image}
+
+
 def _is_made(config: RunConfig, folder: Path) -> bool:
     """Whether there is a part of this configuration; its files are not looked at."""
     try:
-        return read_manifest(folder).metadata.get("run_key") == run_key(config)
+        return read_manifest(folder).metadata == _key(config)
     except Mismatch:
         return False
 
