@@ -35,7 +35,7 @@ test: venv postgresql s3 control-plane-up cluster-up images ## test-unit, test-p
 
 .PHONY: test-unit
 test-unit: venv ## no cluster, no network, no server; less than a minute
-	@OMP_NUM_THREADS=1 $(PYTEST) -n 3 -m "not long and not postgresql" tests/unit
+	@OMP_NUM_THREADS=1 $(PYTEST) -n 3 --dist loadfile -m "not long and not postgresql" tests/unit
 
 .PHONY: test-postgresql
 test-postgresql: venv postgresql ## the gateway's store on a PostgreSQL of its own, on a socket; half a minute

@@ -7,7 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.unit.trainer.builders import copy_work, make_base, make_config, make_rows, make_source, replace, run_stage, write_jsonl
+from tests.training.runs import losses, weights
+from tests.unit.trainer.builders import (
+    copy_work,
+    make_base,
+    make_config,
+    make_gated,
+    make_rows,
+    make_source,
+    replace,
+    run_stage,
+    write_jsonl,
+)
+from tests.unit.trainer.hubs import COMMIT, hub_of
 
 from tuneloop_trainer.contract import Base, Checkpoint, Curation, ExitCode, Method, Reason, RunConfig, Stage
 from tuneloop_trainer.interrupts import Interrupts
@@ -49,15 +61,6 @@ def undisturbed(prepared: RunConfig, tmp_path_factory: pytest.TempPathFactory) -
     config = copy_work(prepared, tmp_path_factory.mktemp("undisturbed"))
     assert run_stage(config, Stage.TRAIN).exit_code == ExitCode.DONE
     return config
-
-
-def losses(config: RunConfig) -> list[float]:
-    log = json.loads((Path(config.paths.work) / "train" / "final" / "log.json").read_text())
-    return [entry["loss"] for entry in log if "loss" in entry]
-
-
-def weights(config: RunConfig) -> bytes:
-    return (Path(config.paths.work) / "train" / "final" / "adapter_model.safetensors").read_bytes()
 
 
 def checkpoints(config: RunConfig) -> list[str]:
@@ -237,3 +240,19 @@ def test_changed_base_is_refused(prepared: RunConfig, tmp_path: Path, base: Path
 
     assert result.exit_code == ExitCode.BUG
     assert "changed since it was pinned" in result.message
+
+
+def test_later_stages_use_the_commit_that_prepare_found(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(make_gated(tmp_path, base), base=Base(uri="hf://org/tiny", repository="org/tiny"))
+    with hub_of(base, monkeypatch) as hub:
+        summary = run_stage(config, Stage.PREPARE).prepare
+        hub.commit = "f" * 40  # main moves on
+        hub.files["config.json"] = b"{}"
+
+        later = [run_stage(config, stage) for stage in (Stage.TRAIN, Stage.PACKAGE, Stage.EVALUATE)]
+
+    assert summary.base_revision == COMMIT
+    assert [result.exit_code for result in later] == [ExitCode.DONE] * 3
+    assert verify(Path(config.paths.work) / "prepare").metadata["base_revision"] == COMMIT
+    adapter = json.loads((Path(config.paths.artifact) / "adapter_config.json").read_text())
+    assert adapter["revision"] == COMMIT

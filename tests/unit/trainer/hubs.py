@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+import pytest
 from tests.unit.trainer.stores import listening
+
+from tuneloop_trainer import hub as hub_client
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPOSITORY = "org/tiny"
@@ -102,3 +105,17 @@ def serving(folder: Path, kind: str = "models") -> Iterator[Hub]:
     with listening(Handler) as address:
         hub.url = f"http://{address}"
         yield hub
+
+
+@contextmanager
+def hub_of(folder: Path, monkeypatch: pytest.MonkeyPatch, kind: str = "models") -> Iterator[Hub]:
+    """The hub that the client in this process asks, without waiting between attempts."""
+    monkeypatch.setattr(hub_client, "DELAYS", (0.0, 0.0))
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client waits between attempts of its own
+    with serving(folder, kind) as served:
+        # Both are made of HF_ENDPOINT when the client is imported.
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", served.url)
+        template = f"{served.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+        yield served

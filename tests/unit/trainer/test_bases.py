@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import os
 from collections.abc import Iterator
@@ -12,14 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.unit.trainer.builders import make_config, make_gated, replace, run_stage
-from tests.unit.trainer.hubs import COMMIT, Hub, serving
+from tests.unit.trainer.builders import make_config, replace, run_stage
+from tests.unit.trainer.hubs import COMMIT, Hub, hub_of
 
-from tuneloop_trainer import hub as hub_client
 from tuneloop_trainer.bases import base_digest, prepare_base, require_base
-from tuneloop_trainer.contract import Base, ExitCode, Paths, Reason, RunConfig, Stage
+from tuneloop_trainer.contract import Base, ExitCode, Paths, Reason, Stage
 from tuneloop_trainer.errors import Invalid, Mismatch, Unavailable
-from tuneloop_trainer.manifests import verify
 
 HUB = Base(uri="hf://org/tiny", repository="org/tiny")
 OTHER_COMMIT = "f" * 40
@@ -32,14 +29,7 @@ def paths(tmp_path: Path) -> Paths:
 
 @pytest.fixture
 def hub(base: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    monkeypatch.setattr(hub_client, "DELAYS", (0.0, 0.0))
-    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client waits between attempts of its own
-    with serving(base) as served:
-        # Both are made of HF_ENDPOINT when the client is imported.
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", served.url)
-        template = f"{served.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    with hub_of(base, monkeypatch) as served:
         yield served
 
 
@@ -188,23 +178,6 @@ def test_hub_that_goes_down_during_a_download_leaves_no_half_model(hub: Hub, pat
     with pytest.raises(Unavailable):
         prepare_base(pinned, paths)
     assert not [path for path in Path(paths.cache).rglob("*") if path.is_file() and path.suffix != ".lock"]
-
-
-def test_later_stages_use_the_commit_that_prepare_found(hub: Hub, tmp_path: Path, base: Path) -> None:
-    config: RunConfig = replace(make_gated(tmp_path, base), base=HUB)
-    summary = run_stage(config, Stage.PREPARE).prepare
-    hub.commit = OTHER_COMMIT  # main moves on
-    hub.files["config.json"] = b"{}"
-
-    trained = run_stage(config, Stage.TRAIN)
-    packaged = run_stage(config, Stage.PACKAGE)
-    evaluated = run_stage(config, Stage.EVALUATE)
-
-    assert summary.base_revision == COMMIT
-    assert [stage.exit_code for stage in (trained, packaged, evaluated)] == [ExitCode.DONE] * 3
-    assert verify(Path(config.paths.work) / "prepare").metadata["base_revision"] == COMMIT
-    adapter = json.loads((Path(config.paths.artifact) / "adapter_config.json").read_text())
-    assert adapter["revision"] == COMMIT
 
 
 def test_changed_model_is_not_the_pinned_one(paths: Paths, base: Path) -> None:

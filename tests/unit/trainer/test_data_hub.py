@@ -11,10 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from tests.unit.trainer.builders import TEMPLATE, make_config, make_rows, run_stage
-from tests.unit.trainer.hubs import COMMIT, Hub, serving
+from tests.unit.trainer.hubs import COMMIT, Hub, hub_of
 from tests.unit.trainer.stores import write_secret
 
-from tuneloop_trainer import hub as hub_client
 from tuneloop_trainer.contract import DataSource, Evaluation, ExitCode, Reason, Repository, Stage, Suite
 from tuneloop_trainer.data.fetching import Workspace
 from tuneloop_trainer.data.repositories import chosen
@@ -37,14 +36,8 @@ def parquet(rows: list[dict[str, object]]) -> bytes:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    monkeypatch.setattr(hub_client, "DELAYS", (0.0, 0.0))
-    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client waits between attempts of its own
     (tmp_path / "nothing").mkdir()
-    with serving(tmp_path / "nothing", "datasets") as served:
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", served.url)
-        template = f"{served.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    with hub_of(tmp_path / "nothing", monkeypatch, "datasets") as served:
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
         served.files = {
             "README.md": b"# rows",
