@@ -41,6 +41,8 @@ class FakeGateway:
     """Of the prompt that engines read, where the operator wants it told."""
     outcomes: dict[int, dict[str, object]] = field(default_factory=dict)
     """Version -> what became of its requests in each window."""
+    asked: int = 0
+    """How often its state was asked for."""
     frozen: GatewayConfig | None = None
     """Set: this configuration stays in force, whatever the cluster says."""
 
@@ -71,6 +73,7 @@ class FakeGateway:
         return GatewayConfig.model_validate_json(found["data"]["config.json"]) if found else None
 
     def state(self) -> dict[str, object]:
+        self.asked += 1
         config = self.frozen or self.config()
         revisions = [
             {

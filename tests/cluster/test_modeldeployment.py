@@ -298,6 +298,7 @@ def test_a_good_canary_is_promoted_step_by_step_and_a_worse_one_is_stopped(
     stage.gateway.outcomes = {1: USUAL, 2: {"requests": 1500, "errors": 1, "firstToken": [*FAST, 1499]}}
     wait_for(lambda: stage.status()["stable"]["version"] == 2, what="version 2 to take over")
     stage.wait("CanaryHealthy", "True", "CanaryPassed")
+    assert "tuneloop.dev/canary-step" not in record(api, namespace, 2)
 
     stage.gateway.outcomes = {}
     api.create(version(namespace, 3))
@@ -313,6 +314,30 @@ def test_a_good_canary_is_promoted_step_by_step_and_a_worse_one_is_stopped(
     assert (said["tuneloop.dev/outcome"], said["tuneloop.dev/outcome-reason"]) == ("Rejected", "CanaryFailed")
     assert "Errors 20/100 (20.0 %) against 5/5000 (0.1 %)" in said["tuneloop.dev/outcome-message"]
     assert '"verdict":"Fail"' in said["tuneloop.dev/analysis"]
+
+
+def test_a_canary_that_was_replaced_begins_again_when_its_turn_comes(
+    operator: OperatorProcess, stage: Stage, api: Api, namespace: str
+) -> None:
+    stage.serve(rollout=CANARY)
+    api.create(version(namespace, 2))
+    stage.start_engine(2)
+    wait_for(lambda: weights(stage.gateway).get(2) == 10, what="the share of version 2")
+    api.create(version(namespace, 3))
+    stage.start_engine(3)
+    wait_for(lambda: weights(stage.gateway).get(3) == 10, what="the share of version 3")
+    assert record(api, namespace, 2)["tuneloop.dev/outcome"] == "Replaced"
+    stage.gateway.outcomes = {1: USUAL, 3: {"requests": 100, "errors": 20, "firstToken": [*FAST, 80]}}
+    wait_for(lambda: record(api, namespace, 3).get("tuneloop.dev/outcome") == "Rejected", what="the end of version 3")
+    stage.start_engine(2)
+    wait_for(lambda: weights(stage.gateway).get(2) == 10, what="the share of version 2 again")
+    assert "tuneloop.dev/outcome" not in record(api, namespace, 2)
+    config, asked = stage.gateway.config(), stage.gateway.asked
+    wait_for(lambda: stage.gateway.asked >= asked + 3, what="the operator to look again")
+    again = stage.gateway.config()
+    assert config is not None
+    assert again is not None
+    assert again.window == config.window
 
 
 def test_a_canary_goes_on_where_the_operator_before_left_it(operator: OperatorProcess, stage: Stage, api: Api, namespace: str) -> None:
