@@ -437,12 +437,12 @@ def test_an_objective_reads_the_feedback_that_it_learns_from(objective: str, row
     assert (suite.feedback.rows, suite.feedback.split) == ("Labels", "gate"), "no vote has a say in a gate"
 
 
-def test_the_column_of_conversations_is_named_to_training_and_evaluation() -> None:
-    rows = {"source": {"uri": "pvc://datasets/talks.jsonl"}, "columns": {"messages": "turns", "document": "ticket"}}
+def test_columns_are_named_to_training_and_evaluation() -> None:
+    rows = {"source": {"uri": "pvc://datasets/talks.jsonl"}, "columns": {"messages": "turns", "document": "ticket", "group": "site"}}
     spec = make_spec(data={"train": [rows]}, evaluation={"suites": [{"name": "talks", "dataset": rows, "metrics": ["Loss"]}]})
 
     config = run_config(make_job(spec), Resolved())
 
     suite = config.evaluation.suites[0].source
     assert suite is not None
-    assert config.train[0].columns == suite.columns == {"messages": "turns", "document": "ticket"}
+    assert config.train[0].columns == suite.columns == {"messages": "turns", "document": "ticket", "group": "site"}
