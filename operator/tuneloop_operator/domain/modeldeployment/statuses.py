@@ -15,8 +15,9 @@ from tuneloop_operator.domain.modeldeployment import canaries, drift, retraining
 from tuneloop_operator.domain.modeldeployment.canaries import Canary
 from tuneloop_operator.domain.modeldeployment.drift import Epoch
 from tuneloop_operator.domain.modeldeployment.failures import Failure
+from tuneloop_operator.domain.modeldeployment.judgements import engine_failure, gateway_failure
 from tuneloop_operator.domain.modeldeployment.retraining import Plan
-from tuneloop_operator.domain.modeldeployment.rollouts import Rollout, engine_failure, gateway_failure
+from tuneloop_operator.domain.modeldeployment.rollouts import Rollout
 from tuneloop_operator.domain.modeldeployment.snapshot import Evidence, Snapshot
 from tuneloop_operator.render import names
 from tuneloop_operator.render.engine import engine_selector

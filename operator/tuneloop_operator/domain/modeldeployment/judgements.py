@@ -1,0 +1,161 @@
+"""What is known of a candidate: whether it starts, is warm and answers like the evaluator; and, of a canary, what its requests say."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from datetime import datetime
+
+from tuneloop_gateway.contract import ProbeState, RevisionReport, RevisionState
+from tuneloop_operator.api.conditions import DeploymentReason
+from tuneloop_operator.domain import times
+from tuneloop_operator.domain.modeldeployment import canaries
+from tuneloop_operator.domain.modeldeployment.canaries import Canary
+from tuneloop_operator.domain.modeldeployment.evidence import Finding
+from tuneloop_operator.domain.modeldeployment.failures import Failure, find_failure
+from tuneloop_operator.domain.modeldeployment.snapshot import Snapshot
+from tuneloop_operator.render.revisions import Outcome, Progress, Revision, Verdict
+
+AGREEMENT = 0.96
+"""Share of the probe items that must be answered as the evaluator was: 48 of 50."""
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What is known of a candidate: a verdict, a failure, or what it waits for."""
+
+    verdict: Verdict | None = None
+    failure: Failure | None = None
+    waits_for: str = ""
+    progress: Progress | None = None
+    """Of a canary, from now on."""
+
+
+def judge(snapshot: Snapshot, candidate: Revision, stable: Revision | None, now: datetime) -> Judgement:
+    """By its start and its probes; a canary's requests decide the rest."""
+    if stable is None or not canaries.is_due(snapshot, candidate, stable):
+        return judge_start(snapshot, candidate, stable, now)
+    canary = canaries.look(snapshot, candidate, stable, now)
+    if canary is not None and canary.finding is Finding.FAIL:  # first: whatever else holds it up, it does harm
+        rejected = _rejected(DeploymentReason.CANARY_FAILED, canaries.failure_text(canary, stable), now)
+        return Judgement(verdict=replace(rejected, numbers=canaries.numbers(canary)))
+    judgement = judge_start(snapshot, candidate, stable, now)
+    if judgement.verdict is None or judgement.verdict.outcome is Outcome.REJECTED:
+        return replace(judgement, progress=candidate.progress)
+    if canary is None:
+        return Judgement(progress=Progress(0, times.to_text(now)))
+    return _step_on(canary, judgement.verdict, snapshot.deployment.spec.rollout.on_inconclusive, now)
+
+
+def _step_on(canary: Canary, promoted: Verdict, on_inconclusive: str, now: datetime) -> Judgement:
+    """A step's pass leads to the next, the last one's to all traffic."""
+    if canary.finding is Finding.PASS or (canary.is_overdue and on_inconclusive == "Promote"):
+        if canary.is_last_step:
+            return Judgement(verdict=replace(promoted, numbers=canaries.numbers(canary)))
+        return Judgement(progress=Progress(canary.progress.step + 1, times.to_text(now)))
+    if canary.is_overdue and on_inconclusive == "Rollback":
+        message = f"In {canary.place} there were {canaries.overdue_text(canary)}"
+        rejected = _rejected(DeploymentReason.CANARY_INCONCLUSIVE, message, now)
+        return Judgement(verdict=replace(rejected, numbers=canaries.numbers(canary)))
+    return Judgement(progress=canary.progress, waits_for=canaries.progress_text(canary))
+
+
+def judge_start(snapshot: Snapshot, candidate: Revision, stable: Revision | None, now: datetime) -> Judgement:
+    """Looks at the engine, then at what every ready gateway says of it. Nothing is promoted on silence."""
+    pinned, replicas = candidate.pinned, snapshot.deployment.spec.engine.replicas
+    ready = snapshot.ready_replicas(pinned.engine_hash)
+    if ready < replicas:
+        failure = engine_failure(snapshot, candidate, now)
+        is_another = stable is not None and stable.pinned.engine_hash != pinned.engine_hash
+        if failure is not None and is_another and (failure.is_fatal or _holds_the_place(snapshot, candidate, now)):
+            return Judgement(verdict=_rejected(failure.reason, failure.message, now))
+        return Judgement(failure=failure, waits_for=f"{ready} of {replicas} engine pods are ready.")
+    gateways = snapshot.ready_gateways
+    if not gateways:
+        return Judgement(failure=gateway_failure(snapshot, now), waits_for="The gateway is not ready.")
+    reports = snapshot.reports(candidate.name)
+    if len(reports) < len(gateways) or not _is_offered(snapshot, candidate):
+        return Judgement(waits_for="The gateway has not taken up the new revision yet.")
+    unusable = next((report.prompt_error for report in reports if report.prompt_error), None)
+    if unusable is not None:
+        return Judgement(verdict=_rejected(DeploymentReason.PROMPT_INVALID, f"{unusable.rstrip('.')}. {_PROMPT_REMEDY}", now))
+    if not all(report.warm and report.endpoints >= 1 for report in reports):
+        return Judgement(waits_for="The gateway warms the new revision up.")
+    judgement = _judge_probes(candidate, reports, now) if pinned.has_probes else Judgement(_promoted_at(now))
+    if judgement.verdict is None:
+        return judgement
+    return replace(judgement, verdict=replace(judgement.verdict, prompt=_prompt_read(candidate, reports)))
+
+
+def _holds_the_place(snapshot: Snapshot, candidate: Revision, now: datetime) -> bool:
+    """Under Recreate nothing serves meanwhile: what might yet heal has as long as a start may take."""
+    made = snapshot.engines.get(candidate.pinned.engine_hash)
+    if snapshot.deployment.spec.rollout.strategy != "Recreate" or made is None or not made.metadata.creation_timestamp:
+        return False
+    return times.seconds_between(made.metadata.creation_timestamp, now) > candidate.pinned.startup_timeout_seconds
+
+
+def _promoted_at(now: datetime) -> Verdict:
+    return Verdict(Outcome.PROMOTED, times.to_text(now))
+
+
+def _prompt_read(candidate: Revision, reports: tuple[RevisionReport, ...]) -> str:
+    """Digest of the prompt that the engine read; of several, one that is not as it was trained."""
+    told = sorted({report.prompt_digest for report in reports if report.prompt_digest})
+    return next((digest for digest in told if digest != candidate.pinned.prompt_probe), told[0] if told else "")
+
+
+_PROMPT_REMEDY = "Correct spec.prompt.template: Jinja over `text`, the last user message."
+
+
+def _is_offered(snapshot: Snapshot, candidate: Revision) -> bool:
+    """The configuration that names it as a candidate is in the cluster, and all gateways work by it."""
+    observed = snapshot.config
+    if observed is None or observed.config is None:
+        return False
+    is_named = any(r.name == candidate.name and r.state is RevisionState.CANDIDATE for r in observed.config.revisions)
+    return is_named and snapshot.applied_everywhere(observed.generation)
+
+
+def engine_failure(snapshot: Snapshot, revision: Revision, now: datetime) -> Failure | None:
+    pinned = revision.pinned
+    pods, deployment = snapshot.engine_pods.get(pinned.engine_hash, ()), snapshot.engines.get(pinned.engine_hash)
+    what = f"The engine of version {pinned.version}"
+    return find_failure(what, pods, deployment, snapshot.warnings, pinned.startup_timeout_seconds, now)
+
+
+def gateway_failure(snapshot: Snapshot, now: datetime) -> Failure | None:
+    pods = [gateway.pod for gateway in snapshot.gateway_pods]
+    return find_failure("The gateway", pods, snapshot.gateway, snapshot.warnings, 300, now)
+
+
+def _judge_probes(candidate: Revision, reports: tuple[RevisionReport, ...], now: datetime) -> Judgement:
+    """Every gateway must agree; the worst answer counts."""
+    version = candidate.pinned.version
+    probes = [report.probe for report in reports]
+    if any(probe.status in ("Pending", "Running") for probe in probes):
+        return Judgement(waits_for="The gateway asks the probe items.")
+    if any(probe.status == "NoProbes" for probe in probes):
+        message = f"Version {version} names probe items, but its engine has none: was probesUri deleted? Nothing vouches for its answers."
+        return Judgement(verdict=_rejected(DeploymentReason.SERVING_MISMATCH, message, now))
+    failed = next((probe for probe in probes if probe.status == "Failed"), None)
+    if failed is not None:
+        message = f"The probe items of version {version} could not be asked: {failed.message or 'see the gateway log.'}"
+        return Judgement(failure=Failure(DeploymentReason.SERVING_MISMATCH, message, is_fatal=False))
+    worst = min(probes, key=_agreement)
+    counted = f"{worst.agreed}/{worst.asked}"
+    if worst.asked == 0 or worst.agreed < math.ceil(AGREEMENT * worst.asked):
+        message = (
+            f"The served version {version} answered {worst.agreed} of {worst.asked} probe items as its evaluation did;"
+            f" {math.ceil(AGREEMENT * worst.asked)} are needed. Compare engine, task and prompt with what it was trained with."
+        )
+        return Judgement(verdict=replace(_rejected(DeploymentReason.SERVING_MISMATCH, message, now), probes=counted))
+    return Judgement(verdict=Verdict(Outcome.PROMOTED, times.to_text(now), probes=counted))
+
+
+def _agreement(probe: ProbeState) -> float:
+    return probe.agreed / probe.asked if probe.asked else 0.0
+
+
+def _rejected(reason: DeploymentReason, message: str, now: datetime) -> Verdict:
+    return Verdict(Outcome.REJECTED, times.to_text(now), reason.value, message)
