@@ -39,13 +39,13 @@ def test_two_pods_train_together_and_outlive_the_loss_of_one(installed: Story, l
     assert loss(finished) == pytest.approx(loss_alone, rel=0.02)
 
 
-def test_training_whose_node_is_lost_for_good_goes_on_with_the_other(installed: Story, loss_alone: float) -> None:
+def test_training_that_finds_one_node_less_goes_on_with_the_other(installed: Story, loss_alone: float) -> None:
     placing = {"minNodes": 1, "acceleratorsPerNode": 1, "acceleratorResource": SLOT}
     with slots(installed, 2):
         start(installed, "elastic", nodes=2, **placing)
         installed.space.wait_until("finetunejob", "elastic", lambda found: step(found) >= 2)
         offer(installed, 1)
-        lose(installed, "elastic", "--grace-period=0", "--force")
+        lose(installed, "elastic")
         finished = end(installed, "elastic")
 
     status = finished["status"]
@@ -76,12 +76,12 @@ def start(installed: Story, name: str, **compute: Any) -> None:
     installed.space.apply(json.dumps(job))
 
 
-def lose(installed: Story, name: str, *how: str) -> None:
+def lose(installed: Story, name: str) -> None:
     """The second pod of the first attempt."""
     training = installed.space.list("pods", f"tuneloop.dev/finetunejob={name},tuneloop.dev/stage=train")
     assert sorted(pod["spec"]["hostname"] for pod in training) == [f"{name}-train-1-0", f"{name}-train-1-1"]
     second = next(pod["metadata"]["name"] for pod in training if pod["spec"]["hostname"].endswith("-1"))
-    installed.space.kubectl("delete", "pod", second, *how)
+    installed.space.kubectl("delete", "pod", second)
 
 
 def end(installed: Story, name: str) -> dict[str, Any]:
