@@ -63,6 +63,7 @@ def job_set(job: Json) -> Json:
         "spec": {
             "suspend": job["spec"]["suspend"],
             "network": {"enableDNSHostnames": True, "publishNotReadyAddresses": True},
+            "successPolicy": {"operator": "All"},  # JobSet's webhook would set it; its controller fails without
             "failurePolicy": {"maxRestarts": 0},
             "replicatedJobs": [
                 {"name": NODE, "replicas": 1, "template": {"metadata": {"labels": job["metadata"]["labels"]}, "spec": spec}},

@@ -40,6 +40,7 @@ def test_training_on_several_nodes_is_a_job_set_of_one_indexed_job() -> None:
     job = made(run)
     assert (job["completionMode"], job["completions"], job["backoffLimit"], run.nodes) == ("Indexed", 2, 0, 2)
     assert run.manifest["spec"]["failurePolicy"] == {"maxRestarts": 0}, "attempts are the operator's"
+    assert run.manifest["spec"]["successPolicy"] == {"operator": "All"}, "nothing rests on a webhook's defaults"
     labels = run.manifest["spec"]["replicatedJobs"][0]["template"]["metadata"]["labels"]
     assert labels["app.kubernetes.io/managed-by"] == "tuneloop", "or its Job would not be watched"
 
