@@ -200,5 +200,5 @@ def _row(number: int, text: str, label: str) -> dict[str, Any]:
             {"role": "user", "content": text[:60]}, {"role": "assistant", "content": "What of it?", "weight": 0},
             {"role": "user", "content": f"Is it {label} or {other}?"}, {"role": "assistant", "content": label},
         ],
-        "ticket": f"t{number}", "document": f"d{number}",
+        "ticket": f"t{number}", "site": ("north", "south")[number % 2], "document": f"d{number}",
     }  # fmt: skip
