@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tests.unit.modeldeployment.world import RETRAINED, Killed, World, alarm, make_job, make_version
 
-from tuneloop_gateway.contract import DriftReport, DriftStatus, FeedbackReport
+from tuneloop_gateway.contract import DriftReport, DriftStatus, FeedbackReport, Outcomes
 
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
 
@@ -37,10 +37,27 @@ CHAPTERS: tuple[Callable[[World], None], ...] = (
 )  # fmt: skip
 
 
-def live(world: World, kill_every: int | None) -> int:
+def a_version_comes(number: int, errors: int) -> Callable[[World], None]:
+    """As a canary, that many of whose 1,500 requests fail."""
+
+    def happens(world: World) -> None:
+        world.versions = [*world.versions, make_version(number)]
+        counted = {n: Outcomes(requests=5000, first_token=(*FAST, 5000)) for n in range(1, number)}
+        world.outcomes_of = {**counted, number: Outcomes(requests=1500, errors=errors, first_token=(*FAST, 1500 - errors))}
+
+    return happens
+
+
+FAST = (0,) * 100
+CANARIES: tuple[Callable[[World], None], ...] = (
+    lambda world: None, a_version_comes(2, errors=0), time_passes, a_version_comes(3, errors=300), time_passes,
+)  # fmt: skip
+
+
+def live(world: World, kill_every: int | None, chapters: tuple[Callable[[World], None], ...] = CHAPTERS) -> int:
     """The whole life; returns how often the operator was killed. It comes back each time and makes at least one write more."""
     kills = 0
-    for chapter in CHAPTERS:
+    for chapter in chapters:
         quiet = 0
         pending = [chapter]
         for _ in range(200):
@@ -80,3 +97,14 @@ def test_killed_again_and_again_it_ends_in_the_same_state(kill_every: int) -> No
     assert wild.status["retraining"]["runsThisMonth"] == 1
     assert wild.weights() == {2: 100}
     assert (wild.config.drift.epoch, wild.config.drift.seed) == ("1", "SinceAlarm")  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("kill_every", [1, 2, 3, 5])
+def test_canaries_end_in_the_same_state_under_an_operator_that_is_killed_again_and_again(kill_every: int) -> None:
+    spec = {"rollout": {"strategy": "Canary"}}
+    calm, wild = World(spec=dict(spec)), World(spec=dict(spec))
+    assert live(calm, None, CANARIES) == 0
+    assert live(wild, kill_every, CANARIES) >= 1
+    assert end_of(wild) == end_of(calm)
+    assert wild.outcomes() == {1: "Promoted", 2: "Promoted", 3: "Rejected"}
+    assert wild.weights() == {2: 100}
