@@ -204,6 +204,9 @@ MODEL_DEPLOYMENT: Manifest = {
                 "timeoutSeconds": 3600,
             },
             "onInconclusive": "Hold",
+            "surge": "Auto",
+            "surgeTimeoutSeconds": 300,
+            "allowDowntime": True,
             "keepPreviousSeconds": 60,
         },
         "gateway": {

@@ -412,6 +412,10 @@ REFUSED: dict[str, list[Manifest]] = {
         changed(MODEL_DEPLOYMENT, "spec.gateway.replicas", 2),
         changed(MODEL_DEPLOYMENT, "spec.gateway", {"replicas": 2}),
     ],
+    "surge: Never stops the engine before: set allowDowntime: true as well.": [
+        changed(MODEL_DEPLOYMENT, "spec.rollout", {"surge": "Never"}),
+        changed(MODEL_DEPLOYMENT, "spec.rollout", {"surge": "Never", "allowDowntime": False}),
+    ],
     "steps must rise in weight.": [
         changed(MODEL_DEPLOYMENT, "spec.rollout.steps", [{"weight": 50}, {"weight": 5}]),
     ],

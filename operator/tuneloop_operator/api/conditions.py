@@ -128,6 +128,7 @@ class DeploymentReason(StrEnum):
     CANARY_INCONCLUSIVE = "CanaryInconclusive"
     CANARY_FAILED = "CanaryFailed"
     CANARY_PASSED = "CanaryPassed"
+    NO_DEVICE_FOR_CANARY = "NoDeviceForCanary"
     # drift
     DRIFT_ALARM = "DriftAlarm"
     NO_DRIFT = "NoDrift"

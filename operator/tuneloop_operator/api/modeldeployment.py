@@ -110,6 +110,12 @@ STEPS = tuple(RolloutStep(weight=weight, min_requests=least) for weight, least i
 class Rollout(Model):
     """How a new revision takes over."""
 
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            ("self.surge != 'Never' || self.allowDowntime", "surge: Never stops the engine before: set allowDowntime: true as well.")
+        )
+    )
+
     strategy: Literal["BlueGreen", "Canary", "Recreate"] = Field(
         default="BlueGreen",
         description="BlueGreen: all traffic at once, after the new revision is ready and has passed its probes. Canary: then step by"
@@ -128,6 +134,14 @@ class Rollout(Model):
     analysis: RolloutAnalysis = Field(default=RolloutAnalysis(), description="What a canary is measured by.")
     on_inconclusive: Literal["Hold", "Promote", "Rollback"] = Field(
         default="Hold", description="What happens to a step that is inconclusive. Hold: it stays as it is until there is a finding."
+    )
+    surge: Literal["Auto", "Always", "Never"] = Field(
+        default="Auto",
+        description="Whether a second engine runs beside it. Auto: unless it finds no node and downtime is allowed. Never: in place.",
+    )
+    surge_timeout_seconds: int = Field(default=300, ge=0, le=86_400, description="How long a second engine may look for a node.")
+    allow_downtime: bool = Field(
+        default=False, description="Stop the engine before where there is no device for a second one; requests wait up to 15 s meanwhile."
     )
     keep_previous_seconds: int = Field(default=60, ge=0, le=86_400, description="How long the engine before stays warm.")
 

@@ -39,7 +39,7 @@ from tuneloop_operator.render.engine import COMPONENT as ENGINE
 from tuneloop_operator.render.engine import GUARD_FILE
 from tuneloop_operator.render.gateway import COMPONENT as GATEWAY
 from tuneloop_operator.render.gateway import CONFIG_KEY, FreshKeys
-from tuneloop_operator.render.revisions import Revision, decoded, parse_progress, parse_verdict
+from tuneloop_operator.render.revisions import IN_PLACE_SINCE, Revision, decoded, parse_progress, parse_verdict
 from tuneloop_operator.settings import Settings
 
 Object = dict[str, Any]
@@ -127,6 +127,7 @@ def _revision(raw: Object) -> Revision | None:
         data=raw["data"],
         verdict=parse_verdict(metadata.get("annotations") or {}),
         progress=parse_progress(metadata.get("annotations") or {}),
+        in_place=(metadata.get("annotations") or {}).get(IN_PLACE_SINCE, ""),
     )
 
 

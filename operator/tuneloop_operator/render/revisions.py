@@ -31,6 +31,11 @@ CANARY_SINCE = "tuneloop.dev/canary-since"
 """The step that a canary is in, from 1, or ended in; and since when."""
 
 
+IN_PLACE_SINCE = "tuneloop.dev/in-place-since"
+"""A candidate for which the engine before was stopped: since when."""
+OUTCOME_IN_PLACE = "tuneloop.dev/outcome-in-place"
+
+
 class Outcome(StrEnum):
     PROMOTED = "Promoted"
     REJECTED = "Rejected"
@@ -103,6 +108,8 @@ class Verdict:
     """Digest of the prompt that the engine read before traffic; "" where it is not known."""
     numbers: str = ""
     """Of a canary's analysis."""
+    in_place: bool = False
+    """Promoted after the engine before was stopped: there is none to keep warm."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +134,8 @@ class Revision:
     verdict: Verdict | None = None
     progress: Progress | None = None
     """Of a canary: where it is, or where it was stopped."""
+    in_place: str = ""
+    """Of a candidate: since when the engine before is stopped; "" where both run."""
 
     @property
     def is_promoted(self) -> bool:
@@ -153,7 +162,7 @@ def render_revision(revision: Revision, deployment: str, namespace: str) -> Json
             "name": revision.name,
             "namespace": namespace,
             "labels": names.labels("revision", deployment, **{names.DEPLOYMENT_LABEL: deployment}),
-            "annotations": _annotations(revision.verdict) | _progress_annotations(revision.progress),
+            "annotations": _annotations(revision.verdict) | _progress_annotations(revision),
         },
         "data": revision.data,
         "revision": revision.number,
@@ -171,12 +180,15 @@ def _annotations(verdict: Verdict | None) -> dict[str, str]:
         PROBES: verdict.probes,
         PROMPT: verdict.prompt,
         ANALYSIS: verdict.numbers,
+        OUTCOME_IN_PLACE: "true" if verdict.in_place else "",
     }
     return {name: text for name, text in fields.items() if text}
 
 
-def _progress_annotations(progress: Progress | None) -> dict[str, str]:
-    return {CANARY_STEP: str(progress.step + 1), CANARY_SINCE: progress.since} if progress is not None else {}
+def _progress_annotations(revision: Revision) -> dict[str, str]:
+    progress = revision.progress
+    step = {CANARY_STEP: str(progress.step + 1), CANARY_SINCE: progress.since} if progress is not None else {}
+    return step | ({IN_PLACE_SINCE: revision.in_place} if revision.in_place else {})
 
 
 def parse_progress(annotations: dict[str, str]) -> Progress | None:
@@ -199,4 +211,5 @@ def parse_verdict(annotations: dict[str, str]) -> Verdict | None:
         probes=annotations.get(PROBES, ""),
         prompt=annotations.get(PROMPT, ""),
         numbers=annotations.get(ANALYSIS, ""),
+        in_place=annotations.get(OUTCOME_IN_PLACE) == "true",
     )

@@ -178,7 +178,7 @@ TestLife = Life.TestCase
 class LifeInPlace(Life):
     """The same, on devices for one engine alone."""
 
-    more: ClassVar[dict[str, object]] = {"rollout": {"strategy": "Recreate"}}
+    more: ClassVar[dict[str, object]] = {"rollout": {"surge": "Never", "allowDowntime": True}}
 
 
 LifeInPlace.TestCase.settings = Life.TestCase.settings

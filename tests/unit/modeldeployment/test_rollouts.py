@@ -455,3 +455,64 @@ def test_recreate_stops_nothing_for_another_prompt() -> None:
     world.settle()
     assert len(world.engines()) == 1
     assert world.condition("Available") == ("True", "Serving")
+
+
+# --- devices for one engine alone --------------------------------------------
+
+NO_NODE = {"phase": "Pending", "startTime": None, "conditions": [{"type": "PodScheduled", "status": "False", "reason": "Unschedulable"}]}
+
+
+def one_device(**rollout: object) -> World:
+    """Version 1 has the device; version 2 comes."""
+    world = served(spec={"rollout": rollout})
+    world.versions.append(make_version(2))
+    world.step()
+    world.ready[world.engine_of(2)] = 0
+    world.pod_status[world.engine_of(2)] = NO_NODE
+    world.settle()
+    return world
+
+
+def test_without_allowed_downtime_the_stable_version_serves_on_and_the_status_says_what_to_do() -> None:
+    world = one_device()
+    assert world.condition("Ready") == ("False", "Unschedulable")
+    world.step(seconds=301)
+    world.settle()
+    assert world.condition("Available") == ("True", "Serving")
+    assert world.condition("Stalled") == ("True", "NoDeviceForCanary")
+    assert "rollout.allowDowntime: true" in world.message("Stalled")
+    assert (pods_of(world, 1), pods_of(world, 2)) == (1, 1)
+
+
+@pytest.mark.parametrize("strategy", ["BlueGreen", "Canary"])
+def test_with_allowed_downtime_the_engine_before_makes_room(strategy: str) -> None:
+    world = one_device(strategy=strategy, allowDowntime=True)
+    assert pods_of(world, 1) == 1
+    world.step(seconds=301)
+    world.settle()
+    assert (pods_of(world, 1), pods_of(world, 2)) == (0, 1)
+    assert world.condition("Stalled") is None, "it finds its node as soon as the other is gone"
+    world.pod_status, world.ready = {}, {}  # the device is free
+    world.settle()
+    assert world.weights() == {2: 100}
+    assert world.condition("Ready") == ("True", "Serving")
+    assert world.engines() == [world.engine_of(2)]
+
+
+def test_what_made_room_comes_back_where_that_did_not_help() -> None:
+    world = one_device(allowDowntime=True)
+    world.step(seconds=301)
+    world.settle()
+    world.step(seconds=1300)
+    world.settle()
+    assert (pods_of(world, 1), pods_of(world, 2)) == (1, 0)
+    assert world.condition("Ready") == ("True", "RolledBack")
+
+
+def test_surge_never_stops_the_engine_before_at_once_and_always_never_does() -> None:
+    assert pods_of(one_device(surge="Never", allowDowntime=True), 1) == 0
+    world = one_device(surge="Always", allowDowntime=True)
+    world.step(seconds=301)
+    world.settle()
+    assert pods_of(world, 1) == 1
+    assert world.condition("Stalled") == ("True", "Unschedulable")

@@ -167,6 +167,13 @@ def canary(outcomes: Outcomes, seconds: float = 1, **spec: object) -> World:
     return world
 
 
+def no_device() -> World:
+    world = rolling_out(**unschedulable())
+    world.step(seconds=301)
+    world.settle()
+    return world
+
+
 def in_place() -> World:
     world = served(spec={"rollout": {"strategy": "Recreate"}})
     world.versions.append(make_version(2))
@@ -196,6 +203,7 @@ STATES: dict[str, Callable[[], World]] = {
     "It serves": served,
     "A new revision is being rolled out": rolling_out,
     "A new revision finds no node": lambda: rolling_out(**unschedulable()),
+    "A new revision finds no node for surgeTimeoutSeconds": no_device,
     "A new revision cannot pull its image": lambda: rolling_out(**waiting("ErrImagePull")),
     "A new revision lacks a Secret": lambda: rolling_out(**waiting("CreateContainerConfigError")),
     "A new revision ran out of memory, Latest": lambda: rolling_out(**ended(code=137, reason="OOMKilled", restarts=1)),

@@ -36,7 +36,7 @@ from tuneloop_operator.domain.modeldeployment import (
 )
 from tuneloop_operator.render import names
 from tuneloop_operator.render.gateway import FreshKeys
-from tuneloop_operator.render.revisions import Pinned, Revision, decoded, parse_progress, parse_verdict
+from tuneloop_operator.render.revisions import IN_PLACE_SINCE, Pinned, Revision, decoded, parse_progress, parse_verdict
 from tuneloop_operator.settings import Settings
 
 Json = dict[str, Any]
@@ -301,6 +301,7 @@ class World:
                 data=m["data"],
                 verdict=parse_verdict(m["metadata"]["annotations"]),
                 progress=parse_progress(m["metadata"]["annotations"]),
+                in_place=m["metadata"]["annotations"].get(IN_PLACE_SINCE, ""),
             )
             for (kind, name), m in self.objects.items()
             if kind == "ControllerRevision"

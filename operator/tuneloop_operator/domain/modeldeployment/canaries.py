@@ -48,10 +48,10 @@ class Canary:
 
 
 def is_due(snapshot: Snapshot, candidate: Revision, stable: Revision) -> bool:
-    """Not for one that took all traffic before (going back is at once), nor where the stable version must not serve on."""
+    """Not for one that took all traffic before (going back is at once), nor where the stable version must not serve on, or cannot."""
     served = snapshot.version(stable.pinned.version)
     must_go = served is not None and served.spec.approval in ("Withdrawn", "Rejected")
-    return snapshot.deployment.spec.rollout.strategy == "Canary" and not candidate.is_promoted and not must_go
+    return snapshot.deployment.spec.rollout.strategy == "Canary" and not (candidate.is_promoted or candidate.in_place or must_go)
 
 
 def look(snapshot: Snapshot, candidate: Revision, stable: Revision, now: datetime) -> Canary | None:

@@ -69,7 +69,7 @@ def _by_engine(rollout: Rollout) -> list[Revision]:
 
 def _engine(snapshot: Snapshot, rollout: Rollout, revision: Revision) -> list[Manifest]:
     deployment, hashed = snapshot.deployment, revision.pinned.engine_hash
-    replicas = 0 if rollout.gives_way(revision, deployment.spec.rollout.strategy) else deployment.spec.engine.replicas
+    replicas = 0 if rollout.gives_way(revision) else deployment.spec.engine.replicas
     budget = [engine.render_engine_budget(deployment, hashed)] if replicas > 1 else []
     return [
         engine.render_guard(deployment, hashed, snapshot.guards.get(hashed, snapshot.guard_source)),

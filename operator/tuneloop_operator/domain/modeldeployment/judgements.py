@@ -14,6 +14,7 @@ from tuneloop_operator.domain.modeldeployment.canaries import Canary
 from tuneloop_operator.domain.modeldeployment.evidence import Finding
 from tuneloop_operator.domain.modeldeployment.failures import Failure, find_failure
 from tuneloop_operator.domain.modeldeployment.snapshot import Snapshot
+from tuneloop_operator.render.engine import GRACE_SECONDS
 from tuneloop_operator.render.revisions import Outcome, Progress, Revision, Verdict
 
 AGREEMENT = 0.96
@@ -29,9 +30,34 @@ class Judgement:
     waits_for: str = ""
     progress: Progress | None = None
     """Of a canary, from now on."""
+    in_place: str = ""
+    """Since when the engine before is stopped for it."""
 
 
 def judge(snapshot: Snapshot, candidate: Revision, stable: Revision | None, now: datetime) -> Judgement:
+    """What becomes of it, and whether the engine before is to make room for it."""
+    judgement = _judge(snapshot, candidate, stable, now)
+    if stable is None or stable.pinned.engine_hash == candidate.pinned.engine_hash or judgement.verdict is not None:
+        return judgement
+    rollout, failure, waited = snapshot.deployment.spec.rollout, judgement.failure, _age(snapshot, candidate, now)
+    has_no_node = failure is not None and failure.reason is DeploymentReason.UNSCHEDULABLE and waited >= rollout.surge_timeout_seconds
+    if candidate.in_place:
+        return replace(judgement, in_place=candidate.in_place)
+    if rollout.strategy == "Recreate" or rollout.surge == "Never" or (rollout.surge == "Auto" and rollout.allow_downtime and has_no_node):
+        return replace(judgement, in_place=times.to_text(now))
+    if failure is not None and has_no_node and rollout.surge == "Auto":
+        message = f"{failure.message} Or set rollout.allowDowntime: true, and version {stable.pinned.version} makes room for it."
+        return replace(judgement, failure=replace(failure, reason=DeploymentReason.NO_DEVICE_FOR_CANARY, message=message))
+    return judgement
+
+
+def _age(snapshot: Snapshot, candidate: Revision, now: datetime) -> float:
+    """Seconds since its engine was made."""
+    made = snapshot.engines.get(candidate.pinned.engine_hash)
+    return times.seconds_between(made.metadata.creation_timestamp, now) if made is not None and made.metadata.creation_timestamp else 0.0
+
+
+def _judge(snapshot: Snapshot, candidate: Revision, stable: Revision | None, now: datetime) -> Judgement:
     """By its start and its probes; a canary's requests decide the rest."""
     if stable is None or not canaries.is_due(snapshot, candidate, stable):
         return judge_start(snapshot, candidate, stable, now)
@@ -67,7 +93,10 @@ def judge_start(snapshot: Snapshot, candidate: Revision, stable: Revision | None
     if ready < replicas:
         failure = engine_failure(snapshot, candidate, now)
         is_another = stable is not None and stable.pinned.engine_hash != pinned.engine_hash
-        if failure is not None and is_another and (failure.is_fatal or _holds_the_place(snapshot, candidate, now)):
+        alone = times.seconds_between(candidate.in_place, now) if candidate.in_place else 0.0  # nothing serves meanwhile
+        if failure is not None and failure.reason is DeploymentReason.UNSCHEDULABLE and 0 < alone < GRACE_SECONDS:
+            return Judgement(waits_for="The engine before it makes room.")
+        if failure is not None and is_another and (failure.is_fatal or alone > pinned.startup_timeout_seconds):
             return Judgement(verdict=_rejected(failure.reason, failure.message, now))
         return Judgement(failure=failure, waits_for=f"{ready} of {replicas} engine pods are ready.")
     gateways = snapshot.ready_gateways
@@ -85,14 +114,6 @@ def judge_start(snapshot: Snapshot, candidate: Revision, stable: Revision | None
     if judgement.verdict is None:
         return judgement
     return replace(judgement, verdict=replace(judgement.verdict, prompt=_prompt_read(candidate, reports)))
-
-
-def _holds_the_place(snapshot: Snapshot, candidate: Revision, now: datetime) -> bool:
-    """Under Recreate nothing serves meanwhile: what might yet heal has as long as a start may take."""
-    made = snapshot.engines.get(candidate.pinned.engine_hash)
-    if snapshot.deployment.spec.rollout.strategy != "Recreate" or made is None or not made.metadata.creation_timestamp:
-        return False
-    return times.seconds_between(made.metadata.creation_timestamp, now) > candidate.pinned.startup_timeout_seconds
 
 
 def _promoted_at(now: datetime) -> Verdict:

@@ -49,10 +49,10 @@ class Rollout:
         """Those that the gateway knows, stable first."""
         return tuple(r for r in (self.stable, self.candidate, *self.draining) if r is not None)
 
-    def gives_way(self, revision: Revision, strategy: str) -> bool:
+    def gives_way(self, revision: Revision) -> bool:
         """Its engine has no pods while the candidate's takes its place."""
         candidate = self.candidate
-        return strategy == "Recreate" and candidate is not None and candidate.pinned.engine_hash != revision.pinned.engine_hash
+        return candidate is not None and candidate.in_place != "" and candidate.pinned.engine_hash != revision.pinned.engine_hash
 
 
 def plan(snapshot: Snapshot, settings: Settings, now: datetime) -> Rollout:
@@ -71,10 +71,13 @@ def plan(snapshot: Snapshot, settings: Settings, now: datetime) -> Rollout:
         return _finished(snapshot, Rollout(target, snapshot.revisions, stable), now)
     judgement = judge(snapshot, candidate, stable, now)
     if judgement.verdict is not None:
-        verdict = replace(judgement.verdict, at=_decided_at(snapshot, candidate, now))
-        progress = candidate.progress if verdict.outcome is Outcome.REJECTED else None
-        return plan(_recorded(snapshot, replace(candidate, verdict=verdict, progress=progress)), settings, now)
-    candidate = replace(candidate, progress=judgement.progress)
+        is_promoted = judgement.verdict.outcome is Outcome.PROMOTED
+        verdict = replace(
+            judgement.verdict, at=_decided_at(snapshot, candidate, now), in_place=is_promoted and candidate.in_place != ""
+        )  # fmt: skip
+        ended = replace(candidate, verdict=verdict, progress=None if is_promoted else candidate.progress, in_place="")
+        return plan(_recorded(snapshot, ended), settings, now)
+    candidate = replace(candidate, progress=judgement.progress, in_place=judgement.in_place)
     recorded = _recorded(snapshot, candidate)
     canary = canaries.look(snapshot, candidate, stable, now) if stable is not None else None
     rollout = Rollout(target, recorded.revisions, stable, candidate, (), judgement.failure, judgement.waits_for, canary)
@@ -131,6 +134,7 @@ def _finished(snapshot: Snapshot, rollout: Rollout, now: datetime) -> Rollout:
 
 def _ended(revision: Revision, rollout: Rollout, now: datetime) -> Revision:
     """A canary whose turn it is no longer, though nothing was found."""
+    revision = replace(revision, in_place="")
     if revision.progress is None or revision.verdict is not None:
         return revision
     wanted, refused = rollout.target.version, rollout.target.message
@@ -140,7 +144,7 @@ def _ended(revision: Revision, rollout: Rollout, now: datetime) -> Revision:
 
 def _drains(snapshot: Snapshot, rollout: Rollout, revision: Revision, now: datetime) -> bool:
     """Warm for keepPreviousSeconds after another took over; longer while requests run on it. A canary that was stopped: while they do."""
-    if revision.is_promoted and snapshot.deployment.spec.rollout.strategy == "Recreate":
+    if revision.is_promoted and rollout.stable is not None and rollout.stable.verdict is not None and rollout.stable.verdict.in_place:
         return False  # it has no pods any more
     if revision.is_promoted:
         passed, keep = (
