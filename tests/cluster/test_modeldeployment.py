@@ -450,3 +450,65 @@ def _changed(api: Api, namespace: str, seconds: float) -> bool:
     before = versions(api, namespace)
     time.sleep(seconds)
     return versions(api, namespace) != before
+
+
+# --- one made-up GPU -----------------------------------------------------------
+
+GPU = "example.com/gpu"
+
+
+@pytest.fixture
+def one_gpu(api: Api, namespace: str) -> Iterator[Object]:
+    """Overrides that lead engines to a node with one device, where the real scheduler puts them."""
+    taint = {"key": "tuneloop.test", "value": namespace, "effect": "NoSchedule"}
+    node = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": namespace, "labels": {"tuneloop.test": namespace}}}
+    api.call("POST", "/api/v1/nodes", node | {"spec": {"taints": [taint]}})
+    has = {"cpu": "8", "memory": "32Gi", "pods": "20", GPU: "1"}
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    ready = {"type": "Ready", "status": "True", "reason": "KubeletReady", "lastHeartbeatTime": now, "lastTransitionTime": now}
+    status = {"status": {"capacity": has, "allocatable": has, "conditions": [ready]}}
+    api.call("PATCH", f"/api/v1/nodes/{namespace}/status", status, "application/merge-patch+json")
+    room = {"accessModes": ["ReadWriteMany"], "storageClassName": ""}
+    volume = room | {
+        "capacity": {"storage": "1Gi"},
+        "hostPath": {"path": "/nowhere"},
+        "claimRef": {"namespace": namespace, "name": "models"},
+    }
+    api.call("POST", "/api/v1/persistentvolumes", {"metadata": {"name": namespace}, "spec": volume})
+    claim = {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": "models", "namespace": namespace}}
+    api.create(claim | {"spec": room | {"volumeName": namespace, "resources": {"requests": {"storage": "1Gi"}}}})
+    wait_for(lambda: (api.get("PersistentVolumeClaim", namespace, "models") or {})["status"]["phase"] == "Bound", what="the claim's volume")
+    tolerated = {key: taint[key] for key in ("key", "value", "effect")} | {"operator": "Equal"}
+    yield {"nodeSelector": {"tuneloop.test": namespace}, "tolerations": [tolerated]}
+    for kind in ("nodes", "persistentvolumes"):
+        api.call("DELETE", f"/api/v1/{kind}/{namespace}")
+
+
+def test_on_one_gpu_a_new_version_finds_no_device_and_then_the_engine_before_makes_room(
+    operator: OperatorProcess, stage: Stage, api: Api, namespace: str, one_gpu: Object
+) -> None:
+    engine = {"acceleratorsPerReplica": 1, "acceleratorResource": GPU, "pod": one_gpu}
+    stage.serve(engine=engine, rollout=CANARY | {"surgeTimeoutSeconds": 1})
+    wait_for(lambda: stage.play.pod(stage.engine(1))["spec"].get("nodeName") == namespace, what="the first engine's place")
+    api.create(version(namespace, 2))
+    stalled = stage.wait("Stalled", "True", "NoDeviceForCanary")
+    assert "rollout.allowDowntime: true" in stalled["message"]
+    assert f"Insufficient {GPU}" in stalled["message"]
+    stage.wait("Available", "True", "Serving")
+    api.patch("ModelDeployment", namespace, NAME, {"spec": {"rollout": {"allowDowntime": True}}})
+    old, new = stage.engine(1), stage.engine(2)
+
+    def is_going() -> Object | None:
+        pods = [
+            p for p in api.list("Pod", namespace, f"tuneloop.dev/engine={old.rpartition('-')[2]}") if p["metadata"].get("deletionTimestamp")
+        ]
+        return pods[0] if pods else None
+
+    gone = wait_for(is_going, what="the engine before to make room")
+    api.call("DELETE", f"/api/v1/namespaces/{namespace}/pods/{gone['metadata']['name']}?gracePeriodSeconds=0")  # as its kubelet does
+    placed = wait_for(lambda: [p for p in stage.play.pods(new) if p["spec"].get("nodeName") == namespace], what="the new engine's place")
+    stage.play.run(placed[0])
+    wait_for(lambda: stage.status()["stable"]["version"] == 2, what="version 2 to take over")
+    stage.wait("Ready", "True", "Serving")
+    wait_for(lambda: api.get("Deployment", namespace, old) is None, what="the old engine to go")
+    assert record(api, namespace, 2)["tuneloop.dev/outcome-in-place"] == "true"
