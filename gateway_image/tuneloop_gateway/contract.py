@@ -178,22 +178,23 @@ LATENCY_LEAST_SECONDS = 0.001
 LATENCY_EDGE_RATIO = 1.05
 LATENCY_BUCKETS = 240
 """Geometric buckets up to 118 seconds: bucket i holds what is below LEAST * RATIO**i, and not below the edge before; the last, the rest."""
-Buckets = Annotated[tuple[int, ...], Field(max_length=LATENCY_BUCKETS)]
+Count = Annotated[int, Field(ge=0, le=1 << 53)]
+Buckets = Annotated[tuple[Count, ...], Field(max_length=LATENCY_BUCKETS)]
 
 
 class Outcomes(Model):
     """What became of one revision's requests since the window began. Buckets at the end that are empty are left out."""
 
-    requests: int = 0
+    requests: Count = 0
     """Answered, or failed. Not: refused for the client's fault, or given up by the client."""
-    errors: int = 0
+    errors: Count = 0
     """5xx, `abort`, `error`, broken streams; also those that another replica answered then."""
-    answers: int = 0
+    answers: Count = 0
     """Looked at for what follows."""
-    empty: int = 0
-    refused: int = 0
-    repetitive: int = 0
-    cut_short: int = 0
+    empty: Count = 0
+    refused: Count = 0
+    repetitive: Count = 0
+    cut_short: Count = 0
     """Ended by the limit on tokens."""
     first_token: Buckets = ()
     """Of streamed answers: seconds from arrival to the first token."""
@@ -201,8 +202,8 @@ class Outcomes(Model):
     """Of streamed answers: seconds between two tokens, on average over the answer."""
     whole_answer: Buckets = ()
     """Of answers that were not streamed: seconds for each token."""
-    up: int = 0
-    down: int = 0
+    up: Count = 0
+    down: Count = 0
 
 
 class RevisionReport(Model):

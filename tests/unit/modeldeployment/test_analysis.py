@@ -189,6 +189,12 @@ def test_limits_without_a_bound_are_limits() -> None:
     assert analysis.failed == ()
 
 
+def test_counts_that_cannot_be_are_survived() -> None:
+    assert analyse(Outcomes(requests=60, errors=90, empty=5), outcomes(4000), Limits(), 1).finding is Finding.FAIL
+    with pytest.raises(ValueError, match="greater than or equal to 0"):
+        Outcomes(requests=-1)
+
+
 def test_few_votes_say_nothing() -> None:
     analysis = analyse(outcomes(800, down=40), outcomes(4000, up=900), Limits(), 200)
     assert finding_of(analysis, Check.HARM) is Finding.INCONCLUSIVE

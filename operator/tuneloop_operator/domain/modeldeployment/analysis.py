@@ -117,8 +117,13 @@ def _share_text(share: Share) -> str:
     return f"{share.hits}/{share.total}" + (f" ({100 * share.ratio:.1f} %)" if share.total else "")
 
 
+def _share(hits: int, total: int) -> Share:
+    """Counts come from other processes: more hits than requests are as many."""
+    return Share(min(hits, total), total)
+
+
 def _errors(outcomes: Outcomes) -> Share:
-    return Share(outcomes.errors, outcomes.requests)
+    return _share(outcomes.errors, outcomes.requests)
 
 
 def _answers(check: Check, canary: Outcomes, stable: Outcomes, limits: Limits) -> Checked:
@@ -129,14 +134,14 @@ def _answers(check: Check, canary: Outcomes, stable: Outcomes, limits: Limits) -
             Check.REPETITIVE: outcomes.repetitive,
             Check.CUT_SHORT: outcomes.cut_short,
         }
-        return Share(hits[check], outcomes.answers)
+        return _share(hits[check], outcomes.answers)
 
     return _shares(check, share(canary), share(stable), MAX_ANSWER_INCREASE, limits)
 
 
 def _harm(canary: Outcomes, stable: Outcomes, limits: Limits) -> Checked:
     """Thumbs down of all thumbs; not before both have enough of them."""
-    bad, usual = Share(canary.down, canary.up + canary.down), Share(stable.down, stable.up + stable.down)
+    bad, usual = _share(canary.down, canary.up + canary.down), _share(stable.down, stable.up + stable.down)
     if min(bad.total, usual.total) < limits.min_feedback:
         return Checked(Check.HARM, Finding.INCONCLUSIVE, _share_text(bad), _share_text(usual))
     return _shares(Check.HARM, bad, usual, limits.max_harm_increase, limits)
