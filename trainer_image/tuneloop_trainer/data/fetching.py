@@ -11,11 +11,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, Protocol
 
 from tuneloop_trainer.contract import Reason
 from tuneloop_trainer.data.formats import ALONE, MAX_BYTES, SUFFIXES, Share, format_of, too_large
+from tuneloop_trainer.data.shelves import Shelf
 from tuneloop_trainer.errors import Invalid, Unavailable
 
 MAX_FILES = 10_000
@@ -38,6 +40,10 @@ class Remote(Protocol):
     def files(self) -> list[RemoteFile]:
         """What is to be read, in order. Raises Invalid or Unavailable."""
 
+    def identity(self, file: RemoteFile) -> str | None:
+        """What tells the file's content, and who may read it, from any other; None for one that lies on this machine already, or that
+        nothing is told of. Raises Invalid or Unavailable."""
+
     def fetch(self, file: RemoteFile, target: Path, pace: Pace) -> Path:
         """Write the file to the target, verified, or say where it already lies. Raises Invalid or Unavailable."""
 
@@ -51,6 +57,8 @@ class Workspace:
     commits: dict[tuple[str, str | None], str] = field(default_factory=dict)
     """(repository, revision asked for) -> its commit, found once for all sources of a run."""
     share: Share = ALONE
+    shelf: Shelf | None = None
+    """Where fetched files are kept for others. None: each is gone once it was read."""
 
 
 @dataclass
@@ -89,6 +97,8 @@ def fetched(remote: Remote, uri: str, work: Workspace) -> Iterator[tuple[str, Pa
     """(name, path) of every file; it is there until the next one is asked for. Raises Invalid or Unavailable."""
     files = remote.files()
     _refuse_too_many(files, uri, work.share)
+    if work.shelf is not None:
+        work.shelf.make_room()
     total, before = sum(file.size or 0 for file in files) or 1, 0
     for file in files:
         with _folder(work, file, uri) as folder:
@@ -97,8 +107,19 @@ def fetched(remote: Remote, uri: str, work: Workspace) -> Iterator[tuple[str, Pa
             def told(count: int, done: int = done) -> None:
                 work.told(round(min(100.0, 100 * (done + count) / total), 1))
 
-            yield PurePosixPath(file.name).name, remote.fetch(file, folder / _local_name(file.name), Pace(uri, file.name, told, work.share))
+            target = folder / _local_name(file.name)
+            path = _fetch(remote, file, target, Pace(uri, file.name, told, work.share), work.shelf)
+            yield PurePosixPath(file.name).name, path
         before += file.size or 0
+
+
+def _fetch(remote: Remote, file: RemoteFile, target: Path, pace: Pace, shelf: Shelf | None) -> Path:
+    """Once for all that share the shelf, as long as it is what was asked for."""
+    fetch = partial(remote.fetch, file, target, pace)
+    identity = remote.identity(file) if shelf is not None else None
+    if shelf is None or identity is None:
+        return fetch()
+    return shelf.take(identity, target, fetch, lambda: remote.identity(file) == identity)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from tuneloop_trainer.data.fetching import Pace, RemoteFile, refuse_unknown_form
 from tuneloop_trainer.data.formats import format_of
 from tuneloop_trainer.errors import Invalid, Unavailable
 from tuneloop_trainer.stores import buckets
+from tuneloop_trainer.stores.credentials import read_key
 
 TEXTS = (".jsonl", ".ndjson", ".csv")
 
@@ -28,6 +29,7 @@ class Objects:
         self, bucket: Bucket, uri: str, request_seconds: float = buckets.REQUEST_SECONDS, attempts: int = buckets.ATTEMPTS
     ) -> None:
         self._uri = uri
+        self._whose = [read_key(bucket.credentials, *names, owner=uri) or "" for names in (buckets.ENDPOINT, buckets.ACCESS)]
         self._path = bucket.path.strip("/")
         self._store = buckets.filesystem(bucket.credentials, uri, request_seconds, attempts)
 
@@ -42,6 +44,11 @@ class Objects:
             listed = self._store.get_file_info(FileSelector(self._path))
         files = [RemoteFile(item.path, item.size) for item in listed if item.type == FileType.File and format_of(item.path) is not None]
         return sorted(files, key=lambda file: file.name)
+
+    def identity(self, file: RemoteFile) -> str | None:
+        with _told(self._uri), self._store.open_input_stream(file.name) as source:
+            size, tag = _version(source)
+        return "\0".join((*self._whose, file.name, size, tag)) if tag else None
 
     def fetch(self, file: RemoteFile, target: Path, pace: Pace) -> Path:
         with _told(self._uri):

@@ -48,6 +48,11 @@ class DataFiles:
         found = chosen(list(self._known), self._asked.path, self._uri)
         return [RemoteFile(name, None if self._cached(name) else self._known[name].size) for name in found]
 
+    def identity(self, file: RemoteFile) -> str | None:
+        if self._snapshot is not None or self._cached(file.name) is not None:
+            return None
+        return "\0".join((self._token or "", self._asked.name, self._commit, file.name))
+
     def fetch(self, file: RemoteFile, target: Path, pace: Pace) -> Path:
         if self._snapshot is not None:
             return self._snapshot / file.name

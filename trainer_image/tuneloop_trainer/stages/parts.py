@@ -20,6 +20,7 @@ from tuneloop_trainer.data import curation, parts
 from tuneloop_trainer.data.fetching import Workspace
 from tuneloop_trainer.data.formats import Share
 from tuneloop_trainer.data.records import RowReader
+from tuneloop_trainer.data.shelves import Shelf
 from tuneloop_trainer.errors import Mismatch, Unavailable
 from tuneloop_trainer.hardware import cpu_threads
 from tuneloop_trainer.manifests import Metadata, publish, read_manifest, staging, verify
@@ -31,6 +32,11 @@ from tuneloop_trainer.stages.outputs import run_key, stage_folder
 log = logging.getLogger("tuneloop.prepare")
 FOLDER = "prepare-parts"
 LOOK_EVERY_SECONDS = 2.0
+
+
+def shelf_of(config: RunConfig) -> Shelf:
+    """Of the store, beside the base models that its runs share."""
+    return Shelf(Path(config.paths.cache) / "rows")
 
 
 def part_folder(config: RunConfig, share: Share) -> Path:
@@ -89,7 +95,7 @@ def _write(
     beside: Path,
     progress: ProgressWriter,
 ) -> None:
-    work = Workspace(beside, lambda percent: progress.phase("Fetching", percent=percent))
+    work = Workspace(beside, lambda percent: progress.phase("Fetching", percent=percent), shelf=shelf_of(config))
     suites = read_suites(config, objective, work)
     judging = curation.Judging(config.curation)
     judging.guard(suites.everything())

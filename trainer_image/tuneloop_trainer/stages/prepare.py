@@ -44,7 +44,7 @@ from tuneloop_trainer.scratch import write_base
 from tuneloop_trainer.shapes import read_shape
 from tuneloop_trainer.stages.gathering import Gathered, divide, read_sources, read_suites, take_parts
 from tuneloop_trainer.stages.outputs import run_key, stage_folder, told_again
-from tuneloop_trainer.stages.parts import all_parts, discard_parts, early_tokenizer, make_part
+from tuneloop_trainer.stages.parts import all_parts, discard_parts, early_tokenizer, make_part, shelf_of
 from tuneloop_trainer.stages.vocabulary import Extended, describe, extend_vocabulary
 from tuneloop_trainer.training.arguments import read_arguments
 
@@ -118,7 +118,7 @@ def _prepare(config: RunConfig, start: Start, share: Share, progress: ProgressWr
     with staging(stage_folder(config, Stage.PREPARE)) as folder, scratch(folder) as spool:
         curating = curation.Curating(config.curation, spool, config.training.seed, MAX_ITEMS)
         with closing(curating):
-            work = Workspace(spool / "fetched", lambda percent: progress.phase("Fetching", percent=percent))
+            work = Workspace(spool / "fetched", lambda percent: progress.phase("Fetching", percent=percent), shelf=shelf_of(config))
             items = read_suites(config, objective, work)
             if share.of > 1:
                 told = take_parts(config, curating, items, folders, start.tokenizer, progress)

@@ -18,6 +18,8 @@ CHUNK = 8 << 20
 CONNECT_SECONDS = 10.0
 REQUEST_SECONDS = 60.0
 ATTEMPTS = 3
+ACCESS, ENDPOINT = ("AWS_ACCESS_KEY_ID", "accessKeyId"), ("AWS_ENDPOINT_URL", "endpoint")
+"""Names that a Secret may give these keys."""
 DENIED = (
     "ACCESS_DENIED",
     "HTTP status 401",
@@ -66,10 +68,10 @@ def filesystem(credentials: str | None, owner: str, request_seconds: float, atte
     def key(*names: str) -> str | None:
         return read_key(credentials, *names, owner=owner)
 
-    access, secret = key("AWS_ACCESS_KEY_ID", "accessKeyId"), key("AWS_SECRET_ACCESS_KEY", "secretAccessKey")
+    access, secret = key(*ACCESS), key("AWS_SECRET_ACCESS_KEY", "secretAccessKey")
     if access is None or secret is None:
         raise Invalid(f"The Secret of {owner} needs the keys AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.", Reason.ACCESS_DENIED)
-    endpoint = key("AWS_ENDPOINT_URL", "endpoint")
+    endpoint = key(*ENDPOINT)
     scheme, _, host = endpoint.rstrip("/").rpartition("://") if endpoint else ("https", "", None)
     return S3FileSystem(
         access_key=access,
