@@ -78,7 +78,7 @@ def make_finished(
 
 def _prepared(folder: Path, text: str) -> None:
     folder.mkdir(parents=True)
-    counts = TokenCounts(rows=5, tokens=70, supervised=20, longest=40, histogram=(3, 2, 0, 0, 0, 0, 0, 0, 0, 0))
+    counts = TokenCounts(rows=5, tokens=70, supervised=20, longest=40, histogram=[3, 2, 0, 0, 0, 0, 0, 0, 0, 0])
     sample = Sample(row=1, tokens=2, learned=1, left_out=0, beginning=(Piece(text, False), Piece(text, True)), end=())
     card = {
         "name": "tiny", "objective": "SFT", "method": "LoRA", "base": "pvc://models/base", "warnings": [text[:160]],

@@ -8,7 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from itertools import chain
 from operator import attrgetter, itemgetter
@@ -96,6 +96,15 @@ def write_source(folder: Path, source: int, batches: Iterable[list[Judged]], tok
             add_tokens((one.record.row, tokens), len(tokens or ""))
 
 
+_row_values = attrgetter(*(field.name for field in fields(TokenRow)))
+_task_values = attrgetter(*(field.name for field in fields(Task)))
+
+
+def _values(row: TokenRow) -> list[Any]:
+    """For JSON; `dataclasses.astuple` would copy each token."""
+    return [_task_values(value) if isinstance(value, Task) else value for value in _row_values(row)]
+
+
 def _tokens_of(make: Callable[[Record], Tokens], judged: Judged) -> str | None:
     """As text, made in the process that tokenises. None for a row that will not be trained on, or cannot be: what is wrong with it counts
     only where it is kept, and is told then."""
@@ -105,7 +114,7 @@ def _tokens_of(make: Callable[[Record], Tokens], judged: Judged) -> str | None:
         tokens = make(judged.record)
     except Invalid:
         return None
-    return json.dumps([tokens.whole, [astuple(row) for row in tokens.rows]], ensure_ascii=False, separators=(",", ":"))
+    return json.dumps([tokens.whole, [_values(row) for row in tokens.rows]], ensure_ascii=False, separators=(",", ":"))
 
 
 @contextmanager

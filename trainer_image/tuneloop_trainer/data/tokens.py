@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from operator import attrgetter
 
@@ -30,7 +31,7 @@ class TokenCounts:
     with_end: int = 0
     """Rows whose last token, at which the engine stops, is supervised."""
     longest: int = 0
-    histogram: tuple[int, ...] = (0,) * (len(HISTOGRAM_BOUNDS) + 1)
+    histogram: list[int] = field(default_factory=lambda: [0] * (len(HISTOGRAM_BOUNDS) + 1))
 
     def add(self, row: TokenRow, truncated: bool) -> None:
         length = len(row.input_ids)
@@ -40,8 +41,7 @@ class TokenCounts:
         self.truncated += truncated
         self.with_end += not truncated
         self.longest = max(self.longest, length)
-        bucket = sum(length > bound for bound in HISTOGRAM_BOUNDS)
-        self.histogram = tuple(count + (index == bucket) for index, count in enumerate(self.histogram))
+        self.histogram[bisect_left(HISTOGRAM_BOUNDS, length)] += 1
 
     @property
     def supervised_share(self) -> float:
