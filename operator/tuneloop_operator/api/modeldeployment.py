@@ -143,7 +143,9 @@ class Rollout(Model):
     allow_downtime: bool = Field(
         default=False, description="Stop the engine before where there is no device for a second one; requests wait up to 15 s meanwhile."
     )
-    keep_previous_seconds: int = Field(default=60, ge=0, le=86_400, description="How long the engine before stays warm.")
+    keep_previous_seconds: int = Field(
+        default=600, ge=0, le=86_400, description="How long the engine before stays warm: only then is going back immediate."
+    )
 
 
 class ApiKeys(Model):

@@ -29,7 +29,7 @@ def the_gateway_starts_afresh(world: World) -> None:
 
 
 def time_passes(world: World) -> None:
-    world.step(seconds=100)
+    world.step(seconds=700)  # longer than the engine before is kept
 
 
 CHAPTERS: tuple[Callable[[World], None], ...] = (
