@@ -1,4 +1,5 @@
-"""Guards an engine: a key on every path but two, an allow-list of paths, the recorded probes; and verifies a model before it is loaded.
+"""Guards an engine: a key on every path but two, an allow-list of paths, the recorded probes, a `/health` that tells when the engine
+stands still; and verifies a model before it is loaded.
 
 One file that needs nothing but the standard library: it is mounted into the engine's image and used as
 `--middleware engine_guard.Guard` (vLLM's own key leaves inference paths open) and, before the engine starts, as
@@ -13,6 +14,7 @@ import json
 import os
 import re
 import sys
+import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -23,7 +25,8 @@ OPEN_PATHS = {("GET", "/health"), ("GET", "/metrics")}
 REFERENCE_FILE_VARIABLE = "TUNELOOP_REFERENCE_FILE"
 PROBES_PATH = "/tuneloop/probes"
 REFERENCE_PATH = "/tuneloop/reference"
-ALLOWED_PATHS = {"/v1/chat/completions", "/v1/completions", "/v1/models", "/tokenize"}
+GENERATING_PATHS = {"/v1/chat/completions", "/v1/completions"}
+ALLOWED_PATHS = {*GENERATING_PATHS, "/v1/models", "/tokenize"}
 MANIFEST = "manifest.json"
 CARD = "MODEL_CARD.md"
 """What a copy of a model has beside its manifest: the card with the figures of its evaluation. No engine reads it."""
@@ -41,8 +44,9 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 class Guard:
     """Pure ASGI middleware: streams pass untouched. Without a readable key it refuses everything but the open paths."""
 
-    def __init__(self, app: App) -> None:
+    def __init__(self, app: App, clock: Callable[[], float] = time.monotonic) -> None:
         self._app = app
+        self._vigil = Vigil(clock)
         self._key_file = os.environ.get(KEY_FILE_VARIABLE)
         self._recorded = {
             PROBES_PATH: os.environ.get(PROBES_FILE_VARIABLE),
@@ -55,12 +59,16 @@ class Guard:
             await self._app(scope, receive, send)
         elif kind != "http":
             await _refuse(scope, send)
+        elif (scope["method"], scope["path"]) == ("GET", "/health") and await self._vigil.is_still(self._app, scope):
+            await _answer(send, 503, b'{"error":"requests wait and the engine stands still"}')
         elif (scope["method"], scope["path"]) in OPEN_PATHS:
             await self._app(scope, receive, send)
         elif not self._has_key(scope):
             await _answer(send, 401, b'{"error":"unauthorized"}')
         elif scope["path"] in self._recorded:
             await self._answer_recorded(scope, send)
+        elif scope["path"] in GENERATING_PATHS:
+            await self._vigil.attend(self._app, scope, receive, send)
         elif scope["path"] in ALLOWED_PATHS:
             await self._app(scope, receive, send)
         else:
@@ -112,6 +120,91 @@ async def _refuse(scope: Scope, send: Send) -> None:
         await send({"type": "websocket.http.response.body", "body": b""})
     else:
         await send({"type": "websocket.close", "code": 1008})
+
+
+# --- an engine that stands still ------------------------------------------------
+
+STILL_SECONDS = 45
+LOOK_SECONDS = 5
+GIVEN_UP_SECONDS = 10
+"""A client that waited so long and left is one that was not answered; one that left before may never have reached the engine."""
+ITERATIONS = b"vllm:iteration_tokens_total_count"
+NO_STEPS = b"vllm:admission_rejections"
+"""What the server counts without the engine."""
+
+
+class Vigil:
+    """Whether an engine stands still: for `STILL_SECONDS` a request has waited for it, and none of its metrics has moved.
+
+    vLLM's own gauges do not say who waits: they are written after a step, so that they are 0 where the first step hangs. Its count of
+    iterations does not say what moves: it leaves out steps that only read a part of a long prompt, which show in the share of the KV cache.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._waiting: dict[object, float] = {}
+        self._given_up: float | None = None
+        self._seen = b""
+        self._moved = self._looked = clock()
+        self._still = False
+
+    async def attend(self, app: App, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes a request on. It waits for the engine while its body is there and no part of the answer is on its way to a slow reader."""
+        request = object()
+
+        async def read() -> MutableMapping[str, Any]:
+            message = await receive()
+            if message["type"] == "http.request" and not message.get("more_body"):
+                self._waiting[request] = self._clock()
+            return message
+
+        async def answer(message: MutableMapping[str, Any]) -> None:
+            self._waiting.pop(request, None)
+            await send(message)
+            if message["type"] == "http.response.start" or message.get("more_body"):
+                self._waiting[request] = self._clock()
+
+        try:
+            await app(scope, read, answer)
+        finally:
+            since = self._waiting.pop(request, None)
+            if since is not None and self._clock() - since >= GIVEN_UP_SECONDS:
+                self._given_up = since if self._given_up is None else min(since, self._given_up)
+
+    async def is_still(self, app: App, scope: Scope) -> bool:
+        """Looks at the metrics at most every `LOOK_SECONDS`."""
+        now = self._clock()
+        if now - self._looked >= LOOK_SECONDS:
+            self._looked = now
+            seen = await _progress(app, scope)
+            if seen is None or seen != self._seen:
+                self._seen, self._moved, self._given_up = seen or b"", now, None
+            oldest = min([*self._waiting.values(), *([] if self._given_up is None else [self._given_up])], default=now)
+            still = now - max(oldest, self._moved) >= STILL_SECONDS
+            if still and not self._still:
+                print(f"Requests wait, and no step has ended for {now - self._moved:.0f} s: /health is 503.", file=sys.stderr, flush=True)
+            self._still = still
+        return self._still
+
+
+async def _progress(app: App, scope: Scope) -> bytes | None:
+    """A digest of what the engine's steps move; None where its metrics do not tell: nobody is ended for want of evidence."""
+    body = bytearray()
+
+    async def receive() -> MutableMapping[str, Any]:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        body.extend(message.get("body", b""))
+
+    try:
+        await app({**scope, "path": "/metrics", "raw_path": b"/metrics", "query_string": b"", "headers": []}, receive, send)
+    except Exception:  # noqa: BLE001 - whatever it was, it is no evidence
+        return None
+    lines = [line for line in body.splitlines() if line.startswith(b"vllm:") and not line.startswith(NO_STEPS)]
+    if not any(line.startswith(ITERATIONS) for line in lines):
+        return None
+    return hashlib.sha256(b"\n".join(lines)).digest()
 
 
 # --- verification ----------------------------------------------------------------

@@ -123,8 +123,11 @@ def _server(deployment: ModelDeployment, version: ModelVersion, image: str, moun
         "resources": pods.resources({"cpu": "500m", "memory": "4Gi"}, engine.pod.resources, devices),
         "securityContext": pods.container_security(),
         "startupProbe": pods.http_probe("/health", ENGINE_PORT, period=2, timeout=5, failures=engine.startup_timeout_seconds // 2),
-        # A busy engine answers late: what is only slow must not be restarted.
-        "livenessProbe": pods.http_probe("/health", ENGINE_PORT, period=10, timeout=10, failures=10),
+        # A busy engine answers late: 100 s of silence. The guard's 503, of one that stands still, counts every 5 s, and is not drained.
+        "livenessProbe": {
+            **pods.http_probe("/health", ENGINE_PORT, period=5, timeout=25, failures=4),
+            "terminationGracePeriodSeconds": PRE_STOP_SECONDS + 5,
+        },
         "readinessProbe": pods.http_probe("/health", ENGINE_PORT, period=2, timeout=2, failures=3),
         "lifecycle": {"preStop": {"sleep": {"seconds": PRE_STOP_SECONDS}}},
         "terminationMessagePolicy": "FallbackToLogsOnError",

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from tests.unit.modeldeployment.world import DIGEST, LINEAGE_SPEC, World, make_version
 
+from tuneloop_gateway import engine_guard
 from tuneloop_gateway.contract import GatewayConfig
 from tuneloop_operator.api.engineoptions import ENGINE_OPTIONS, option_arguments, option_problem
 from tuneloop_operator.domain.modeldeployment.revisions import engine_hash
@@ -189,6 +190,17 @@ def test_requests_may_end_before_the_engine_does() -> None:
     args, container = spec["containers"][0]["args"], spec["containers"][0]
     drain = int(args[args.index("--shutdown-timeout") + 1])
     assert spec["terminationGracePeriodSeconds"] > drain + container["lifecycle"]["preStop"]["sleep"]["seconds"]
+
+
+def test_an_engine_that_stands_still_for_45_seconds_is_ended_within_90_after_its_last_step_and_a_silent_one_after_100() -> None:
+    container = engine_of(World())["containers"][0]
+    live, ready = container["livenessProbe"], container["readinessProbe"]
+    assert live["httpGet"]["path"] == ready["httpGet"]["path"] == "/health"
+    # The guard sees the last step, and that none followed, up to one look and one question late.
+    noticed = engine_guard.STILL_SECONDS + 2 * (engine_guard.LOOK_SECONDS + ready["periodSeconds"])
+    assert noticed + live["periodSeconds"] * live["failureThreshold"] + live["terminationGracePeriodSeconds"] <= 90
+    assert live["timeoutSeconds"] * live["failureThreshold"] >= 100
+    assert live["terminationGracePeriodSeconds"] > container["lifecycle"]["preStop"]["sleep"]["seconds"]
 
 
 def test_the_startup_probe_allows_what_the_spec_allows() -> None:
