@@ -177,7 +177,7 @@ class Vigil:
         if now - self._looked >= LOOK_SECONDS:
             self._looked = now
             seen = await _progress(app, scope)
-            if seen is None or seen != self._seen:
+            if seen != self._seen:  # as None always is
                 self._seen, self._moved, self._given_up = seen or b"", now, None
             oldest = min([*self._waiting.values(), *([] if self._given_up is None else [self._given_up])], default=now)
             still = now - max(oldest, self._moved) >= STILL_SECONDS

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
+import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import aiohttp
@@ -42,6 +46,14 @@ for method, path in json.load(sys.stdin):
     except urllib.error.HTTPError as error:
         code = error.code
     print(json.dumps([method, path, code]))
+"""
+
+
+STOP_ENGINE = """
+import os, pathlib, signal
+pids = [int(p.parent.name) for p in pathlib.Path("/proc").glob("[0-9]*/cmdline") if p.read_bytes().startswith(b"VLLM::EngineCore")]
+assert len(pids) == 1, pids
+os.kill(pids[0], signal.SIGSTOP)
 """
 
 
@@ -94,3 +106,28 @@ async def test_the_engine_reads_the_same_tokens_that_the_trainer_taught(serving:
                 async with client.post(f"{url}/tokenize", json={"messages": body["messages"], "add_generation_prompt": True}) as response:
                     served = (await response.json())["tokens"]
                 assert served == formatter.prompt_ids(f"Sentiment of: {row.text}")
+
+
+def test_an_engine_whose_process_stands_still_is_started_anew_after_90_seconds(serving: Story) -> None:
+    name = str(_engine_pod(serving)["metadata"]["name"])  # type: ignore[index]
+
+    def container() -> dict[str, object]:
+        return dict(serving.space.get("pod", name)["status"]["containerStatuses"][0])  # type: ignore[index]
+
+    def ask(url: str) -> None:
+        body = json.dumps({"model": MODEL, "messages": [{"role": "user", "content": "fine"}]}).encode()
+        with suppress(OSError):
+            urllib.request.urlopen(urllib.request.Request(f"{url}/v1/chat/completions", body), timeout=120)
+
+    before = container()
+    serving.space.kubectl("exec", name, "-c", "engine", "--", "python3", "-c", STOP_ENGINE)
+    stopped = time.monotonic()
+    with serving.space.forward(f"service/{DEPLOYMENT}", 80) as url:
+        asking = threading.Thread(target=ask, args=(url,), daemon=True)
+        asking.start()
+        serving.space.wait_until("pod", name, lambda _: container()["restartCount"] != before["restartCount"], timeout=150)
+        taken = time.monotonic() - stopped
+    print(f"started anew after {taken:.0f} s")
+    # Guard and probes take 89 at most; the kubelet and kubectl some more.
+    assert taken <= 95
+    serving.space.kubectl("wait", "--for=condition=Ready", f"pod/{name}", "--timeout=300s")
