@@ -29,7 +29,7 @@ demo: venv $(call IF_LOCAL,cluster-up images) $(if $(call IF_LOCAL,x),,tools) ##
 	TQDM_DISABLE=1 $(PY) -m dev.demo
 
 .PHONY: test
-test: venv postgresql s3 control-plane-up cluster-up images ## test-unit, test-postgresql, test-training, test-cluster and test-e2e in one run
+test: venv postgresql s3 health control-plane-up cluster-up images ## test-unit, test-postgresql, test-training, test-cluster and test-e2e in one run
 	@$(WITH_CLUSTER)
 	$(PYTEST) -m "not long" tests/unit tests/training tests/cluster tests/e2e
 
@@ -138,7 +138,7 @@ bench-gateway-limits: venv postgresql ## what limits by key, shared in PostgreSQ
 
 # --- steps of the targets above ---
 
-.PHONY: venv postgresql s3 control-plane-up tools
+.PHONY: venv postgresql s3 health control-plane-up tools
 venv:
 	@$(STEP) "Python environment" dev/venv
 
@@ -150,6 +150,9 @@ control-plane-up:
 
 s3:
 	@$(STEP) "S3 server for tests" dev/s3 install
+
+health:
+	@$(STEP) "kstatus and Argo CD's Lua" dev/health/health install
 
 tools:
 	@$(STEP) "kubectl and helm" $(KUBE) tools
