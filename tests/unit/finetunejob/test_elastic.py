@@ -66,6 +66,20 @@ def test_training_that_lost_a_node_asks_for_all_and_goes_on_with_the_rest_after_
     assert (found.job.status.phase, found.message().startswith("The model is being trained on 2 of 3 nodes")) == ("Training", True)
 
 
+def test_attempt_that_was_replaced_goes_even_where_the_operator_died_before_it_removed_it() -> None:
+    found = elastic()
+    finds_nodes_for(found, 0, 1)
+    found.wait(60)
+    old = found.current()
+    found.settle()
+    finds_nodes_for(found, 0, 1)
+    found.runs[old.job.metadata.name] = old
+    found.settle()
+
+    assert found.current().number == 2
+    assert list(found.runs) == ["tweets-prepare-1", "tweets-train-2"], "two attempts would write the same checkpoints"
+
+
 def test_it_is_looked_at_again_when_the_minute_is_over() -> None:
     found = elastic()
     finds_nodes_for(found, 0)

@@ -81,6 +81,18 @@ def test_configuration_that_training_began_with_is_found_in_a_job_set() -> None:
     assert found.snapshot().began_with is not None
 
 
+def test_job_set_for_which_nobody_makes_a_job_says_so() -> None:
+    found = world()
+    assert found.job.status.phase == "Training"
+    found.wait(30)
+    found.settle()
+    assert found.job.status.phase == "Pending"
+    assert found.message() == "No Job was made for JobSet tweets-train-1. See that JobSet's controller runs, or what holds the JobSet back."
+    found.replace_run(found.current(), made_uid="made")
+    found.settle()
+    assert found.job.status.phase == "Training"
+
+
 def test_elastic_training_replaces_a_job_set() -> None:
     found = world(nodes=4, minNodes=2)
     old = found.current()

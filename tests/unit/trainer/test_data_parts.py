@@ -34,6 +34,7 @@ from tuneloop_trainer.contract import (
     Training,
     Vocabulary,
 )
+from tuneloop_trainer.data import curation
 from tuneloop_trainer.data.fetching import Workspace
 from tuneloop_trainer.data.formats import Share
 from tuneloop_trainer.data.languages import LanguageFilter
@@ -331,6 +332,22 @@ def test_a_part_that_is_damaged_is_made_again(tmp_path: Path, data: Any, base: P
 
     assert (failed.exit_code, failed.reason) == (ExitCode.UNAVAILABLE, Reason.STORE_UNAVAILABLE)
     assert run_pods(config, 2, monkeypatch).exit_code == 0
+
+
+def test_a_part_that_goes_as_it_is_joined_loses_no_rows(tmp_path: Path, data: Any, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_run(tmp_path, data, base)
+    assert run_pod(config, 1, 2, monkeypatch).exit_code == 0
+    joined = curation.Curating.take
+
+    def take(self: Any, judged: Any) -> None:
+        joined(self, judged)
+        for path in part_folder(config, Share(1, 2)).glob("*-01.arrow"):
+            path.unlink()
+
+    monkeypatch.setattr(curation.Curating, "take", take)
+    failed = run_pod(config, 0, 2, monkeypatch)
+
+    assert (failed.exit_code, failed.message) == (ExitCode.UNAVAILABLE, "A part of the rows is gone; it is made again.")
 
 
 # --- what is wrong with the data ----------------------------------------------

@@ -18,14 +18,14 @@ from typing import Any
 import pyarrow as pa
 from pydantic import ValidationError
 
-from tuneloop_trainer.contract import Model
+from tuneloop_trainer.contract import Model, Reason
 from tuneloop_trainer.data.curation import Judged
 from tuneloop_trainer.data.filters import Filters
 from tuneloop_trainer.data.parallel import InOrder
 from tuneloop_trainer.data.records import Drops, Record, RowReader
 from tuneloop_trainer.data.shards import Task, TokenRow
 from tuneloop_trainer.data.spool import read_record, written
-from tuneloop_trainer.errors import Invalid, Mismatch
+from tuneloop_trainer.errors import Invalid, Mismatch, Unavailable
 from tuneloop_trainer.objectives.objective import Tokens
 
 COUNTS = "part.json"
@@ -184,11 +184,13 @@ def drops_of(parts: Iterable[ReadSource]) -> Drops:
 
 
 def _read(path: Path) -> Iterator[dict[str, Any]]:
-    """Nothing, of a source that the pod left to another."""
-    if path.exists():
+    """Raises Unavailable where a part went away after it was verified: its rows would be missing."""
+    try:
         with pa.OSFile(str(path)) as file, pa.ipc.open_stream(file) as opened:
             for batch in opened:
                 yield from batch.to_pylist()
+    except FileNotFoundError as error:
+        raise Unavailable("A part of the rows is gone; it is made again.", Reason.STORE_UNAVAILABLE) from error
 
 
 def _judged(row: dict[str, Any]) -> Judged:

@@ -105,6 +105,7 @@ def _write(
     for index, source in enumerate(config.train):
         if source.feedback is not None and share.number > 0:
             read.append(None)
+            parts.write_source(folder, index, [], None)
             continue
         reader = RowReader(source, f"data.train[{index}]", objective.shape, work)
         records = signalled(reader.own_records(), progress, reader, before)

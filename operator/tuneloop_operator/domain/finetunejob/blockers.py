@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from datetime import datetime
 
 from tuneloop_operator.api.conditions import JobReason
 from tuneloop_operator.api.kubernetes import Pod, Waiting
+from tuneloop_operator.domain import times
 from tuneloop_operator.domain.conditions import shortened
 from tuneloop_operator.domain.finetunejob.snapshot import StageRun
 
@@ -14,6 +16,8 @@ QUOTE_LIMIT = 300
 """Characters that are quoted of somebody else's message."""
 PULL_REASONS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "RegistryUnavailable", "ImageInspectError")
 CONFIG_REASONS = ("CreateContainerConfigError", "CreateContainerError", "RunContainerError")
+UNMADE_SECONDS = 30.0
+"""So long a JobSet may be without its Job before that is told."""
 MISSING_CLAIM = re.compile(r'persistentvolumeclaim "([^"]{1,253})" (?:not found|is being deleted)')
 MISSING_SECRET = re.compile(r'secrets? "?([^"\s]{1,253})"? not found', re.IGNORECASE)
 MISSING_KEY = re.compile(r"couldn't find key (\S{1,253}) in Secret (\S{1,253})")
@@ -25,11 +29,11 @@ class Blocker:
     message: str
 
 
-def blocker(run: StageRun) -> Blocker | None:
+def blocker(run: StageRun, now: datetime) -> Blocker | None:
     """What keeps a Job that has not ended from running; None where nothing is known to."""
     pod = next((pod for pod in run.pods if pod.is_unschedulable), run.pod)
     if pod is None:
-        return _without_pod(run)
+        return _without_pod(run, now)
     if pod.is_unschedulable:
         return _unschedulable(pod)
     for status in (*pod.status.init_container_statuses, *pod.status.container_statuses):
@@ -44,7 +48,11 @@ def claim_missing(names: tuple[str, ...]) -> Blocker:
     return Blocker(JobReason.CLAIM_NOT_FOUND, message)
 
 
-def _without_pod(run: StageRun) -> Blocker | None:
+def _without_pod(run: StageRun, now: datetime) -> Blocker | None:
+    is_old = times.seconds_between(run.job.metadata.creation_timestamp, now) >= UNMADE_SECONDS
+    if run.manifest["kind"] == "JobSet" and not run.made_uid and is_old:
+        message = f"No Job was made for JobSet {run.job.metadata.name}. See that JobSet's controller runs, or what holds the JobSet back."
+        return Blocker(JobReason.PENDING, message)
     failed = next((event for event in run.warnings if event.reason == "FailedCreate"), None)
     if failed is None:
         return None

@@ -58,6 +58,8 @@ def train(case: Case) -> Standing | None:
         return None
     if case.status.started_at is None:
         case.learn(started_at=times.to_text(case.now))  # from here on the spec is immutable
+    # Where the pass that made the newest ended before it removed the one before, two would write the same checkpoints.
+    case.delete += [run.target for run in case.runs(Stage.TRAIN)[:-1] if outcome(run).is_active]
     return advance(case, Stage.TRAIN, verdict)
 
 
@@ -101,7 +103,7 @@ def _going(case: Case, stage: Stage, active: Active) -> Standing:
         if fewer.seconds_left <= 0:
             return _go_on_with_fewer(case, active.run, fewer.nodes)
         look_again = min(look_again, fewer.seconds_left)
-    found = blocker(active.run)
+    found = blocker(active.run, case.now)
     if found is None:
         return Standing(PHASES[stage], REASONS[stage], _doing(case, stage, active.run.nodes), requeue_after=look_again)
     return Standing("Pending", found.reason, found.message, is_problem=found.reason is not JobReason.PENDING, requeue_after=look_again)
