@@ -44,7 +44,7 @@ class Effect:
     """Factor."""
     inter_token: float = 1.0
     sessions: int = 1
-    """Requests of one session, which fail or succeed together; the gateway counts one failure of a session."""
+    """Requests of one session, which fail or succeed together; the gateway counts one failure of a session, and its requests 1, 2, 4, 8 ..."""
     base: float = 0.005
     """Usual ratio of errors."""
 
@@ -94,7 +94,7 @@ class Arm:
         self._errors = effect.base + (effect.errors if is_canary else 0.0)
         self._first = (FIRST_TOKEN[0] * (effect.first_token if is_canary else 1.0), FIRST_TOKEN[1])
         self._between = (INTER_TOKEN[0] * (effect.inter_token if is_canary else 1.0), INTER_TOKEN[1])
-        self.requests = self.errors = 0
+        self.requests = self.counted = self.errors = 0
         self._first_buckets = np.zeros(LATENCY_BUCKETS, dtype=np.int64)
         self._between_buckets = np.zeros(LATENCY_BUCKETS, dtype=np.int64)
 
@@ -103,6 +103,7 @@ class Arm:
             return
         failed_sessions = int(self._rng.binomial(requests // self._sessions, self._errors))
         self.requests += requests
+        self.counted += requests // self._sessions * self._sessions.bit_length()
         self.errors += failed_sessions
         answered = requests - failed_sessions * self._sessions
         self._first_buckets += _histogram(self._rng, answered, *self._first)

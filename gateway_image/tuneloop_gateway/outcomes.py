@@ -1,7 +1,9 @@
 """Counts what became of each revision's requests while a canary runs: what the operator's analysis compares.
 
 Requests of one session are alike, so one session must not decide. Of each kind of failure one is counted for a session (their sum is then
-dominated by that of independent requests, so the analysis' level holds), and latencies of its first few requests.
+dominated by that of independent requests, so the analysis' level holds), and latencies of its first few requests. Of a session's requests
+the first, second, fourth, eighth and so on are looked at: if all counted, the one failure of a long session would vanish among them, and a
+revision that fails every second request would pass.
 """
 
 from __future__ import annotations
@@ -40,6 +42,12 @@ _PER_EDGE = 1 / math.log(LATENCY_EDGE_RATIO)
 class _Session:
     seen: set[str] = field(default_factory=set)
     latencies: int = 0
+    requests: int = 0
+
+    def is_next_counted(self) -> bool:
+        """Of its first, second, fourth, eighth request and so on."""
+        self.requests += 1
+        return self.requests & (self.requests - 1) == 0
 
 
 @dataclass
@@ -102,8 +110,7 @@ class Outcomes:
         if self.window and exchange.revision and exchange.revision not in exchange.failed_on:
             exchange.failed_on.add(exchange.revision)
             tally = self._tally(exchange.revision)
-            tally.add("requests")
-            tally.add_once("errors", tally.session(exchange.session))
+            self._error(tally, tally.session(exchange.session))
 
     def ended(self, exchange: Exchange) -> None:
         """After the last byte, or the last attempt."""
@@ -113,15 +120,21 @@ class Outcomes:
         session = tally.session(exchange.session)
         if exchange.status == 499:
             # Who gave up before the first token waited at least so long for it.
-            if exchange.sent is None and exchange.inbound.stream:
+            if exchange.sent is None and exchange.inbound.stream and not exchange.failed_on:
                 self._latency(tally, session, first_token=time.perf_counter() - exchange.started)
         elif exchange.status >= 500 or (exchange.status < 400 and exchange.finish_reason in FAILED):
+            self._error(tally, session)
+        elif exchange.status < 400:
+            if not exchange.failed_on:  # else the other revision's attempt is in its time
+                self._latencies(tally, session, exchange)
+            if session.is_next_counted():
+                tally.add("requests")
+                self._answer(tally, session, exchange)
+
+    def _error(self, tally: _Tally, session: _Session) -> None:
+        if session.is_next_counted():
             tally.add("requests")
             tally.add_once("errors", session)
-        elif exchange.status < 400:
-            tally.add("requests")
-            self._latencies(tally, session, exchange)
-            self._answer(tally, session, exchange)
 
     def _latencies(self, tally: _Tally, session: _Session, exchange: Exchange) -> None:
         end = time.perf_counter()

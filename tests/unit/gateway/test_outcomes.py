@@ -134,9 +134,32 @@ async def test_one_session_fails_once(start: Start, engine: FakeEngine) -> None:
     for _ in range(5):
         await ask_in(gateway, "s")
     counted = await outcomes(gateway)
-    assert (counted.requests, counted.errors) == (5, 1)
+    assert (counted.requests, counted.errors) == (3, 1), "the first, the second and the fourth"
     await ask_in(gateway, "another")
     assert (await outcomes(gateway)).errors == 2
+
+
+async def test_the_failure_of_a_long_session_does_not_vanish_among_its_requests(start: Start, engine: FakeEngine) -> None:
+    gateway = await start(divided(weight=100), endpoints={"new": (engine.address,)})
+    for turn in range(64):
+        engine.reply = status(500) if turn % 2 else answer(chat_answer("ok"))
+        await ask_in(gateway, "long")
+    counted = await outcomes(gateway)
+    assert counted.errors == 1
+    assert counted.errors / counted.requests > 0.1, "of a revision that fails every second request"
+
+
+async def test_the_time_that_another_revisions_attempt_took_is_nobodys_latency(
+    start: Start, engine: FakeEngine, second_engine: FakeEngine
+) -> None:
+    gateway = await start_divided(start, engine, second_engine)
+    second_engine.reply = status(503)
+    for number in range(12):
+        await ask_in(gateway, f"{number}")
+    failed, answered = await outcomes(gateway), await outcomes(gateway, "old")
+    assert failed.errors > 0
+    assert answered.requests == 12
+    assert sum(answered.whole_answer) == 12 - failed.errors
 
 
 async def test_latencies_of_streams_and_of_whole_answers_are_apart_and_few_of_each_session(start: Start, engine: FakeEngine) -> None:
@@ -146,7 +169,7 @@ async def test_latencies_of_streams_and_of_whole_answers_are_apart_and_few_of_ea
     await ask_in(gateway, "whole")
     counted = await outcomes(gateway)
     assert (sum(counted.first_token), sum(counted.inter_token), sum(counted.whole_answer)) == (4, 4, 1)
-    assert counted.answers == 7
+    assert counted.answers == 4, "the first, the second and the fourth of one, the first of the other"
 
 
 async def test_who_gives_up_before_the_first_token_waited_at_least_so_long(start: Start, engine: FakeEngine) -> None:

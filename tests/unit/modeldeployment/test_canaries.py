@@ -282,3 +282,20 @@ def test_steps_that_were_taken_out_of_the_spec_do_not_stop_it() -> None:
     world.generation += 1
     world.settle()
     assert world.weights() == {1: 90, 2: 10}
+
+
+def test_a_canary_that_loses_its_node_stops_no_engine_and_is_not_promoted_unseen() -> None:
+    world = canary(allowDowntime=True)
+    world.step(seconds=3000)  # its engine is old by now
+    hashed, old = world.engine_of(2), f"tweets-{world.engine_of(1)}"
+    world.ready[hashed] = 0
+    world.pod_status[hashed] = {
+        "phase": "Pending", "startTime": None, "conditions": [{"type": "PodScheduled", "status": "False", "reason": "Unschedulable"}],
+    }  # fmt: skip
+    world.step(seconds=301)
+    world.settle()
+    assert world.objects["Deployment", old]["spec"]["replicas"] == 1
+    assert world.condition("Available") == ("True", "Serving")
+    world.pod_status, world.ready = {}, {}
+    world.settle()
+    assert world.weights() == {1: 95, 2: 5}, "it goes on where it was"

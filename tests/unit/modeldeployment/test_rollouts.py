@@ -6,6 +6,7 @@ import pytest
 from tests.unit.modeldeployment.world import DIGEST, LINEAGE_SPEC, World, make_version
 
 from tuneloop_gateway.contract import ProbeState
+from tuneloop_operator.domain import times
 
 
 def served(**world: object) -> World:
@@ -497,6 +498,22 @@ def test_with_allowed_downtime_the_engine_before_makes_room(strategy: str) -> No
     assert world.weights() == {2: 100}
     assert world.condition("Ready") == ("True", "Serving")
     assert world.engines() == [world.engine_of(2)]
+
+
+def test_the_engine_before_makes_no_room_for_one_that_has_looked_for_a_node_only_now() -> None:
+    world = served(spec={"rollout": {"allowDowntime": True}})
+    world.versions.append(make_version(2))
+    world.step()
+    hashed = world.engine_of(2)
+    world.ready[hashed] = 0
+    world.step(seconds=900)  # it was loading, and then its node went
+    condition = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "lastTransitionTime": times.to_text(world.now)}
+    world.pod_status[hashed] = NO_NODE | {"conditions": [condition]}
+    world.step(seconds=60)
+    assert pods_of(world, 1) == 1
+    world.step(seconds=241)
+    world.settle()
+    assert pods_of(world, 1) == 0
 
 
 def test_what_made_room_comes_back_where_that_did_not_help() -> None:

@@ -39,22 +39,27 @@ def judge(snapshot: Snapshot, candidate: Revision, stable: Revision | None, now:
     judgement = _judge(snapshot, candidate, stable, now)
     if stable is None or stable.pinned.engine_hash == candidate.pinned.engine_hash or judgement.verdict is not None:
         return judgement
-    rollout, failure, waited = snapshot.deployment.spec.rollout, judgement.failure, _age(snapshot, candidate, now)
+    rollout, failure, waited = snapshot.deployment.spec.rollout, judgement.failure, _without_node(snapshot, candidate, now)
     has_no_node = failure is not None and failure.reason is DeploymentReason.UNSCHEDULABLE and waited >= rollout.surge_timeout_seconds
     if candidate.in_place:
         return replace(judgement, in_place=candidate.in_place)
-    if rollout.strategy == "Recreate" or rollout.surge == "Never" or (rollout.surge == "Auto" and rollout.allow_downtime and has_no_node):
+    makes_room = has_no_node and candidate.progress is None  # a canary that lost its node has proven nothing: the stable one serves on
+    if rollout.strategy == "Recreate" or rollout.surge == "Never" or (rollout.surge == "Auto" and rollout.allow_downtime and makes_room):
         return replace(judgement, in_place=times.to_text(now))
-    if failure is not None and has_no_node and rollout.surge == "Auto":
+    if failure is not None and makes_room and rollout.surge == "Auto":
         message = f"{failure.message} Or set rollout.allowDowntime: true, and version {stable.pinned.version} makes room for it."
         return replace(judgement, failure=replace(failure, reason=DeploymentReason.NO_DEVICE_FOR_CANARY, message=message))
     return judgement
 
 
-def _age(snapshot: Snapshot, candidate: Revision, now: datetime) -> float:
-    """Seconds since its engine was made."""
-    made = snapshot.engines.get(candidate.pinned.engine_hash)
-    return times.seconds_between(made.metadata.creation_timestamp, now) if made is not None and made.metadata.creation_timestamp else 0.0
+def _without_node(snapshot: Snapshot, candidate: Revision, now: datetime) -> float:
+    """Seconds for which one of its pods has found no node; where no pod tells, since its engine was made."""
+    hashed = candidate.pinned.engine_hash
+    scheduled = [pod.condition("PodScheduled") for pod in snapshot.engine_pods.get(hashed, ()) if pod.is_unschedulable]
+    told = [condition.last_transition_time for condition in scheduled if condition is not None and condition.last_transition_time]
+    made = snapshot.engines.get(hashed)
+    since = min(told, default=made.metadata.creation_timestamp if made is not None else None)
+    return times.seconds_between(since, now) if since else 0.0
 
 
 def _judge(snapshot: Snapshot, candidate: Revision, stable: Revision | None, now: datetime) -> Judgement:
