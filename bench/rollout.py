@@ -44,7 +44,7 @@ class Effect:
     """Factor."""
     inter_token: float = 1.0
     sessions: int = 1
-    """Requests of one session, which fail or succeed together; the gateway counts one failure of a session, and its requests 1, 2, 4, 8 ..."""
+    """Requests of one session, which fail or succeed together; one failure of it counts, and its requests 1, 2, 4, 8 ..."""
     base: float = 0.005
     """Usual ratio of errors."""
 
