@@ -122,7 +122,8 @@ def _by_group(suite: str, grouping: Grouping, baseline: str) -> Section:
 
 
 def _words(text: str) -> str:
-    """As it is, whatever Markdown it would be."""
+    """As it is, whatever Markdown it would be. An address is parted by a character of no width, or a hub would make a link of it."""
+    text = re.sub(r"(?i):(?=//)|www(?=\.)|(?=@)", "\\g<0>\u2060", text)
     return re.sub(r"([\\`*_\[\]!&])", r"\\\1", " ".join(text.split())[:MAX_NAME]).replace("<", "&lt;")
 
 

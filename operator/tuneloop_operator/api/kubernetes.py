@@ -153,6 +153,11 @@ class Pod(Model):
         scheduled = self.condition("PodScheduled")
         return scheduled is not None and scheduled.status == "False" and scheduled.reason == "Unschedulable"
 
+    @property
+    def is_starting(self) -> bool:
+        """Whether a container waits: for its image, a volume, a Secret. One that was evicted before waits for nothing any more."""
+        return self.status.phase == "Pending" and any(status.state.waiting is not None for status in self.status.container_statuses)
+
 
 class DeploymentSpec(Model):
     replicas: int = 1

@@ -143,7 +143,7 @@ async def _with_warnings(cluster: Cluster, run: StageRun, now: datetime) -> Stag
     if subject is None:
         return run
     raw = await cluster.list("Event", run.job.metadata.namespace, fields={"involvedObject.uid": subject, "type": "Warning"})
-    events = [event for event in map(WarningEvent.model_validate, raw) if run.pod is None or _is_news(event, now)]
+    events = [event for event in map(WarningEvent.model_validate, raw) if not run.pods or _is_news(event, now)]
     newest = sorted(events, key=lambda event: event.last_timestamp or "", reverse=True)[:MAX_EVENTS]
     return replace(run, warnings=tuple(event.model_copy(update={"message": event.message[:MESSAGE_LIMIT]}) for event in newest))
 
@@ -156,13 +156,14 @@ def _is_news(event: WarningEvent, now: datetime) -> bool:
 def _mute_subject(run: StageRun, now: datetime) -> str | None:
     if outcome(run) is not Outcome.PENDING or run.job.spec.suspend:
         return None
-    if run.pod is None:
+    pod = run.held_back or run.pod
+    if pod is None:
         is_old = times.seconds_between(run.job.metadata.creation_timestamp, now) >= MUTE_SECONDS
         return (run.made_uid or run.job.metadata.uid) if is_old else None
-    is_old = times.seconds_between(run.pod.metadata.creation_timestamp, now) >= MUTE_SECONDS
-    states = [status.state.waiting for status in run.pod.status.container_statuses if status.state.waiting is not None]
-    is_creating = run.pod.spec.node_name is not None and all(state.reason == "ContainerCreating" for state in states)
-    return run.pod.metadata.uid if is_old and is_creating else None
+    is_old = times.seconds_between(pod.metadata.creation_timestamp, now) >= MUTE_SECONDS
+    states = [status.state.waiting for status in pod.status.container_statuses if status.state.waiting is not None]
+    is_creating = pod.spec.node_name is not None and all(state.reason == "ContainerCreating" for state in states)
+    return pod.metadata.uid if is_old and is_creating else None
 
 
 async def _missing_claims(cluster: Cluster, job: api.FineTuneJob, runs: list[StageRun]) -> tuple[str, ...]:

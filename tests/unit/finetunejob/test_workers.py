@@ -112,6 +112,22 @@ def test_a_pod_that_finds_no_node_is_told() -> None:
     assert "0/1 nodes are available" in found.message()
 
 
+@pytest.mark.parametrize("stage", [Stage.PREPARE, Stage.TRAIN])
+def test_a_pod_that_does_not_start_while_the_first_waits_for_it_is_told(stage: Stage) -> None:
+    found = world(compute={"nodes": 3, "acceleratorsPerNode": 0}).up_to(stage)
+    run = found.current()
+    state = {"name": "stage", "state": {"waiting": {"reason": "ImagePullBackOff", "message": "no such image"}}}
+    waiting = numbered(run, 1).model_copy(update={"status": numbered(run, 1).status.model_validate({"containerStatuses": [state]})})
+    found.replace_run(run, pods=(numbered(run, 0), waiting, numbered(run, 2)))
+    found.settle()
+    assert found.condition("Succeeded") == ("Unknown", "ImagePullFailed")
+    assert "no such image" in found.message()
+    evicted = waiting.model_copy(update={"status": waiting.status.model_copy(update={"phase": "Failed"})})
+    found.replace_run(run, pods=(evicted, numbered(run, 0), numbered(run, 1), numbered(run, 2)))
+    found.settle()
+    assert "no such image" not in found.message()
+
+
 def test_suspension_stops_all_of_them_and_goes_on_with_as_many() -> None:
     found = world()
     found.edit(spec_with(3, runPolicy={"suspend": True}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ def test_base_without_a_card_has_no_known_licence(tmp_path: Path) -> None:
     assert base_licence(tmp_path) is None
 
 
-IMAGE = "![x](http://evil.test/x.png) <img src=x> a | b `c`"
+IMAGE = "![x](http://e.test) <img src=x> a | b `c` www.e.test me@e.test"
 
 
 def test_card_of_an_evaluated_model_tells_all_that_is_known_of_it(tmp_path: Path) -> None:
@@ -54,7 +55,8 @@ def test_names_of_groups_stay_words(tmp_path: Path) -> None:
 
     assert card is not None
     (row,) = (line for line in card.splitlines() if line.endswith("| 40 | 0.875 | 0.125 | 0.61 to 0.85 |"))
-    assert row.startswith(r"| \!\[x\](http://evil.test/x.png) &lt;img src=x> a \| b \`c\` |")
+    assert row.replace("\u2060", "").startswith(r"| \!\[x\](http://e.test) &lt;img src=x> a \| b \`c\` www.e.test me@e.test |")
+    assert not re.search(r"https?://|www\.|\w@", row), "a hub makes links of bare addresses"
 
 
 def test_card_that_cannot_be_made_loses_no_evaluation(tmp_path: Path) -> None:

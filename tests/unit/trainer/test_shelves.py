@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -134,6 +135,18 @@ def test_nothing_is_kept_where_the_store_has_little_room(tmp_path: Path, roomy: 
     roomy.free = 49 << 30
     assert take(tmp_path, "two").read_text() == "rows"
     assert kept(tmp_path) == [], "what was kept goes, too: checkpoints need the room"
+
+
+def test_what_is_kept_goes_where_a_file_needs_its_room(bucket: FakeBucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    take(tmp_path, "one", now=time.time())
+
+    def disk(path: Path) -> SimpleNamespace:
+        return SimpleNamespace(total=3000, free=2000 if kept(tmp_path) else 3000)
+
+    monkeypatch.setattr(shelves.shutil, "disk_usage", disk)
+    bucket.objects["rows.jsonl"] = LINES
+    assert len(LINES) > 2000
+    assert read(tmp_path, bucket)[0] == ROWS
 
 
 def test_what_nobody_read_for_a_week_goes_and_its_last_reader_still_has_it(tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def fetched(remote: Remote, uri: str, work: Workspace) -> Iterator[tuple[str, Pa
     files = remote.files()
     _refuse_too_many(files, uri, work.share)
     if work.shelf is not None:
-        work.shelf.make_room()
+        work.shelf.make_room(max(file.size or 0 for file in files))
     total, before = sum(file.size or 0 for file in files) or 1, 0
     for file in files:
         with _folder(work, file, uri) as folder:

@@ -44,18 +44,18 @@ class Shelf:
                 self._keep(path, place)
         return path
 
-    def make_room(self) -> None:
-        """Remove what was not read for long; where the store has little room, what was not read for longest."""
+    def make_room(self, size: int = 0) -> None:
+        """Remove what was not read for long; where the store has little room, or less than is asked for, what was not read for longest."""
         with suppress(OSError):
             kept = sorted((path.stat().st_mtime, path) for path in self._folder.iterdir() if path.suffix != ".lock")
             for read_at, path in kept:
-                if self._has_room() and self._clock() - read_at < KEPT_SECONDS:
+                if self._has_room(size) and self._clock() - read_at < KEPT_SECONDS:
                     return
                 path.unlink(missing_ok=True)
 
-    def _has_room(self) -> bool:
+    def _has_room(self, size: int = 0) -> bool:
         usage = shutil.disk_usage(self._folder)
-        return usage.free >= LEAST_FREE * usage.total
+        return usage.free >= max(LEAST_FREE * usage.total, size)
 
     def _keep(self, path: Path, place: Path) -> None:
         with suppress(OSError):

@@ -31,7 +31,7 @@ class Blocker:
 
 def blocker(run: StageRun, now: datetime) -> Blocker | None:
     """What keeps a Job that has not ended from running; None where nothing is known to."""
-    pod = next((pod for pod in run.pods if pod.is_unschedulable), run.pod)
+    pod = run.held_back or run.pod
     if pod is None:
         return _without_pod(run, now)
     if pod.is_unschedulable:

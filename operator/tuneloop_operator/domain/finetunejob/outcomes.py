@@ -22,7 +22,7 @@ EXIT_CODE = re.compile(r"failed with exit code (\d+)")
 
 class Outcome(StrEnum):
     PENDING = "Pending"
-    """No container runs."""
+    """No container runs, or one of several that work together does not."""
     RUNNING = "Running"
     DONE = "Done"
     UNREADABLE = "Unreadable"
@@ -69,8 +69,7 @@ def outcome(run: StageRun) -> Outcome:
         return Outcome.DONE if result(run) is not None else Outcome.UNREADABLE
     if run.job.is_failed:
         return _failure(run)
-    is_placed = not any(pod.is_unschedulable for pod in run.pods)
-    return Outcome.RUNNING if _is_running(run.pod) and is_placed else Outcome.PENDING
+    return Outcome.RUNNING if _is_running(run.pod) and run.held_back is None else Outcome.PENDING
 
 
 def result(run: StageRun) -> StageResult | None:

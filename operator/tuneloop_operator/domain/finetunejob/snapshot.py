@@ -54,6 +54,12 @@ class StageRun:
         return leading[-1] if leading else None
 
     @property
+    def held_back(self) -> Pod | None:
+        """One of its pods that no node took, or whose container is not made: of several, the others wait for it."""
+        unplaced = next((pod for pod in self.pods if pod.is_unschedulable), None)
+        return unplaced or next((pod for pod in self.pods if pod.is_starting), None)
+
+    @property
     def target(self) -> Target:
         metadata = self.job.metadata
         return Target(Key(self.manifest["kind"], metadata.namespace, metadata.name), metadata.uid)
