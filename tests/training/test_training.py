@@ -108,6 +108,19 @@ def test_kill_after_the_last_checkpoint_loses_nothing(
     assert run_stage(config, Stage.TRAIN) == resumed, "what was done without a step is told again too"
 
 
+def test_kill_after_the_weights_are_published_leaves_no_checkpoints_behind(
+    prepared: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = copy_work(prepared, tmp_path)
+    with monkeypatch.context() as broken:
+        broken.setattr("tuneloop_trainer.stages.train.tidy", None)
+        assert run_stage(config, Stage.TRAIN).exit_code == ExitCode.BUG
+    assert checkpoints(config)
+
+    assert run_stage(config, Stage.TRAIN).exit_code == ExitCode.DONE
+    assert checkpoints(config) == []
+
+
 def test_other_micro_batch_sees_the_same_rows(prepared: RunConfig, undisturbed: RunConfig, tmp_path: Path) -> None:
     config = copy_work(replace(prepared, method=Method(type="LoRA", lora=prepared.method.lora)), tmp_path)
     run_stage(config, Stage.TRAIN, InterruptAfter(2))

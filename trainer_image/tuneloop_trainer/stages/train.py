@@ -52,6 +52,7 @@ class Attempt:
 def train(config: RunConfig, progress: ProgressWriter, interrupts: Interrupts) -> StageResult:
     folder = stage_folder(config, Stage.TRAIN) / "final"
     if (result := told_again(config, Stage.TRAIN, folder)) is not None:
+        tidy(config)  # an attempt may have been killed after it published and before it came to this
         return result
     progress.phase("LoadingData")
     manifest, prepared = require_stage(config, Stage.PREPARE)
@@ -209,9 +210,14 @@ def finish(config: RunConfig, attempt: Attempt, summary: TrainSummary, folder: P
         result = StageResult(stage=Stage.TRAIN, exit_code=ExitCode.DONE, uri=str(folder / "log.json"), train=summary)
         write_result(temporary / RESULT_FILE, result)
         publish(temporary, folder, "checkpoint", {"run_key": run_key(config), "step": step, "method": config.method.type})
-    attempt.checkpoints.clear()
-    shutil.rmtree(stage_folder(config, Stage.TRAIN) / "writing", ignore_errors=True)
+    tidy(config)
     return result
+
+
+def tidy(config: RunConfig) -> None:
+    """Remove what only a run needs that is not over."""
+    for name in ("checkpoints", "writing"):
+        shutil.rmtree(stage_folder(config, Stage.TRAIN) / name, ignore_errors=True)
 
 
 def _stop_early(config: RunConfig, resumed: Checkpoint | None) -> Any:

@@ -91,9 +91,6 @@ class Checkpoints:
             for path in checkpoint.folder.glob(pattern):
                 os.link(path, target / path.name)
 
-    def clear(self) -> None:
-        shutil.rmtree(self._folder, ignore_errors=True)
-
     def take_up(self, step: int) -> int:
         """An attempt goes on from this step. Returns how many steps the run has lost so far: done, and to be done again."""
         reached, lost = self._position()
