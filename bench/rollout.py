@@ -111,9 +111,9 @@ class Arm:
 
     def outcomes(self) -> Outcomes:
         return Outcomes.model_construct(
-            requests=self.requests,
+            requests=self.counted,
             errors=self.errors,
-            answers=self.requests - self.errors,
+            answers=self.counted - self.errors,
             first_token=tuple(self._first_buckets.tolist()),
             inter_token=tuple(self._between_buckets.tolist()),
         )

@@ -447,6 +447,27 @@ def test_recreate_waits_for_an_image_no_longer_than_a_start_may_take() -> None:
     assert world.condition("Ready") == ("True", "RolledBack")
 
 
+def test_recreate_goes_back_where_the_new_engine_is_ready_but_never_answers() -> None:
+    world = in_place()
+    world.ready, world.warm = {}, False
+    world.step(seconds=600)
+    world.settle()
+    assert (pods_of(world, 1), pods_of(world, 2)) == (0, 1), "it has time"
+    world.step(seconds=700)
+    world.settle()
+    assert (pods_of(world, 1), pods_of(world, 2)) == (1, 0)
+    assert world.condition("Ready") == ("True", "RolledBack")
+    assert "is ready, but took over nothing" in world.message("Ready")
+
+
+def test_recreate_blames_no_version_for_a_gateway_that_is_not_ready() -> None:
+    world = in_place()
+    world.ready, world.gateways = {}, 0
+    world.step(seconds=1300)
+    world.settle()
+    assert world.outcomes()[2] is None
+
+
 def test_recreate_stops_nothing_for_another_prompt() -> None:
     world = served(spec={"rollout": {"strategy": "Recreate"}})
     world.spec = world.spec | {"prompt": {"system": "Hi."}}

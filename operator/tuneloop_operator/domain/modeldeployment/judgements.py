@@ -42,7 +42,7 @@ def judge(snapshot: Snapshot, candidate: Revision, stable: Revision | None, now:
     rollout, failure, waited = snapshot.deployment.spec.rollout, judgement.failure, _without_node(snapshot, candidate, now)
     has_no_node = failure is not None and failure.reason is DeploymentReason.UNSCHEDULABLE and waited >= rollout.surge_timeout_seconds
     if candidate.in_place:
-        return replace(judgement, in_place=candidate.in_place)
+        return _given_up(snapshot, candidate, judgement, now) or replace(judgement, in_place=candidate.in_place)
     makes_room = has_no_node and candidate.progress is None  # a canary that lost its node has proven nothing: the stable one serves on
     if rollout.strategy == "Recreate" or rollout.surge == "Never" or (rollout.surge == "Auto" and rollout.allow_downtime and makes_room):
         return replace(judgement, in_place=times.to_text(now))
@@ -50,6 +50,20 @@ def judge(snapshot: Snapshot, candidate: Revision, stable: Revision | None, now:
         message = f"{failure.message} Or set rollout.allowDowntime: true, and version {stable.pinned.version} makes room for it."
         return replace(judgement, failure=replace(failure, reason=DeploymentReason.NO_DEVICE_FOR_CANARY, message=message))
     return judgement
+
+
+def _given_up(snapshot: Snapshot, candidate: Revision, judgement: Judgement, now: datetime) -> Judgement | None:
+    """Where it took the place of another, but does not answer though its engine is ready: nothing serves meanwhile."""
+    limit, version = candidate.pinned.startup_timeout_seconds, candidate.pinned.version
+    pods = [pod for pod in snapshot.engine_pods.get(candidate.pinned.engine_hash, ()) if pod.is_ready]
+    if not snapshot.ready_gateways or len(pods) < snapshot.deployment.spec.engine.replicas:
+        return None
+    since = [ready.last_transition_time for pod in pods if (ready := pod.condition("Ready")) and ready.last_transition_time]
+    if times.seconds_between(max([candidate.in_place, *since]), now) <= limit:
+        return None
+    why = judgement.failure.message if judgement.failure is not None else judgement.waits_for
+    message = f"The engine of version {version} is ready, but took over nothing within {limit} s: {why}"
+    return Judgement(verdict=_rejected(DeploymentReason.STARTUP_TIMEOUT, message, now))
 
 
 def _without_node(snapshot: Snapshot, candidate: Revision, now: datetime) -> float:
