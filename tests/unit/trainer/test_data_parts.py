@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -311,6 +312,32 @@ def test_parts_of_another_configuration_are_not_taken(
     result = run_pods(config, 2, monkeypatch)
 
     assert (told(result), output(config)) == (alone[1], alone[0])
+
+
+def test_parts_of_data_that_was_replaced_between_attempts_are_not_taken(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_source(write_jsonl(tmp_path / "train.jsonl", make_rows(40)))
+    config = make_config(tmp_path, base, [source])
+    for number in (0, 1):  # and then the pods were killed
+        make_part(config, Share(number, 2), make_progress(tmp_path, Stage.PREPARE))
+    write_jsonl(tmp_path / "train.jsonl", make_rows(30))
+
+    assert told(run_pods(config, 2, monkeypatch))["rows_in"] == 30
+
+
+def test_parts_of_another_tokenizer_on_a_claim_are_not_taken(tmp_path: Path, base: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(base, model)
+    config, progress = make_config(tmp_path, model), make_progress(tmp_path, Stage.PREPARE)
+    made = []
+    for attempt in range(3):
+        if attempt == 1:
+            (model / "tokenizer_config.json").write_text((model / "tokenizer_config.json").read_text() + " ")
+        make_part(config, Share(0, 2), progress)
+        made.append((part_folder(config, Share(0, 2)) / MANIFEST).stat().st_ino)
+    assert made[0] != made[1]
+    assert made[1] == made[2]
 
 
 def test_parts_of_another_image_are_not_taken(tmp_path: Path, data: Any, base: Path) -> None:

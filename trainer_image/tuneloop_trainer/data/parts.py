@@ -42,7 +42,7 @@ class Tokenizer:
     tokens: Callable[[Record], Tokens]
     processes: int
     revision: str | None
-    """Commit of the base whose tokenizer it is."""
+    """Commit of the base whose tokenizer it is, or the digest of its files on a claim."""
 
 
 class ReadSource(Model):

@@ -6,6 +6,8 @@ taken. They lie beside the stage's folder until it is published.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import shutil
 import time
@@ -21,9 +23,10 @@ from tuneloop_trainer.data.fetching import Workspace
 from tuneloop_trainer.data.formats import Share
 from tuneloop_trainer.data.records import RowReader
 from tuneloop_trainer.data.shelves import Shelf
+from tuneloop_trainer.data.sources import files_of
 from tuneloop_trainer.errors import Mismatch, Unavailable
 from tuneloop_trainer.hardware import cpu_threads
-from tuneloop_trainer.manifests import Metadata, publish, read_manifest, staging, verify
+from tuneloop_trainer.manifests import Metadata, publish, read_manifest, sha256_file, staging, verify
 from tuneloop_trainer.objectives import Objective
 from tuneloop_trainer.progress import ProgressWriter
 from tuneloop_trainer.stages.gathering import read_suites, signalled
@@ -48,13 +51,15 @@ def early_tokenizer(config: RunConfig, objective: Objective, found: Prepared | N
     waits = config.scratch is not None or config.vocabulary is not None or config.objective == "Custom" or objective.tokens_need_all
     if found is None or formatter is None or waits:
         return None
-    return parts.Tokenizer(partial(objective.tokens, formatter), cpu_threads(config.threads), found.revision)
+    revision = found.revision or _tokenizer_digest(found.folder)
+    return parts.Tokenizer(partial(objective.tokens, formatter), cpu_threads(config.threads), revision)
 
 
 def make_part(config: RunConfig, objective: Objective, tokenizer: parts.Tokenizer | None, share: Share, progress: ProgressWriter) -> None:
     """Read this pod's rows and publish what they came to; nothing, where that was done before."""
     target = part_folder(config, share)
-    if _is_made(config, target) and _verifies(target):
+    key = _key(config) | {"inputs": _inputs(config, tokenizer)}
+    if _is_made(target, key) and _verifies(target):
         return
     progress.phase("ReadingData")
     with staging(target) as folder:
@@ -63,7 +68,7 @@ def make_part(config: RunConfig, objective: Objective, tokenizer: parts.Tokenize
             _write(config, objective, tokenizer, share, folder, beside, progress)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
-        publish(folder, target, "dataset", _key(config))
+        publish(folder, target, "dataset", key)
     log.info("part %d of %d is made", share.number + 1, share.of)
 
 
@@ -71,7 +76,7 @@ def all_parts(config: RunConfig, share: Share, progress: ProgressWriter, pause: 
     """The parts of all pods, as soon as they are there. Raises Unavailable for one that is not what its manifest says."""
     folders = [part_folder(config, Share(number, share.of)) for number in range(share.of)]
     for number, folder in enumerate(folders):
-        while not _is_made(config, folder):
+        while not _is_made(folder, _key(config)):
             progress.phase("WaitingForParts", percent=round(100 * number / share.of, 1))
             pause(LOOK_EVERY_SECONDS)
         if not _verifies(folder):
@@ -122,10 +127,29 @@ def _key(config: RunConfig) -> Metadata:
     return {"run_key": run_key(config), "image": config.image}
 
 
-def _is_made(config: RunConfig, folder: Path) -> bool:
-    """Whether there is a part of this configuration; its files are not looked at."""
+def _inputs(config: RunConfig, tokenizer: parts.Tokenizer | None) -> str:
+    """What lies on claims may be replaced after pods were killed: an own part of what was there before is made anew. That all pods read
+    the same is asked of what they read."""
+    files = [file for source in config.train if source.path is not None for file in files_of(Path(source.path), source.uri)]
+    state = [(str(file), stat.st_size, stat.st_mtime_ns) for file in files if (stat := file.stat())]
+    return _digest([state, tokenizer.revision if tokenizer is not None else None])
+
+
+def _tokenizer_digest(folder: Path) -> str:
+    """Of a base on a claim, which has no commit: all of its files but the weights."""
+    suffixes = (".json", ".jinja", ".txt", ".model", ".tiktoken")
+    files = sorted(path for path in folder.iterdir() if path.suffix in suffixes and path.is_file())
+    return _digest([(path.name, sha256_file(path)) for path in files])
+
+
+def _digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _is_made(folder: Path, key: Metadata) -> bool:
+    """Whether there is a part of this key; its files are not looked at."""
     try:
-        return read_manifest(folder).metadata == _key(config)
+        return read_manifest(folder).metadata.items() >= key.items()
     except Mismatch:
         return False
 
