@@ -299,3 +299,18 @@ def test_a_canary_that_loses_its_node_stops_no_engine_and_is_not_promoted_unseen
     world.pod_status, world.ready = {}, {}
     world.settle()
     assert world.weights() == {1: 95, 2: 5}, "it goes on where it was"
+
+
+def test_a_step_that_was_taken_out_of_the_spec_is_told_once_also_while_the_canary_is_not_ready() -> None:
+    world = canary()
+    for _ in range(2):
+        counted(world, GOOD).step()
+        world.outcomes_of = {}
+        world.settle()
+    assert world.weights()[2] == 50
+    world.spec = world.spec | {"rollout": ROLLOUT | {"steps": [{"weight": 10}]}}
+    world.generation += 1
+    world.ready[world.engine_of(2)] = 0
+    told = [event.reason for _ in range(5) for event in world.step().events]
+    assert told.count("CanaryStep") == 1
+    assert world.weights()[2] == 10

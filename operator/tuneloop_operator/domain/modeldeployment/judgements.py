@@ -86,7 +86,7 @@ def _judge(snapshot: Snapshot, candidate: Revision, stable: Revision | None, now
         return Judgement(verdict=replace(rejected, numbers=canaries.numbers(canary)))
     judgement = judge_start(snapshot, candidate, stable, now)
     if judgement.verdict is None or judgement.verdict.outcome is Outcome.REJECTED:
-        return replace(judgement, progress=candidate.progress)
+        return replace(judgement, progress=canary.progress if canary is not None else None)
     if canary is None:
         return Judgement(progress=Progress(0, times.to_text(now)))
     return _step_on(canary, judgement.verdict, snapshot.deployment.spec.rollout.on_inconclusive, now)
