@@ -145,7 +145,7 @@ class Vigil:
         self._waiting: dict[object, float] = {}
         self._given_up: float | None = None
         self._seen = b""
-        self._moved = self._looked = clock()
+        self._moved = self._looked = self._left = clock()
         self._still = False
 
     async def attend(self, app: App, scope: Scope, receive: Receive, send: Send) -> None:
@@ -169,6 +169,7 @@ class Vigil:
         finally:
             since = self._waiting.pop(request, None)
             if since is not None and self._clock() - since >= GIVEN_UP_SECONDS:
+                self._left = self._clock()
                 self._given_up = since if self._given_up is None else min(since, self._given_up)
 
     async def is_still(self, app: App, scope: Scope) -> bool:
@@ -180,7 +181,9 @@ class Vigil:
             if seen != self._seen:  # as None always is
                 self._seen, self._moved, self._given_up = seen or b"", now, None
             oldest = min([*self._waiting.values(), *([] if self._given_up is None else [self._given_up])], default=now)
-            still = now - max(oldest, self._moved) >= STILL_SECONDS
+            # An engine that nobody waits for any more is idle: what it was waited for without a step counts, not what came after.
+            until = now if any(now - since >= GIVEN_UP_SECONDS for since in self._waiting.values()) else self._left
+            still = until - max(oldest, self._moved) >= STILL_SECONDS
             if still and not self._still:
                 print(f"Requests wait, and no step has ended for {now - self._moved:.0f} s: /health is 503.", file=sys.stderr, flush=True)
             self._still = still

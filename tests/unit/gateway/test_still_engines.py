@@ -170,6 +170,14 @@ async def test_clients_that_come_and_go_leave_an_idle_one_in_peace(engine: Engin
     assert set(await engine.watch(300)) == {200}
 
 
+async def test_one_who_left_before_the_engine_began_says_nothing_of_an_idle_one(engine: Engine) -> None:
+    async with engine.request(_hangs):  # its grammar is compiled, or its image fetched: nothing moves
+        await engine.watch(12)
+    assert set(await engine.watch(120)) == {200}
+    async with engine.request(_hangs):
+        assert set(await engine.watch(6)) == {200}, "the next one has only begun"
+
+
 async def test_a_slow_reader_is_not_the_engines_fault(engine: Engine) -> None:
     async def streams(receive: Any, send: Any) -> None:
         await receive()
@@ -242,7 +250,7 @@ SERVER = """
 import asyncio, sys
 import prometheus_client, uvicorn
 from tuneloop_gateway import engine_guard
-engine_guard.STILL_SECONDS, engine_guard.LOOK_SECONDS = 1.0, 0.1
+engine_guard.STILL_SECONDS, engine_guard.LOOK_SECONDS, engine_guard.GIVEN_UP_SECONDS = 1.0, 0.1, 0.2
 steps = prometheus_client.Histogram("vllm:iteration_tokens_total", "Of each step.")
 metrics = prometheus_client.make_asgi_app()
 async def engine(scope, receive, send):
