@@ -29,17 +29,17 @@ demo: venv $(call IF_LOCAL,cluster-up images) $(if $(call IF_LOCAL,x),,tools) ##
 	TQDM_DISABLE=1 $(PY) -m dev.demo
 
 .PHONY: test
-test: venv postgresql s3 health control-plane-up cluster-up images ## test-unit, test-postgresql, test-training, test-cluster and test-e2e in one run
+test: venv postgresql s3 health control-plane-up cluster-up images ## test-unit, test-servers, test-training, test-cluster and test-e2e in one run
 	@$(WITH_CLUSTER)
 	$(PYTEST) -m "not long" tests/unit tests/training tests/cluster tests/e2e
 
 .PHONY: test-unit
 test-unit: venv ## no cluster, no network, no server; less than a minute
-	@OMP_NUM_THREADS=1 $(PYTEST) -n 3 --dist loadfile -m "not long and not postgresql" tests/unit
+	@OMP_NUM_THREADS=1 $(PYTEST) -n 3 --dist loadfile -m "not long and not postgresql and not process" tests/unit
 
-.PHONY: test-postgresql
-test-postgresql: venv postgresql ## the gateway's store on a PostgreSQL of its own, on a socket; half a minute
-	@$(PYTEST) -m "not long and postgresql" tests/unit/gateway
+.PHONY: test-servers
+test-servers: venv postgresql ## gateway and launcher as processes, and the store on a PostgreSQL of its own; a minute
+	@$(PYTEST) -m "not long and (postgresql or process)" tests/unit
 
 .PHONY: test-training
 test-training: venv ## real training: every objective, killed, hanging, without a store; about two minutes

@@ -23,6 +23,8 @@ from tuneloop_gateway.__main__ import run
 from tuneloop_gateway.contract import DriftStatus, GatewayState
 from tuneloop_gateway.settings import Settings
 
+pytestmark = pytest.mark.process
+
 REFERENCE, HELD_OUT = 1600, 1000
 
 

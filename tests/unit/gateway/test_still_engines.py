@@ -270,6 +270,7 @@ uvicorn.run(engine_guard.Guard(engine), fd=int(sys.argv[1]), log_level="error", 
 """
 
 
+@pytest.mark.process
 async def test_in_a_process_a_request_is_served_for_long_and_then_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "key").write_text("the-key")
     monkeypatch.setenv("TUNELOOP_ENGINE_KEY_FILE", str(tmp_path / "key"))

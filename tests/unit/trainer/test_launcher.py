@@ -20,6 +20,8 @@ from tuneloop_trainer.contract import ExitCode, Progress, Reason, Stage, StageRe
 from tuneloop_trainer.hardware import cpu_threads, oom_kills
 from tuneloop_trainer.watchdog import LEAST_SECONDS, Watchdog
 
+pytestmark = pytest.mark.process
+
 RUN = """
 import os, sys
 from tuneloop_trainer.contract import Stage
