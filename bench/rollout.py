@@ -18,6 +18,7 @@ import time
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import binomtest
 
 from tuneloop_gateway.contract import LATENCY_BUCKETS, LATENCY_EDGE_RATIO, LATENCY_LEAST_SECONDS, Outcomes
 from tuneloop_operator.domain.modeldeployment.analysis import Limits, analyse
@@ -30,7 +31,6 @@ MAX_CANARY_REQUESTS = 3000
 """Of a step: one that is still undecided then is Inconclusive, as by `timeoutSeconds`."""
 FIRST_TOKEN, INTER_TOKEN = (0.25, 0.5), (0.02, 0.3)
 """Median in seconds, and the standard deviation of its logarithm."""
-CONFIDENCE_Z = 1.645
 
 
 @dataclass(frozen=True)
@@ -156,8 +156,7 @@ def _median(values: list[int]) -> int | None:
 
 def _share_upper(hits: int, runs: int) -> float:
     """95 % upper bound by Wilson's score."""
-    p, z = hits / runs, CONFIDENCE_Z
-    return (p + z * z / (2 * runs) + z * math.sqrt(p * (1 - p) / runs + z * z / (4 * runs * runs))) / (1 + z * z / runs)
+    return float(binomtest(hits, runs, alternative="less").proportion_ci(0.95, method="wilson").high)
 
 
 def measure(effect: Effect, runs: int, seed: int) -> dict[str, object]:

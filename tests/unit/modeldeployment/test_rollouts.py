@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tests.unit.modeldeployment.world import DIGEST, LINEAGE_SPEC, World, make_version
+from tests.unit.modeldeployment.world import DIGEST, LINEAGE_SPEC, World, in_place, make_version
 
 from tuneloop_gateway.contract import ProbeState
 from tuneloop_operator.domain import times
@@ -400,16 +400,6 @@ def pods_of(world: World, version: int) -> int:
     """Pods that the version's engine should have."""
     name = f"tweets-{world.engine_of(version)}"
     return int(world.objects["Deployment", name]["spec"]["replicas"]) if ("Deployment", name) in world.objects else 0
-
-
-def in_place() -> World:
-    """Version 1 serves; version 2 is to take its place, and is not ready yet."""
-    world = served(spec={"rollout": {"strategy": "Recreate"}})
-    world.versions.append(make_version(2))
-    world.step()
-    world.ready[world.engine_of(2)] = 0
-    world.step()
-    return world
 
 
 def test_recreate_stops_the_engine_before_and_then_serves_by_the_new_one() -> None:

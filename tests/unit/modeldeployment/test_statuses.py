@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.unit.modeldeployment.world import World, make_version
+from tests.unit.modeldeployment.world import World, in_place, make_version
 
 from tuneloop_gateway.contract import Outcomes, ProbeState
 from tuneloop_operator.domain.decision import Key, Refusal
@@ -170,15 +170,6 @@ def canary(outcomes: Outcomes, seconds: float = 1, **spec: object) -> World:
 def no_device() -> World:
     world = rolling_out(**unschedulable())
     world.step(seconds=301)
-    world.settle()
-    return world
-
-
-def in_place() -> World:
-    world = served(spec={"rollout": {"strategy": "Recreate"}})
-    world.versions.append(make_version(2))
-    world.step()
-    world.ready[world.engine_of(2)] = 0
     world.settle()
     return world
 

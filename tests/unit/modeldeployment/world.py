@@ -402,3 +402,14 @@ def alarm(epoch: str = "0", effect: float = 0.3) -> DriftReport:
         pairs=321,
         detected_at="2026-01-15T12:30:00Z",
     )
+
+
+def in_place() -> World:
+    """Version 1 serves; version 2 is to take its place, and is not ready yet."""
+    world = World(spec={"rollout": {"strategy": "Recreate"}})
+    world.settle()
+    world.versions.append(make_version(2))
+    world.step()
+    world.ready[world.engine_of(2)] = 0
+    world.step()
+    return world
