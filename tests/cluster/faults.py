@@ -7,6 +7,7 @@ import json
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -127,7 +128,8 @@ class FaultProxy:
 
     async def _send(self, line: bytes) -> None:
         for watch in list(self._watches):
-            await watch.write(line)
+            with suppress(ConnectionError):  # its client has left; the API server has not heard of it yet
+                await watch.write(line)
 
     async def _cut(self) -> None:
         for request in list(self._watches.values()):

@@ -88,9 +88,10 @@ def test_a_lost_answer_makes_nothing_twice(api: Api, namespace: str, toy: Operat
 
 
 def test_a_watch_that_breaks_is_started_again_in_the_process(api: Api, namespace: str, toy: OperatorProcess, proxy: FaultProxy) -> None:
-    proxy.send_to_watches(BROKEN)
-    wait_for(lambda: toy.metric("tuneloop_operator_watch_restarts_total") >= 1)
-    follows(api, namespace, 1)
+    for times in (1, 2, 3):
+        proxy.send_to_watches(BROKEN)
+        wait_for(lambda times=times: toy.metric("tuneloop_operator_watch_restarts_total") >= times)
+        follows(api, namespace, times)
     assert toy.process is not None
     assert toy.process.poll() is None
 

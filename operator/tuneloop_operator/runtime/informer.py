@@ -1,8 +1,9 @@
 """kopf, as informer alone: it lists, watches and reconnects. It writes nothing, and sees no object: see `answers`.
 
-It runs in a thread with a loop of its own, so threads take turns often here: see SWITCH_SECONDS. On its way out it cancels every task of
-its loop that is younger than itself, and it ends on watch errors other than 410; so it can be started again here without touching workers,
-Lease or probes.
+It runs in a thread with a loop of its own, so threads take turns often here: see SWITCH_SECONDS. It ends on watch errors but 410, and
+is started again here without touching workers, Lease or probes. It is ended here too: where a watch of kopf's fails, kopf cancels the other
+watches together with what would pause them; a watch that hears of the pause first takes its cancellation for that, looks for credentials
+that nobody brings any more, and kopf waits for it for ever.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ WATCH_SHARE = 2 / 3
 """Part of the silence that is allowed after which the API server ends a watch: each begins anew within it, its sign of life."""
 STOP_SECONDS = 2.0
 """kopf is slow to end while it begins. It has nothing to lose, and its thread is no reason for the process to stay."""
+CANCEL_SECONDS = 0.1
+"""So long a task of kopf's has to end before it is cancelled once more."""
 SWITCH_SECONDS = 0.0005
 """A thread that parses events holds the interpreter no longer than this while a worker's answer waits; the default of 5 ms would be paid at
 every await of a pass."""
@@ -112,6 +115,7 @@ class Informer:
         self._is_flushing = False
         self._stop = threading.Event()
         self._stop_kopf: Callable[[], None] = lambda: None
+        self._session: aiohttp.ClientSession | None = None
         self._thread = threading.Thread(target=self._run, name="informer", daemon=True)
 
     def start(self) -> None:
@@ -146,7 +150,7 @@ class Informer:
         if self._stop.is_set():
             return
         namespaces = self.settings.watch_namespaces
-        await kopf.operator(
+        tasks = await kopf.spawn_tasks(
             registry=self._registry(),
             settings=_kopf_settings(self.kinds, self.settings.silence_seconds),
             standalone=True,
@@ -154,6 +158,12 @@ class Informer:
             namespaces=list(namespaces),
             stop_flag=stop,
         )
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        await end_all_others()
+        if self._session is not None:
+            await self._session.close()
+        for task in done:
+            task.result()
 
     def _registry(self) -> kopf.OperatorRegistry:
         registry = kopf.OperatorRegistry()
@@ -167,8 +177,9 @@ class Informer:
     async def _login(self, **_: Any) -> kopf.AiohttpSession:
         """Called again after each 401."""
         headers = await self.credentials.headers(is_refused=True)
-        session = self.credentials.session(headers=headers, middlewares=(self._around,), response_class=self._answers.response_class())
-        return kopf.AiohttpSession(server=self.credentials.server, aiohttp_session=session)
+        answers = self._answers.response_class()
+        self._session = self.credentials.session(headers=headers, middlewares=(self._around,), response_class=answers)
+        return kopf.AiohttpSession(server=self.credentials.server, aiohttp_session=self._session)
 
     async def _around(self, request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
         """Around each request: lists ask for metadata from their first page, and answers are signs of life."""
@@ -196,6 +207,15 @@ class Informer:
         self._is_flushing = False  # first: an event that comes from now on asks for another flush
         while self._events:
             self.receive(self._events.popleft())
+
+
+async def end_all_others() -> None:
+    """Cancels every task of the loop but the one that asks, again and again: one that takes a cancellation for something else hears the
+    next one."""
+    while others := asyncio.all_tasks() - {asyncio.current_task()}:
+        for task in others:
+            task.cancel()
+        await asyncio.wait(others, timeout=CANCEL_SECONDS)
 
 
 async def _unused(**_: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -11,7 +12,7 @@ from typing import Any, TypeVar
 MEETING = timedelta(minutes=30)
 """So long the first pod waits for the last one to be scheduled and to pull its image."""
 CONNECTING = timedelta(seconds=5)
-"""So long one try to reach the first process takes. SIGTERM is heard between them."""
+"""So long one try to reach the first process takes."""
 LOOKING_SECONDS = 0.1
 PATIENCE = timedelta(hours=1)
 """So long a process waits for another at one point: a save to a slow store takes its time. The watchdog looks after steps."""
@@ -96,16 +97,29 @@ def _meet(rank: int, size: int) -> Any:  # Any: torch is imported only where it 
 
 
 def _connected(rank: int, size: int, *, is_last_try: bool) -> Any:  # Any: torch is imported only where it is needed
-    """None where the first process is not there yet."""
+    """None where the first process is not there yet.
+
+    Torch waits for it, twice as long as it is told, where no signal is heard; so it is asked only where there is somebody to answer.
+    """
     import torch
 
     address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    if rank != 0 and not is_last_try and not _listens(address):
+        return None
     try:
         return torch.distributed.TCPStore(*address, world_size=size, is_master=rank == 0, timeout=CONNECTING, wait_for_workers=False)
     except (torch.distributed.DistNetworkError, torch.distributed.DistStoreError):
         if is_last_try or rank == 0:
             raise
         return None
+
+
+def _listens(address: tuple[str, int]) -> bool:
+    try:
+        socket.create_connection(address, CONNECTING.total_seconds()).close()
+    except OSError:
+        return False
+    return True
 
 
 def is_of_peers(error: BaseException) -> bool:
