@@ -64,6 +64,6 @@ def test_the_canonical_form_is_a_fixed_point_of_white_space_and_storable(text: s
 
 @pytest.mark.parametrize("unit", ["1", "1-", "a@", "1:", "1.", "(1) ", "ab12 ", "1@1.", "a." * 30 + "@", "+1 "])
 def test_hostile_texts_take_no_long_time(unit: str) -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     canonical(unit * 20_000, redact=True)
-    assert time.perf_counter() - started < 1.0
+    assert time.process_time() - started < 1.0

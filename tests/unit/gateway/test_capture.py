@@ -94,12 +94,12 @@ async def test_a_locked_database_drops_and_counts_and_answers_go_on_and_it_recov
     gateway = await start(endpoints={"svc": (engine.address,)})
     await gateway.ask("before")
     await gateway.captured()
-    gateway.gateway.database._seconds = 0.3
+    gateway.gateway.database._seconds = 0.6
     lock = sqlite3.connect(gateway.folder / "tuneloop.db", isolation_level=None)
     lock.execute("BEGIN EXCLUSIVE")
     started = time.monotonic()
     assert [(await gateway.ask("during"))[0] for _ in range(5)] == [200] * 5
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 2.5, "none of the five waited for it"
     await eventually(lambda: gateway.gateway.capture.report().dropped == 5)
     lock.execute("ROLLBACK")
     lock.close()
