@@ -231,6 +231,14 @@ def test_a_withdrawn_stable_version_is_left_at_once() -> None:
     assert world.weights() == {2: 100, 1: 0}
 
 
+def test_a_worse_one_takes_no_traffic_over_from_a_stable_version_that_is_withdrawn_either() -> None:
+    world = counted(canary(), BAD)
+    world.versions[0] = make_version(1, approval="Withdrawn")
+    world.settle()
+    assert world.outcomes()[2] == "Rejected"
+    assert world.weights()[2] == 0
+
+
 def test_going_back_to_what_served_before_is_no_canary() -> None:
     world = World(spec={"rollout": ROLLOUT}, versions=[make_version(1)])
     world.settle()

@@ -78,12 +78,14 @@ def _without_node(snapshot: Snapshot, candidate: Revision, now: datetime) -> flo
 
 def _judge(snapshot: Snapshot, candidate: Revision, stable: Revision | None, now: datetime) -> Judgement:
     """By its start and its probes; a canary's requests decide the rest."""
-    if stable is None or not canaries.is_due(snapshot, candidate, stable):
+    if stable is None:
         return judge_start(snapshot, candidate, stable, now)
     canary = canaries.look(snapshot, candidate, stable, now)
-    if canary is not None and canary.finding is Finding.FAIL:  # first: whatever else holds it up, it does harm
+    if canary is not None and canary.finding is Finding.FAIL:  # first: whatever else holds it up or on, it does harm
         rejected = _rejected(DeploymentReason.CANARY_FAILED, canaries.failure_text(canary, stable), now)
         return Judgement(verdict=replace(rejected, numbers=canaries.numbers(canary)))
+    if not canaries.is_due(snapshot, candidate, stable):
+        return judge_start(snapshot, candidate, stable, now)
     judgement = judge_start(snapshot, candidate, stable, now)
     if judgement.verdict is None or judgement.verdict.outcome is Outcome.REJECTED:
         return replace(judgement, progress=canary.progress if canary is not None else None)
