@@ -212,6 +212,8 @@ class RevisionReport(Model):
     """Ready replicas that the gateway sees."""
     warm: bool = False
     """A warm-up prompt was answered."""
+    warm_up_seconds: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """It took so long."""
     prompt_error: str = Field(default="", max_length=300)
     """Why the revision's prompt cannot be used at all; "" where it can."""
     probe: ProbeState = ProbeState(status="Pending")

@@ -142,7 +142,9 @@ class Prober:
             await self._endpoints.changed(30)
 
     async def _warm_up(self, revision: Revision) -> None:
+        began = time.monotonic()
         await self._ask(revision, "Hello", 1)
+        self._router.count(revision.name).warm_up_seconds = time.monotonic() - began
         if revision.probe_text is not None:
             self._digests[revision.name] = await self._read_prompt(revision, revision.probe_text)
         self._router.count(revision.name).warm = True

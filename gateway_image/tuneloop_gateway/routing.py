@@ -25,6 +25,7 @@ class RevisionCount:
     errors: int = 0
     in_flight: int = 0
     warm: bool = False
+    warm_up_seconds: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,7 @@ class State:
             name=revision.name,
             endpoints=len(self._endpoints.ready(revision.service)),
             warm=count.warm,
+            warm_up_seconds=count.warm_up_seconds,
             prompt_error=self._configuration.prompt_errors.get(revision.name, "")[:300],
             probe=self._prober.state(revision.name),
             prompt_digest=self._prober.prompt_digest(revision.name),

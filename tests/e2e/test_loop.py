@@ -33,6 +33,7 @@ def test_the_deployment_serves_the_version_that_it_names(serving: Story) -> None
     found = serving.space.get("modeldeployment", DEPLOYMENT)
     assert found is not None
     assert found["status"]["stable"]["version"] == 1
+    assert found["status"]["stable"]["startup"]["loadSeconds"] > 0
     serving.space.kubectl("wait", "--for=condition=Ready", f"modeldeployment/{DEPLOYMENT}", "--timeout=10s")
 
 

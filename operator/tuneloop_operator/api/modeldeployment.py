@@ -344,6 +344,16 @@ class ModelDeploymentSpec(Model):
 # --- status ------------------------------------------------------------------
 
 
+class StartupStatus(Model):
+    """How long the engine took, of the replica that took longest; seconds."""
+
+    schedule_seconds: int = Field(default=0, description="Until it had a node.")
+    pull_seconds: int = Field(default=0, description="Until its image and volumes were there.")
+    fetch_seconds: int = Field(default=0, description="Until the model's files were read and equal to their manifest.")
+    load_seconds: int = Field(default=0, description="Until the engine was ready.")
+    first_token_seconds: str = Field(default="0", max_length=16, description="Until it had answered the warm-up prompt.")
+
+
 class RevisionStatus(Model):
     """A revision in use."""
 
@@ -352,6 +362,7 @@ class RevisionStatus(Model):
     weight: int | None = Field(default=None, description="Percent of the traffic that a canary takes.")
     ready_replicas: int = Field(default=0, description="Ready engine pods.")
     since: str | None = Field(default=None, max_length=32, description="In this role since.")
+    startup: StartupStatus | None = Field(default=None, description="How long its engine took to start.")
     message: str = Field(default="", max_length=512, description="What it waits for.")
 
 

@@ -33,7 +33,9 @@ async def test_agreement_is_counted_over_the_recorded_items_through_the_revision
     assert "something else" in state.message
     assert {(r["temperature"], r["max_tokens"], r["model"]) for r in engine.requests} == {(0, 4, "id-new")}
     assert 'tuneloop_gateway_probe_agreement_ratio{deployment="tweets",namespace="team",revision="new"} 0.9' in await gateway.metrics()
-    assert (await gateway.state()).revisions[0].warm
+    report = (await gateway.state()).revisions[0]
+    assert report.warm
+    assert report.warm_up_seconds > 0
 
 
 async def test_a_prompt_that_does_not_render_is_told_and_its_revision_takes_nothing(start: Start, engine: FakeEngine) -> None:

@@ -19,6 +19,7 @@ from tuneloop_operator.domain.modeldeployment.judgements import engine_failure, 
 from tuneloop_operator.domain.modeldeployment.retraining import Plan
 from tuneloop_operator.domain.modeldeployment.rollouts import Rollout
 from tuneloop_operator.domain.modeldeployment.snapshot import Evidence, Snapshot
+from tuneloop_operator.domain.modeldeployment.startups import startup_status
 from tuneloop_operator.render import names
 from tuneloop_operator.render.engine import engine_selector
 from tuneloop_operator.render.revisions import Revision
@@ -266,6 +267,7 @@ def _stable_status(snapshot: Snapshot, stable: Revision) -> RevisionStatus:
         revision=stable.name,
         ready_replicas=snapshot.ready_replicas(stable.pinned.engine_hash),
         since=verdict.at if verdict is not None else None,
+        startup=startup_status(snapshot, stable),
         message=probes,
     )
 
@@ -281,6 +283,7 @@ def _canary_status(found: Findings) -> RevisionStatus:
         weight=rollout.canary.weight if rollout.canary is not None else None,
         ready_replicas=found.snapshot.ready_replicas(candidate.pinned.engine_hash),
         since=since,
+        startup=startup_status(found.snapshot, candidate),
         message=conditions.shortened(rollout.failure.message if rollout.failure is not None else rollout.waits_for, 512),
     )
 
