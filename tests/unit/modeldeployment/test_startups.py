@@ -2,6 +2,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+
 from tuneloop_operator.api.kubernetes import Pod
 from tuneloop_operator.domain.modeldeployment.rollouts import stable_of
 from tuneloop_operator.domain.modeldeployment.snapshot import Snapshot
