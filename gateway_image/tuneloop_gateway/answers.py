@@ -9,6 +9,7 @@ from enum import Enum
 from typing import Any
 
 ABORT = "abort"
+MAX_TOKENS = 1 << 40
 MAX_HELD_BYTES = 64 * 1024
 """A stream whose first events say nothing for so long is let go."""
 
@@ -77,8 +78,11 @@ def _string(value: Any) -> str:
 def _usage(usage: Any) -> tuple[int, int]:
     if not isinstance(usage, dict):
         return 0, 0
-    prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
-    return (prompt if type(prompt) is int and prompt > 0 else 0), (completion if type(completion) is int and completion > 0 else 0)
+    return _tokens(usage.get("prompt_tokens")), _tokens(usage.get("completion_tokens"))
+
+
+def _tokens(count: Any) -> int:
+    return count if type(count) is int and 0 < count <= MAX_TOKENS else 0
 
 
 class Opening(Enum):

@@ -262,7 +262,7 @@ def _read_manifest(folder: Path, digest: str) -> list[tuple[str, int, str]]:
         canonical = json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode()
         found = "sha256:" + hashlib.sha256(canonical).hexdigest()
         files = [(str(f["path"]), int(f["size"]), str(f["sha256"])) for f in manifest["files"]]
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         raise Mismatch(f"{MANIFEST} is not a manifest.") from None
     if not hmac.compare_digest(found, digest):
         raise Mismatch(f"{MANIFEST} has the digest {found}, but {digest} is what was approved.")

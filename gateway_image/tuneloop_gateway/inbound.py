@@ -5,16 +5,16 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from aiohttp import web
 
 from tuneloop_gateway.errors import Refused, invalid
+from tuneloop_gateway.fields import ChatRequest, CompletionRequest, check_fields
 
 MAX_DEPTH = 64
-MAX_CHOICES = 16
-MAX_MESSAGES = 2048
 BODY_SECONDS = 30.0
 CHAT_PATH: Final = "/v1/chat/completions"
 COMPLETION_PATH: Final = "/v1/completions"
@@ -58,12 +58,24 @@ def _too_large(limit: int) -> Refused:
     return Refused(413, f"The request body is larger than {limit} bytes.", code="request_too_large")
 
 
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_no_number)
+_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_SQUARE = bytes.maketrans(b"{}", b"[]")
+_HALF_A_PAIR = b"\\ud"
+
+
 def parse_object(raw: bytes) -> Json:
-    """A JSON object of bounded depth."""
+    """A JSON object in UTF-8, of bounded depth."""
     try:
+        text = raw.decode()
         if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH:
             _check_depth(raw)
-        body = json.loads(raw)
+        body = _DECODER.decode(text)
     except (ValueError, RecursionError):
         raise invalid("The request body is not valid JSON.") from None
     if not isinstance(body, dict):
@@ -72,57 +84,38 @@ def parse_object(raw: bytes) -> Json:
 
 
 def _check_depth(raw: bytes) -> None:
-    """Counts brackets outside strings: cheaper than parsing what may be built to be expensive."""
-    depth, in_string, escaped = 0, False, False
-    for byte in raw:
-        if in_string:
-            if escaped:
-                escaped = False
-            elif byte == 0x5C:
-                escaped = True
-            elif byte == 0x22:
-                in_string = False
-        elif byte == 0x22:
-            in_string = True
-        elif byte in b"[{":
-            depth += 1
-            if depth > MAX_DEPTH:
-                raise invalid(f"The request body is nested deeper than {MAX_DEPTH} levels.")
-        elif byte in b"]}":
-            depth -= 1
+    """Takes strings out and then pair after pair, level by level: cheaper than parsing what may be built to be expensive."""
+    brackets = _STRING.sub(b"", raw).translate(_SQUARE, _NO_BRACKETS)
+    for _ in range(MAX_DEPTH):
+        brackets = brackets.replace(b"[]", b"")
+    if b"[" in brackets:
+        raise invalid(f"The request body is nested deeper than {MAX_DEPTH} levels, or not valid JSON.")
 
 
 def parse_inbound(raw: bytes, path: str, model: str) -> Inbound:
-    """Checks what the gateway itself relies on; the engine checks the rest."""
+    """Refuses what may not reach an engine; the engine checks the rest."""
     body = parse_object(raw)
     name = body.get("model")
     if not isinstance(name, str) or not name:
         raise invalid("You must name a model in the field 'model'.", "model")
     if name != model:
         raise Refused(404, f"The model '{name[:100]}' does not exist here; use '{model}'.", code="model_not_found", param="model")
-    stream = body.get("stream")
-    if stream is not None and not isinstance(stream, bool):
-        raise invalid("'stream' must be true or false.", "stream")
-    for field in ("n", "best_of"):
-        count = body.get(field)
-        if count is not None and not (type(count) is int and 1 <= count <= MAX_CHOICES):
-            raise invalid(f"'{field}' must be a whole number from 1 to {MAX_CHOICES}.", field)
+    check_fields(body, ChatRequest if path == CHAT_PATH else CompletionRequest)
+    if _HALF_A_PAIR in raw.lower():
+        _require_whole_characters(body)
+    stream = bool(body.get("stream"))
     if path == CHAT_PATH:
-        return Inbound(CHAT_PATH, body, _last_user_text(body), bool(stream))
-    return Inbound(COMPLETION_PATH, body, _prompt_text(body), bool(stream))
+        message = last_user_message(body["messages"])
+        return Inbound(CHAT_PATH, body, content_text(message.get("content")) if message else "", stream)
+    return Inbound(COMPLETION_PATH, body, _prompt_text(body["prompt"]), stream)
 
 
-def _last_user_text(body: Json) -> str:
-    messages = body.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise invalid("'messages' must be a list with at least one message.", "messages")
-    if len(messages) > MAX_MESSAGES:
-        raise invalid(f"'messages' has more than {MAX_MESSAGES} items.", "messages")
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise invalid("Every item of 'messages' must be an object with a 'role'.", "messages")
-    message = last_user_message(messages)
-    return content_text(message.get("content")) if message else ""
+def _require_whole_characters(body: Json) -> None:
+    """Half a surrogate pair is no text in UTF-8: tokenizers end with an error of the engine's."""
+    try:
+        json.dumps(body, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise invalid("The request has half a surrogate pair in a text.") from None
 
 
 def last_user_message(messages: list[Json]) -> Json | None:
@@ -154,12 +147,6 @@ def content_text(content: Any) -> str:
     return ""
 
 
-def _prompt_text(body: Json) -> str:
-    prompt = body.get("prompt")
-    if isinstance(prompt, str):
-        return prompt
-    if isinstance(prompt, list) and prompt and len(prompt) <= MAX_MESSAGES:
-        return "\n".join(p for p in prompt if isinstance(p, str))
-    if isinstance(prompt, list) and prompt and all(type(p) is int for p in prompt):
-        return ""  # token ids of one prompt
-    raise invalid("'prompt' must be a string or a list.", "prompt")
+def _prompt_text(prompt: str | list[Any]) -> str:
+    """All texts of it; token ids say nothing here."""
+    return prompt if isinstance(prompt, str) else "\n".join(p for p in prompt if isinstance(p, str))

@@ -135,7 +135,7 @@ def _number(request: web.Request, name: str, default: int, most: int) -> int:
     raw = request.query.get(name)
     if raw is None:
         return default
-    if not raw.isascii() or not raw.isdigit() or int(raw[:9]) > most:
+    if not raw.isascii() or not raw.isdigit() or len(raw) > 9 or int(raw) > most:
         raise invalid(f"'{name}' must be a whole number up to {most}.", name)
     return int(raw)
 

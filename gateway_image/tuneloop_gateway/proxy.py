@@ -181,7 +181,12 @@ class Proxy:
         """One replica's try. Raises TryElsewhere only while nothing has been sent to the client."""
         revision, endpoint = target.revision, target.endpoint
         exchange.revision, exchange.version, exchange.status = revision.name, revision.version, 500
-        fields = self._configuration.prompts[revision.name].apply(exchange.inbound)
+        try:
+            fields = self._configuration.prompts[revision.name].apply(exchange.inbound)
+        except Refused as refused:
+            if refused.status < 500:
+                exchange.revision = ""  # the client's fault is no revision's
+            raise
         if exchange.hidden_usage is not None:
             fields, exchange.hidden_usage = with_usage(fields), UsageFilter()
         body = json.dumps(fields, ensure_ascii=False, separators=(",", ":"))
@@ -189,7 +194,7 @@ class Proxy:
         count.in_flight += 1
         endpoint.in_flight += 1
         try:
-            response = await self._post(endpoint, exchange, body.encode("utf-8", "surrogatepass"))
+            response = await self._post(endpoint, exchange, body.encode())
             try:
                 return await self._relay(request, exchange, response)
             finally:

@@ -20,11 +20,14 @@ from tuneloop_gateway.feedback import Feedback
 from tuneloop_gateway.inbound import CHAT_PATH, COMPLETION_PATH, parse_inbound, read_body, session_of
 from tuneloop_gateway.keys import Caller, KeyRing
 from tuneloop_gateway.metrics import Metrics
+from tuneloop_gateway.openapi import document
 from tuneloop_gateway.proxy import Exchange, Proxy
 from tuneloop_gateway.tokens import FeedbackToken, sign
 from tuneloop_gateway.usage import UsageFilter, asks_for_usage
 
 logger = logging.getLogger(__name__)
+POSTED = (CHAT_PATH, COMPLETION_PATH, "/v1/feedback")
+READ = ("/v1/models", "/openapi.json", "/healthz", "/readyz")
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
 
@@ -50,6 +53,7 @@ class Public:
         app.router.add_get("/v1/models", self.models)
         app.router.add_get("/v1/models/{model}", self.model)
         app.router.add_post("/v1/feedback", self.feedback)
+        app.router.add_get("/openapi.json", self.openapi)
         app.router.add_get("/healthz", self.health)
         app.router.add_get("/readyz", self.ready)
         app.router.add_route("*", "/{path:.*}", self.unknown)
@@ -152,9 +156,13 @@ class Public:
         except Refused as refused:
             return render_error(refused)
 
+    async def openapi(self, _: web.Request) -> web.StreamResponse:
+        return web.json_response(document())
+
     async def unknown(self, request: web.Request) -> web.StreamResponse:
-        status = 405 if request.path in (CHAT_PATH, COMPLETION_PATH, "/v1/feedback") else 404
-        return render_error(Refused(status, f"There is no {request.method} {request.path[:100]} here.", code="unknown_path"))
+        allowed = "POST" if request.path in POSTED else "GET" if request.path in READ or request.path.startswith("/v1/models/") else None
+        refused = Refused(405 if allowed else 404, f"There is no {request.method} {request.path[:100]} here.", code="unknown_path")
+        return render_error(refused, {"Allow": allowed} if allowed else None)
 
     async def health(self, _: web.Request) -> web.StreamResponse:
         """The process answers: no more. A model or database that is away is no reason to restart the gateway."""

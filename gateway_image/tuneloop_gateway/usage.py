@@ -47,6 +47,6 @@ def _is_usage_alone(event: bytes) -> bool:
         return False
     try:
         body = json.loads(event.strip().removeprefix(b"data:"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return isinstance(body, dict) and body.get("choices") == [] and isinstance(body.get("usage"), dict)

@@ -110,7 +110,7 @@ class FakeEngine:
 
 
 def said(body: dict[str, Any]) -> str:
-    return str(body["messages"][-1]["content"]) if "messages" in body else str(body["prompt"])
+    return str(body["messages"][-1].get("content")) if "messages" in body else str(body["prompt"])
 
 
 async def echo(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from tests.unit.gateway.conftest import Running, Start, eventually, make_config
+from tests.unit.gateway.conftest import Running, Start, eventually, make_config, make_revision
 from tests.unit.gateway.engines import FakeEngine, chat_answer
 
 from tuneloop_gateway.allowances import OwnAllowances
@@ -26,9 +26,10 @@ MESSAGES = [{"role": "user", "content": "hi"}]
         (json.dumps({"messages": MESSAGES}), 400, "name a model"),
         (json.dumps({"model": "gpt-4", "messages": MESSAGES}), 404, "use 'sentiment'"),
         (json.dumps({"model": "sentiment"}), 400, "'messages'"),
-        (json.dumps({"model": "sentiment", "messages": ["hi"]}), 400, "'role'"),
-        (json.dumps({"model": "sentiment", "messages": MESSAGES, "n": 17}), 400, "from 1 to 16"),
-        (json.dumps({"model": "sentiment", "messages": MESSAGES, "n": True}), 400, "from 1 to 16"),
+        (json.dumps({"model": "sentiment", "messages": ["hi"]}), 400, "'messages' must hold objects"),
+        (json.dumps({"model": "sentiment", "messages": [{"content": "hi"}]}), 400, "'messages'"),
+        ('{"model": "sentiment", "messages": [{"role": "user", "content": "hi", "weight": NaN}]}', 400, "not valid JSON"),
+        (json.dumps({"model": "sentiment", "messages": [{"role": "user", "name": "\ud83d"}]}), 400, "half a surrogate pair"),
         (json.dumps({"model": "sentiment", "messages": MESSAGES, "stream": "yes"}), 400, "'stream'"),
     ],
 )
@@ -38,6 +39,73 @@ async def test_a_bad_request_is_refused_with_a_sentence(gateway: Running, engine
         assert (response.status, set(error)) == (status, {"message", "type", "param", "code"})
         assert says in error["message"]
     assert engine.requests == []
+
+
+def over(**fields: Any) -> dict[str, Any]:
+    return {"model": "sentiment", "messages": MESSAGES} | fields
+
+
+def formatted(schema: dict[str, Any]) -> dict[str, Any]:
+    return over(response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}})
+
+
+def shown(url: str) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "says"),
+    [
+        (over(n=17), "n", "less than or equal to 16"),
+        (over(n=True), "n", "a valid integer"),
+        (over(max_tokens=10**7), "max_tokens", "1048576"),
+        (over(stop=["x"] * 17), "stop", "at most 16 items"),
+        (over(stop=["x" * 257]), "stop", "256 characters"),
+        (over(logit_bias={str(i): 1 for i in range(1025)}), "logit_bias", "1024"),
+        (over(structured_outputs={"regex": "(a{999}){999}"}), "structured_outputs", "multiply to 10000"),
+        (over(structured_outputs={"regex": "a" * 2049}), "structured_outputs", "2048 characters"),
+        (over(structured_outputs={"grammar": "x" * 20_000}), "structured_outputs", "16384 characters"),
+        (formatted({"type": "array", "minItems": 10**6}), "response_format", "'minItems'"),
+        (formatted({"type": "string", "pattern": "(a{1000}){1000}"}), "response_format", "multiply"),
+        (formatted({"enum": ["x" * 70_000]}), "response_format", "65536 characters"),
+        (over(chat_template="{{ 7 * 7 }}"), "chat_template", "not taken"),
+        (over(chat_template_kwargs={"tokenize": True}), "chat_template_kwargs", "not taken"),
+        (over(kv_transfer_params={}), "kv_transfer_params", "not taken"),
+        (over(messages=shown("http://169.254.169.254/latest")), "messages", "data: URLs alone"),
+        (over(messages=shown("file:///etc/passwd")), "messages", "data: URLs alone"),
+    ],
+)
+async def test_what_an_engine_may_not_be_asked_is_refused(
+    gateway: Running, engine: FakeEngine, body: dict[str, Any], param: str, says: str
+) -> None:
+    async with gateway.session.post(f"{gateway.url}/v1/chat/completions", json=body) as response:
+        error = (await response.json())["error"]
+    assert (response.status, says in error["message"]) == (400, True), error
+    assert error["param"] == param
+    assert engine.requests == []
+
+
+async def test_media_within_the_request_and_switches_of_reasoning_pass(gateway: Running, engine: FakeEngine) -> None:
+    more = {"chat_template_kwargs": {"enable_thinking": False}, "structured_outputs": {"choice": ["yes", "no"]}}
+    assert (await gateway.ask(messages=shown("data:image/png;base64,AAAA"), **more))[0] == 200
+    assert engine.requests[0]["chat_template_kwargs"] == {"enable_thinking": False}
+    assert (await gateway.ask("half \ud83d of a pair"))[0] == 400
+    assert (await gateway.ask("\U0001f600"))[0] == 200
+
+
+async def test_too_many_prompts_at_once_are_refused(gateway: Running) -> None:
+    for prompts, n, status in ((256, 1, 200), (257, 1, 400), (128, 5, 400)):
+        body = {"model": "sentiment", "prompt": ["x"] * prompts, "n": n}
+        async with gateway.session.post(f"{gateway.url}/v1/completions", json=body) as response:
+            assert response.status == status
+
+
+async def test_a_clients_fault_is_not_counted_against_a_revision(start: Start, engine: FakeEngine) -> None:
+    gateway = await start(make_config(make_revision(prompt={"template": "{{ text }}!"}), window="w"), {"svc": (engine.address,)})
+    async with gateway.session.post(f"{gateway.url}/v1/completions", json={"model": "sentiment", "prompt": [1, 2]}) as response:
+        assert response.status == 400
+    (report,) = (await gateway.state()).revisions
+    assert (report.requests, report.errors) == (0, 0)
 
 
 async def test_brackets_inside_strings_are_no_depth(gateway: Running) -> None:
