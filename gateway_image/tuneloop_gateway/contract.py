@@ -35,6 +35,7 @@ ENGINE_PROBES_PATH = "/tuneloop/probes"
 """Answered by the engine's guard (with the engine key): JSON list of the trainer's `Probe` items recorded for its artifact."""
 ENGINE_REFERENCE_PATH = "/tuneloop/reference"
 """Likewise: JSON list of texts, a sample of the inputs that its artifact was trained on."""
+ENGINE_VERSION_PATH = "/version"
 FEEDBACK_HEADER = "x-tuneloop-feedback"
 REVISION_HEADER = "x-tuneloop-revision"
 SESSION_HEADER = "x-tuneloop-session"
@@ -219,6 +220,8 @@ class RevisionReport(Model):
     probe: ProbeState = ProbeState(status="Pending")
     prompt_digest: str = Field(default="", max_length=80)
     """sha256 over the token ids that the engine makes of `Revision.probe_text`, through the revision's prompt. "" while not known."""
+    engine_version: str = Field(default="", max_length=32)
+    """vLLM's, as an engine of the revision told it after the warm-up. "" while not known."""
     requests: int = 0
     errors: int = 0
     in_flight: int = 0

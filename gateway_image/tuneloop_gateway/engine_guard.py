@@ -26,7 +26,7 @@ REFERENCE_FILE_VARIABLE = "TUNELOOP_REFERENCE_FILE"
 PROBES_PATH = "/tuneloop/probes"
 REFERENCE_PATH = "/tuneloop/reference"
 GENERATING_PATHS = {"/v1/chat/completions", "/v1/completions"}
-ALLOWED_PATHS = {*GENERATING_PATHS, "/v1/models", "/tokenize"}
+ALLOWED_PATHS = {*GENERATING_PATHS, "/v1/models", "/tokenize", "/version"}
 MANIFEST = "manifest.json"
 CARD = "MODEL_CARD.md"
 """What a copy of a model has beside its manifest: the card with the figures of its evaluation. No engine reads it."""
@@ -230,6 +230,7 @@ def verify(folder: Path, digest: str) -> int:
     unlisted = sorted(present - listed - beside)
     if unlisted:
         raise Mismatch(f"{unlisted[0]} is not in the manifest.")
+    _refuse_code(folder, sorted(listed))
     return len(files)
 
 
@@ -245,7 +246,21 @@ def verify_base(folder: Path, digest: str) -> int:
     found = "sha256:" + hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
     if not hmac.compare_digest(found, digest):
         raise Mismatch(f"its files have the digest {found}, but the adapter was trained on {digest}. Restore that base, or train again.")
+    _refuse_code(folder, [path.name for path in paths])
     return len(paths)
+
+
+def _refuse_code(folder: Path, paths: list[str]) -> None:
+    """Code that a model brings along (`auto_map`) is not run here, and old engines have run it unasked."""
+    for path in paths:
+        if not path.endswith("config.json"):
+            continue
+        try:
+            config = json.loads(_read(str(folder / path), MAX_MANIFEST_BYTES) or b"")
+        except (ValueError, RecursionError):
+            continue  # no engine reads it either
+        if isinstance(config, dict) and "auto_map" in config:
+            raise Mismatch(f"it needs code of its own (auto_map in {path}), which is not run.")
 
 
 def _require_digest(digest: str) -> None:

@@ -15,7 +15,15 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from tuneloop_gateway.answers import ABORT, read_answer
 from tuneloop_gateway.canonical import normalise
 from tuneloop_gateway.configuration import Configuration
-from tuneloop_gateway.contract import ENGINE_PROBES_PATH, ENGINE_REFERENCE_PATH, ProbeState, Revision, RevisionState, tokens_digest
+from tuneloop_gateway.contract import (
+    ENGINE_PROBES_PATH,
+    ENGINE_REFERENCE_PATH,
+    ENGINE_VERSION_PATH,
+    ProbeState,
+    Revision,
+    RevisionState,
+    tokens_digest,
+)
 from tuneloop_gateway.endpoints import Endpoint, Endpoints
 from tuneloop_gateway.errors import Refused
 from tuneloop_gateway.inbound import CHAT_PATH, COMPLETION_PATH, Inbound, Json
@@ -54,6 +62,12 @@ class _Tokenized(BaseModel):
     tokens: list[int]
 
 
+class _Version(BaseModel):
+    """vLLM's answer to /version."""
+
+    version: str = Field(pattern=r"^[\w.+-]{1,32}$")
+
+
 @dataclass(frozen=True)
 class _Subject:
     """What a result is about: another model or prompt is probed anew; a revision that is promoted keeps its result."""
@@ -80,6 +94,7 @@ class Prober:
         self._tasks: dict[str, tuple[_Subject, asyncio.Task[None]]] = {}
         self._states: dict[str, ProbeState] = {}
         self._digests: dict[str, str] = {}
+        self._versions: dict[str, str] = {}
 
     def state(self, revision: str) -> ProbeState:
         if error := self._configuration.prompt_errors.get(revision):
@@ -89,6 +104,10 @@ class Prober:
     def prompt_digest(self, revision: str) -> str:
         """Of the prompt that its engine reads of `probe_text`; "" where that is not known."""
         return self._digests.get(revision, "")
+
+    def engine_version(self, revision: str) -> str:
+        """vLLM's; "" where it is not known."""
+        return self._versions.get(revision, "")
 
     async def run(self) -> None:
         """Starts a task for each new revision and ends those of revisions that are gone. Runs for ever."""
@@ -111,6 +130,7 @@ class Prober:
                 del self._tasks[name]
                 self._states.pop(name, None)
                 self._digests.pop(name, None)
+                self._versions.pop(name, None)
                 self._router.count(name).warm = False
         for name, subject in wanted.items():
             if name not in self._tasks:
@@ -147,6 +167,7 @@ class Prober:
         self._router.count(revision.name).warm_up_seconds = time.monotonic() - began
         if revision.probe_text is not None:
             self._digests[revision.name] = await self._read_prompt(revision, revision.probe_text)
+        self._versions[revision.name] = await self._read_version(revision)
         self._router.count(revision.name).warm = True
 
     async def _ask_all(self, revision: Revision) -> ProbeState:
@@ -183,6 +204,14 @@ class Prober:
             return None if raw is None else _TEXTS.validate_json(raw)[:MAX_TEXTS] or None
         except ValidationError:
             raise ValueError("the sample of training inputs is not as expected") from None
+
+    async def _read_version(self, revision: Revision) -> str:
+        """ "" where the engine does not tell. Raises one of FAILURES."""
+        raw = await self._recorded(revision, ENGINE_VERSION_PATH)
+        try:
+            return "" if raw is None else _Version.model_validate_json(raw).version
+        except ValidationError:
+            return ""
 
     async def _fetch(self, revision: Revision) -> list[ProbeItem] | None:
         """The recorded items; None where the engine has none. Raises one of FAILURES."""

@@ -71,6 +71,7 @@ class State:
             prompt_error=self._configuration.prompt_errors.get(revision.name, "")[:300],
             probe=self._prober.state(revision.name),
             prompt_digest=self._prober.prompt_digest(revision.name),
+            engine_version=self._prober.engine_version(revision.name),
             requests=count.requests,
             errors=count.errors,
             in_flight=count.in_flight,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -24,6 +25,14 @@ class Settings(BaseModel):
     engine_image: str = "vllm/vllm-openai:v0.32.0"
     engine_cpu_image: str | None = Field(default=None, description="Engine image for accelerators 0; absent = engine_image.")
     engine_command: tuple[str, ...] = ("python3", "-m", "vllm.entrypoints.openai.api_server")
+    engine_version_floor: str = Field(
+        default="0.22.0",
+        pattern=r"^\d{1,4}\.\d{1,4}(\.\d{1,4})?$",
+        description="vLLM below this release has flaws that let requests past its key.",
+    )
+    vulnerable_engines: Literal["Warn", "Refuse"] = Field(
+        default="Warn", description="Refuse: a revision whose vLLM is below the floor takes no traffic."
+    )
     image_pull_policy: str = "IfNotPresent"
     pod_user: int | None = Field(default=65532, description="runAsUser of trainer and gateway pods; None = the platform's choice.")
     engine_user: int | None = Field(

@@ -39,6 +39,8 @@ class FakeGateway:
     skew: dict[str, object] | None = None
     prompt_digest: str = ""
     """Of the prompt that engines read, where the operator wants it told."""
+    engine_version: str = ""
+    """vLLM's, where engines are to tell it."""
     outcomes: dict[int, dict[str, object]] = field(default_factory=dict)
     """Version -> what became of its requests in each window."""
     asked: int = 0
@@ -84,6 +86,7 @@ class FakeGateway:
                 "probe": self.probe if revision.probe else {"status": "Pending"},
                 "inFlight": self.in_flight,
                 "outcomes": self.outcomes.get(revision.version or 0, {}) if config and config.window else None,
+                "engineVersion": self.engine_version,
                 "promptDigest": self.prompt_digest if revision.probe_text else "",
             }
             for revision in (config.revisions if config else ())

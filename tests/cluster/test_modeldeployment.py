@@ -221,6 +221,19 @@ def test_an_engine_that_reads_the_prompt_otherwise_than_training_serves_and_is_d
     stage.wait("Degraded", "False", "Healthy")
 
 
+def test_an_engine_below_the_security_floor_serves_and_is_called_vulnerable(
+    operator: OperatorProcess, stage: Stage, api: Api, namespace: str
+) -> None:
+    stage.gateway.engine_version = "0.19.1"
+    api.create(version(namespace, 1))
+    api.create(deployment(namespace))
+    stage.start_engine(1)
+    stage.start_gateway()
+    assert "vLLM 0.19.1, below 0.22.0" in stage.wait("Degraded", "True", "RuntimeVulnerable")["message"]
+    stage.wait("Ready", "True", "Serving")
+    assert record(api, namespace, 1)["tuneloop.dev/engine-version"] == "0.19.1"
+
+
 @pytest.mark.parametrize("template", ["Sentiment of: {{ text", "{{ text | nonsense }}", "{{ txt }}"])
 def test_a_prompt_that_does_not_render_is_refused_until_it_is_corrected(
     operator: OperatorProcess, stage: Stage, api: Api, namespace: str, template: str

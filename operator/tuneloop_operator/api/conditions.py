@@ -109,6 +109,7 @@ class DeploymentReason(StrEnum):
     NOT_SERVABLE = "NotServable"
     INVALID_OPTION = "InvalidOption"
     PROMPT_MISMATCH = "PromptMismatch"
+    RUNTIME_VULNERABLE = "RuntimeVulnerable"
     PROMPT_INVALID = "PromptInvalid"
     SERVING_MISMATCH = "ServingMismatch"
     ENGINE_FAILED = "EngineFailed"

@@ -22,6 +22,8 @@ PROBES = "tuneloop.dev/probes"
 """`agreed/asked` of the probe items, where they were asked."""
 PROMPT = "tuneloop.dev/prompt"
 """Digest of the prompt that the engine read of PROBE_TEXT before traffic, where it told."""
+ENGINE_VERSION = "tuneloop.dev/engine-version"
+"""vLLM's version as the engine told it before traffic."""
 
 
 ANALYSIS = "tuneloop.dev/analysis"
@@ -106,6 +108,8 @@ class Verdict:
     probes: str = ""
     prompt: str = ""
     """Digest of the prompt that the engine read before traffic; "" where it is not known."""
+    engine: str = ""
+    """vLLM's version as the engine told it before traffic."""
     numbers: str = ""
     """Of a canary's analysis."""
     in_place: bool = False
@@ -179,6 +183,7 @@ def _annotations(verdict: Verdict | None) -> dict[str, str]:
         OUTCOME_MESSAGE: verdict.message,
         PROBES: verdict.probes,
         PROMPT: verdict.prompt,
+        ENGINE_VERSION: verdict.engine,
         ANALYSIS: verdict.numbers,
         OUTCOME_IN_PLACE: "true" if verdict.in_place else "",
     }
@@ -210,6 +215,7 @@ def parse_verdict(annotations: dict[str, str]) -> Verdict | None:
         message=annotations.get(OUTCOME_MESSAGE, ""),
         probes=annotations.get(PROBES, ""),
         prompt=annotations.get(PROMPT, ""),
+        engine=annotations.get(ENGINE_VERSION, ""),
         numbers=annotations.get(ANALYSIS, ""),
         in_place=annotations.get(OUTCOME_IN_PLACE) == "true",
     )

@@ -44,6 +44,8 @@ class FakeEngine:
     probes: list[dict[str, Any]] | None = None
     reference: list[str] | None = None
     """What its model was trained on."""
+    version: str | None = "0.32.0"
+    """None: its guard is of a release that did not pass the question on."""
     chat_template: str | None = "$TURNS<assistant>"
     """None: it has no /tokenize."""
     cancelled: int = 0
@@ -61,6 +63,7 @@ class FakeEngine:
         app.router.add_get("/tuneloop/probes", self._probes)
         app.router.add_get("/tuneloop/reference", self._reference)
         app.router.add_post("/tokenize", self._tokenize)
+        app.router.add_get("/version", self._version)
         self._runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=0.1)
         await self._runner.setup()
         self.port = self.port or unused_port()
@@ -81,6 +84,11 @@ class FakeEngine:
         if request.headers.get("Authorization") != f"Bearer {self.key}":
             return web.Response(status=401)
         return web.Response(status=404) if self.reference is None else web.json_response(self.reference)
+
+    async def _version(self, request: web.Request) -> web.StreamResponse:
+        if request.headers.get("Authorization") != f"Bearer {self.key}":
+            return web.Response(status=401)
+        return web.Response(status=404) if self.version is None else web.json_response({"version": self.version})
 
     async def _tokenize(self, request: web.Request) -> web.StreamResponse:
         """A token for each byte; a chat template is written around messages."""

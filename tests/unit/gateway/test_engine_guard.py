@@ -24,7 +24,6 @@ LISTED_BY_VLLM = (
     "/pooling",
     "/score",
     "/load",
-    "/version",
 )
 
 
@@ -68,7 +67,17 @@ async def ask(guard: Guard, path: str, headers: Any = (), method: str = "GET", k
 
 @pytest.mark.parametrize(
     "path",
-    [*LISTED_BY_VLLM, "/v1/chat/completions", "/v1/models", "/docs", "/openapi.json", "/", "/tuneloop/probes", "/tuneloop/reference"],
+    [
+        *LISTED_BY_VLLM,
+        "/version",
+        "/v1/chat/completions",
+        "/v1/models",
+        "/docs",
+        "/openapi.json",
+        "/",
+        "/tuneloop/probes",
+        "/tuneloop/reference",
+    ],
 )
 @pytest.mark.parametrize("headers", [[], [(b"authorization", b"Bearer wrong")], [(b"authorization", b"the-key")], [*KEY, *KEY]])
 async def test_without_the_key_every_path_is_401(guard: Guard, path: str, headers: Any) -> None:
@@ -83,7 +92,7 @@ async def test_health_and_metrics_are_open_for_get_alone(guard: Guard) -> None:
 
 
 async def test_with_the_key_allowed_paths_reach_the_engine_and_others_do_not(guard: Guard) -> None:
-    for path in ("/v1/chat/completions", "/v1/completions", "/v1/models", "/tokenize"):
+    for path in ("/v1/chat/completions", "/v1/completions", "/v1/models", "/tokenize", "/version"):
         assert (await ask(guard, path, KEY, "POST"))[0] == 0
     for path in LISTED_BY_VLLM:
         assert (await ask(guard, path, KEY, "POST"))[0] == 404
@@ -181,6 +190,21 @@ def test_any_change_is_refused_with_what_changed(tmp_path: Path, change: Any, sa
     change(tmp_path)
     with pytest.raises(Mismatch, match=says.replace("(", r"\(")):
         verify(tmp_path, digest)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "vision/preprocessor_config.json"])
+def test_a_model_that_brings_code_along_is_not_loaded(tmp_path: Path, name: str) -> None:
+    digest = publish(tmp_path, {**FILES, name: b'{"auto\\u005fmap": {"AutoConfig": "evil.Config"}}'})
+    with pytest.raises(Mismatch, match="needs code of its own") as refused:
+        verify(tmp_path, digest)
+    assert name in str(refused.value)
+
+
+def test_a_base_that_brings_code_along_is_not_loaded(tmp_path: Path) -> None:
+    bases = pytest.importorskip("tuneloop_trainer.bases")
+    (tmp_path / "config.json").write_text('{"auto_map": {}}')
+    with pytest.raises(Mismatch, match="needs code of its own"):
+        verify_base(tmp_path, bases.base_digest(tmp_path))
 
 
 def make_base(folder: Path) -> str:

@@ -53,6 +53,14 @@ async def test_an_engine_without_recorded_items_says_so(start: Start, engine: Fa
     assert (await probed(gateway)).status == "NoProbes"
 
 
+@pytest.mark.parametrize(("version", "told"), [("0.32.0", "0.32.0"), (None, ""), ("<b>" * 99, "")])
+async def test_vllms_version_is_told_where_the_engine_tells_it(start: Start, engine: FakeEngine, version: str | None, told: str) -> None:
+    engine.version = version
+    gateway = await start(endpoints={"svc": (engine.address,)})
+    await eventually(lambda: gateway.gateway.router.count("r1").warm)
+    assert (await gateway.state()).revisions[0].engine_version == told
+
+
 @pytest.mark.parametrize(
     ("task", "prompt", "read"),
     [

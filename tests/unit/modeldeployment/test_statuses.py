@@ -12,6 +12,7 @@ from tests.unit.modeldeployment.world import World, in_place, make_version
 from tuneloop_gateway.contract import Outcomes, ProbeState
 from tuneloop_operator.domain.decision import Key, Refusal
 from tuneloop_operator.render import names
+from tuneloop_operator.settings import Settings
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "status.md"
 COLUMNS = ("Available", "Ready", "Reconciling", "Stalled", "Degraded")
@@ -49,6 +50,8 @@ def waiting(reason: str, message: str = "why.") -> dict[str, object]:
     return {"phase": "Pending", "containerStatuses": [state]}
 
 
+REFUSING = Settings(vulnerable_engines="Refuse")
+OLD_ENGINE = {"engine": {"image": "vllm/vllm-openai:v0.19.1"}}
 BROKEN = {"template": "{{ text | nonsense }}"}
 """What a gateway refuses; the world's says so of any template with this word."""
 
@@ -207,6 +210,9 @@ STATES: dict[str, Callable[[], World]] = {
     ),
     "A new revision's image cannot run an engine, Latest": lambda: rolling_out(**ended("verify", 128, "StartError", 0)),
     "The prompt does not render": lambda: edited(served(), prompt=BROKEN),
+    "The engine is below the security floor": lambda: served(engine_versions={1: "0.21.9"}),
+    "The engine of a first revision is below the floor, refused": lambda: served(settings=REFUSING, spec=OLD_ENGINE),
+    "The engine of a new revision is below the floor, refused": lambda: edited(served(settings=REFUSING), **OLD_ENGINE),
     "The first revision's prompt does not render": lambda: served(spec={"prompt": BROKEN}),
     "A new revision's files do not have its digest, Latest": lambda: rolling_out(**ended("verify", restarts=1)),
     "A new revision was not ready in time, Latest": timed_out,

@@ -142,6 +142,8 @@ class World:
     """What the second gateway says, where it is another."""
     prompt_digest: str = ""
     """Of the prompt that engines read, where the gateway is to tell it."""
+    engine_versions: dict[int, str] = field(default_factory=dict)
+    """Version of the model -> vLLM's, where engines are to tell it."""
     omitted: str = ""
     """A revision that the second gateway does not speak of."""
     in_flight: dict[str, int] = field(default_factory=dict)
@@ -350,7 +352,7 @@ class World:
         counted = self.outcomes_of.get(version or 0, Outcomes()) if self.applied and self.applied.window else None
         return RevisionReport(
             name=name, endpoints=endpoints, warm=warm, prompt_error=error, probe=probe, prompt_digest=told, in_flight=in_flight,
-            outcomes=counted,
+            outcomes=counted, engine_version=self.engine_versions.get(version or 0, "") if warm else "",
         )  # fmt: skip
 
     def _prompt_error(self, name: str) -> str:

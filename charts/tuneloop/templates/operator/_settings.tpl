@@ -10,6 +10,8 @@
 {{- with .Values.images.engineCpu }}
 - {name: TUNELOOP_ENGINE_CPU_IMAGE, value: {{ . | quote }}}
 {{- end }}
+- {name: TUNELOOP_ENGINE_VERSION_FLOOR, value: {{ .Values.engines.versionFloor | quote }}}
+- {name: TUNELOOP_VULNERABLE_ENGINES, value: {{ .Values.engines.belowFloor | quote }}}
 - {name: TUNELOOP_IMAGE_PULL_POLICY, value: {{ .Values.images.pullPolicy | quote }}}
 {{- with .Values.watchNamespaces }}
 - {name: TUNELOOP_WATCH_NAMESPACES, value: {{ join "," . | quote }}}

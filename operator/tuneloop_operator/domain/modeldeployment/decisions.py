@@ -10,6 +10,7 @@ from tuneloop_operator.domain.modeldeployment.drift import Epoch, evidence_of, i
 from tuneloop_operator.domain.modeldeployment.news import events
 from tuneloop_operator.domain.modeldeployment.retraining import plan_retraining
 from tuneloop_operator.domain.modeldeployment.rollouts import Rollout, is_released, plan
+from tuneloop_operator.domain.modeldeployment.runtimes import vulnerability
 from tuneloop_operator.domain.modeldeployment.snapshot import Snapshot
 from tuneloop_operator.domain.modeldeployment.statuses import Findings, render_status
 from tuneloop_operator.render import access, engine, gateway, names
@@ -38,7 +39,8 @@ def decide(snapshot: Snapshot, settings: Settings, now: datetime) -> Decision:
     generation = configured.config.generation if configured is not None else snapshot.deployment.status.config_generation
     secret = (gateway.render_keys(snapshot.deployment, snapshot.keys),) if has_gateway and snapshot.keys is not None else ()
     refusal = refusal_of(snapshot.refusals, (*secret, *objects))
-    status = render_status(Findings(snapshot, rollout, evidence, epoch, retraining, generation, refusal), now)
+    flaws = vulnerability(snapshot, rollout.stable, settings) if rollout.stable is not None else ""
+    status = render_status(Findings(snapshot, rollout, evidence, epoch, retraining, generation, flaws, refusal), now)
     return Decision(
         status=status,
         create=(*secret, *retraining.create),

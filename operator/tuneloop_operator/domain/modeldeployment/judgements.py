@@ -9,7 +9,7 @@ from datetime import datetime
 from tuneloop_gateway.contract import ProbeState, RevisionReport, RevisionState
 from tuneloop_operator.api.conditions import DeploymentReason
 from tuneloop_operator.domain import times
-from tuneloop_operator.domain.modeldeployment import canaries
+from tuneloop_operator.domain.modeldeployment import canaries, runtimes
 from tuneloop_operator.domain.modeldeployment.canaries import Canary
 from tuneloop_operator.domain.modeldeployment.evidence import Finding
 from tuneloop_operator.domain.modeldeployment.failures import Failure, find_failure
@@ -63,7 +63,7 @@ def _given_up(snapshot: Snapshot, candidate: Revision, judgement: Judgement, now
         return None
     why = judgement.failure.message if judgement.failure is not None else judgement.waits_for
     message = f"The engine of version {version} is ready, but took over nothing within {limit} s: {why}"
-    return Judgement(verdict=_rejected(DeploymentReason.STARTUP_TIMEOUT, message, now))
+    return Judgement(verdict=rejected(DeploymentReason.STARTUP_TIMEOUT, message, now))
 
 
 def _without_node(snapshot: Snapshot, candidate: Revision, now: datetime) -> float:
@@ -82,8 +82,8 @@ def _judge(snapshot: Snapshot, candidate: Revision, stable: Revision | None, now
         return judge_start(snapshot, candidate, stable, now)
     canary = canaries.look(snapshot, candidate, stable, now)
     if canary is not None and canary.finding is Finding.FAIL:  # first: whatever else holds it up or on, it does harm
-        rejected = _rejected(DeploymentReason.CANARY_FAILED, canaries.failure_text(canary, stable), now)
-        return Judgement(verdict=replace(rejected, numbers=canaries.numbers(canary)))
+        verdict = rejected(DeploymentReason.CANARY_FAILED, canaries.failure_text(canary, stable), now)
+        return Judgement(verdict=replace(verdict, numbers=canaries.numbers(canary)))
     if not canaries.is_due(snapshot, candidate, stable):
         return judge_start(snapshot, candidate, stable, now)
     judgement = judge_start(snapshot, candidate, stable, now)
@@ -102,8 +102,8 @@ def _step_on(canary: Canary, promoted: Verdict, on_inconclusive: str, now: datet
         return Judgement(progress=Progress(canary.progress.step + 1, times.to_text(now)))
     if canary.is_overdue and on_inconclusive == "Rollback":
         message = f"In {canary.place} there were {canaries.overdue_text(canary)}"
-        rejected = _rejected(DeploymentReason.CANARY_INCONCLUSIVE, message, now)
-        return Judgement(verdict=replace(rejected, numbers=canaries.numbers(canary)))
+        verdict = rejected(DeploymentReason.CANARY_INCONCLUSIVE, message, now)
+        return Judgement(verdict=replace(verdict, numbers=canaries.numbers(canary)))
     return Judgement(progress=canary.progress, waits_for=canaries.progress_text(canary))
 
 
@@ -118,7 +118,7 @@ def judge_start(snapshot: Snapshot, candidate: Revision, stable: Revision | None
         if failure is not None and failure.reason is DeploymentReason.UNSCHEDULABLE and 0 < alone < GRACE_SECONDS:
             return Judgement(waits_for="The engine before it makes room.")
         if failure is not None and is_another and (failure.is_fatal or alone > pinned.startup_timeout_seconds):
-            return Judgement(verdict=_rejected(failure.reason, failure.message, now))
+            return Judgement(verdict=rejected(failure.reason, failure.message, now))
         return Judgement(failure=failure, waits_for=f"{ready} of {replicas} engine pods are ready.")
     gateways = snapshot.ready_gateways
     if not gateways:
@@ -128,13 +128,14 @@ def judge_start(snapshot: Snapshot, candidate: Revision, stable: Revision | None
         return Judgement(waits_for="The gateway has not taken up the new revision yet.")
     unusable = next((report.prompt_error for report in reports if report.prompt_error), None)
     if unusable is not None:
-        return Judgement(verdict=_rejected(DeploymentReason.PROMPT_INVALID, f"{unusable.rstrip('.')}. {_PROMPT_REMEDY}", now))
+        return Judgement(verdict=rejected(DeploymentReason.PROMPT_INVALID, f"{unusable.rstrip('.')}. {_PROMPT_REMEDY}", now))
     if not all(report.warm and report.endpoints >= 1 for report in reports):
         return Judgement(waits_for="The gateway warms the new revision up.")
     judgement = _judge_probes(candidate, reports, now) if pinned.has_probes else Judgement(_promoted_at(now))
     if judgement.verdict is None:
         return judgement
-    return replace(judgement, verdict=replace(judgement.verdict, prompt=_prompt_read(candidate, reports)))
+    told = runtimes.told_version(snapshot, candidate)
+    return replace(judgement, verdict=replace(judgement.verdict, prompt=_prompt_read(candidate, reports), engine=told))
 
 
 def _promoted_at(now: datetime) -> Verdict:
@@ -179,7 +180,7 @@ def _judge_probes(candidate: Revision, reports: tuple[RevisionReport, ...], now:
         return Judgement(waits_for="The gateway asks the probe items.")
     if any(probe.status == "NoProbes" for probe in probes):
         message = f"Version {version} names probe items, but its engine has none: was probesUri deleted? Nothing vouches for its answers."
-        return Judgement(verdict=_rejected(DeploymentReason.SERVING_MISMATCH, message, now))
+        return Judgement(verdict=rejected(DeploymentReason.SERVING_MISMATCH, message, now))
     failed = next((probe for probe in probes if probe.status == "Failed"), None)
     if failed is not None:
         message = f"The probe items of version {version} could not be asked: {failed.message or 'see the gateway log.'}"
@@ -191,7 +192,7 @@ def _judge_probes(candidate: Revision, reports: tuple[RevisionReport, ...], now:
             f"The served version {version} answered {worst.agreed} of {worst.asked} probe items as its evaluation did;"
             f" {math.ceil(AGREEMENT * worst.asked)} are needed. Compare engine, task and prompt with what it was trained with."
         )
-        return Judgement(verdict=replace(_rejected(DeploymentReason.SERVING_MISMATCH, message, now), probes=counted))
+        return Judgement(verdict=replace(rejected(DeploymentReason.SERVING_MISMATCH, message, now), probes=counted))
     return Judgement(verdict=Verdict(Outcome.PROMOTED, times.to_text(now), probes=counted))
 
 
@@ -199,5 +200,5 @@ def _agreement(probe: ProbeState) -> float:
     return probe.agreed / probe.asked if probe.asked else 0.0
 
 
-def _rejected(reason: DeploymentReason, message: str, now: datetime) -> Verdict:
+def rejected(reason: DeploymentReason, message: str, now: datetime) -> Verdict:
     return Verdict(Outcome.REJECTED, times.to_text(now), reason.value, message)

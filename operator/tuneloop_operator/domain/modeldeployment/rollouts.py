@@ -8,10 +8,10 @@ from datetime import datetime
 from tuneloop_operator.api.conditions import DeploymentReason
 from tuneloop_operator.domain import times
 from tuneloop_operator.domain.decision import Invalid
-from tuneloop_operator.domain.modeldeployment import canaries
+from tuneloop_operator.domain.modeldeployment import canaries, runtimes
 from tuneloop_operator.domain.modeldeployment.canaries import Canary
 from tuneloop_operator.domain.modeldeployment.failures import Failure
-from tuneloop_operator.domain.modeldeployment.judgements import judge
+from tuneloop_operator.domain.modeldeployment.judgements import Judgement, judge, rejected
 from tuneloop_operator.domain.modeldeployment.revisions import new_revision, revision_name
 from tuneloop_operator.domain.modeldeployment.snapshot import Snapshot
 from tuneloop_operator.domain.modeldeployment.targets import Target, resolve
@@ -69,7 +69,13 @@ def plan(snapshot: Snapshot, settings: Settings, now: datetime) -> Rollout:
         return _finished(snapshot, Rollout(refused, snapshot.revisions, stable), now)
     if stable is not None and candidate.name == stable.name:
         return _finished(snapshot, Rollout(target, snapshot.revisions, stable), now)
+    flaws = runtimes.vulnerability(snapshot, candidate, settings) if settings.vulnerable_engines == "Refuse" else ""
+    if flaws and not runtimes.told_version(snapshot, candidate):
+        refused = Target(reason=DeploymentReason.RUNTIME_VULNERABLE, message=flaws, is_final=True)
+        return _finished(snapshot, Rollout(refused, snapshot.revisions, stable), now)
     judgement = judge(snapshot, candidate, stable, now)
+    if flaws:
+        judgement = Judgement(verdict=rejected(DeploymentReason.RUNTIME_VULNERABLE, flaws, now))
     if judgement.verdict is not None:
         is_promoted = judgement.verdict.outcome is Outcome.PROMOTED
         verdict = replace(

@@ -49,6 +49,8 @@ class Findings:
     retraining: Plan
     generation: int
     """Of the gateway's configuration."""
+    flaws: str = ""
+    """Of the stable revision's engine; "" where none are known."""
     refusal: Refusal | None = None
     """A child, of those that are wanted now, that the API server does not take."""
 
@@ -199,6 +201,8 @@ def _degraded(found: Findings, now: datetime) -> Claim:
         what = f"ModelVersion {version.metadata.name} is {version.spec.approval.lower()}"
         message = f"{what} and serves on, since no other may take its place. Approve another one, or train a better one."
         return Claim(True, R.WITHDRAWN, message)
+    if found.flaws:
+        return Claim(True, R.RUNTIME_VULNERABLE, found.flaws)
     if not stable.renders_as_trained:
         return Claim(True, R.PROMPT_MISMATCH, _prompt_mismatch(stable))
     failure = engine_failure(snapshot, stable, now)
