@@ -67,10 +67,11 @@ lint: venv ## ruff, mypy, import-linter
 	.venv/bin/lint-imports --no-cache
 
 .PHONY: generate
-generate: venv ## CRDs, their chart templates and the API's reference, from the pydantic models
+generate: venv ## CRDs, their chart templates and the API's reference, from the pydantic models; dashboards from dev/dashboards
 	@.venv/bin/tuneloop crds --out crds
 	.venv/bin/tuneloop crds --chart --out charts/tuneloop/templates/crds
 	.venv/bin/tuneloop crds --reference docs/reference/api.md
+	$(PY) -m dev.dashboards
 
 .PHONY: verify
 verify: generate ## generate, then fail if that changed anything

@@ -1,4 +1,4 @@
-"""Every query of the chart's dashboard and alerts, for the tests that ask whether their metrics exist."""
+"""Every query of the chart's dashboards and alerts, for the tests that ask whether their metrics exist."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -28,14 +29,18 @@ class Query:
 
 
 def dashboard_queries() -> Iterator[Query]:
-    """Each target of each panel, with the dashboard's variables filled in."""
-    dashboard = json.loads((CHART / "dashboards" / "loop.json").read_text())
-    for panel in dashboard["panels"]:
-        for target in panel.get("targets", ()):
-            expression = target["expr"]
-            for name, value in VARIABLES.items():
-                expression = expression.replace(name, value)
-            yield Query(f"panel {panel['title']}", expression)
+    """Each target of each panel of each dashboard, with the variables filled in."""
+    for dashboard in dashboards():
+        for panel in dashboard["panels"]:
+            for target in panel.get("targets", ()):
+                expression = target["expr"]
+                for name, value in VARIABLES.items():
+                    expression = expression.replace(name, value)
+                yield Query(f"{dashboard['uid']}, panel {panel['title']}", expression)
+
+
+def dashboards() -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted((CHART / "dashboards").glob("*.json"))]
 
 
 def alerts() -> list[dict[str, object]]:
@@ -83,5 +88,5 @@ def metrics_of(expression: str) -> set[str]:
     bare = re.sub(r'"[^"]*"', "", expression)
     bare = re.sub(r"\{[^}]*\}", "", bare)
     bare = re.sub(r"\[[^\]]*\]", "", bare)
-    bare = re.sub(r"\b(by|without|on|ignoring)\s*\([^)]*\)", "", bare)
+    bare = re.sub(r"\b(by|without|on|ignoring|group_left|group_right)\s*\([^)]*\)", "", bare)
     return {name for name in METRIC.findall(bare) if name not in WORDS}

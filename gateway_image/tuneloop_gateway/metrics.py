@@ -8,6 +8,7 @@ from tuneloop_gateway.contract import DriftReport, DriftStatus, GatewayConfig, G
 
 disable_created_metrics()  # type: ignore[no-untyped-call]
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+COUNTED = {"requests", "errors", "answers", "empty", "refused", "repetitive", "cut_short", "up", "down"}
 OWN = ("namespace", "deployment")
 
 
@@ -30,6 +31,8 @@ class Metrics:
         self._requests = counter(Metric.REQUESTS, "Requests answered.", "revision", "code", "finish_reason")
         self._seconds = histogram(Metric.REQUEST_SECONDS, "Seconds from a request's arrival to the end of its answer.")
         self._first_byte = histogram(Metric.FIRST_BYTE_SECONDS, "Seconds from a request's arrival to the answer's first byte.")
+        self._between = histogram(Metric.INTER_TOKEN_SECONDS, "Seconds between two tokens of a stream, on average over an answer.")
+        self._outcomes = gauge(Metric.CANARY_OUTCOMES, "Of a canary's step: what became of requests.", "revision", "outcome")
         self._in_flight = gauge(Metric.IN_FLIGHT, "Requests being answered now.")
         self._retries = counter(Metric.RETRIES, "Attempts that were repeated on another replica before the first byte.", "revision")
         self._tokens = counter(Metric.TOKENS, "Tokens that engines reported.", "revision", "kind")
@@ -59,7 +62,7 @@ class Metrics:
         self._captured.labels(**self.own)
         self._feedback_series()
         self._children: dict[tuple[str, ...], Counter] = {}
-        self._timers: dict[str, tuple[Histogram, Histogram]] = {}
+        self._timers: dict[str, tuple[Histogram, Histogram, Histogram]] = {}
 
     def _feedback_series(self) -> None:
         """A rate over a series that does not exist is no data, not zero."""
@@ -73,11 +76,11 @@ class Metrics:
             child = self._children[key] = self._requests.labels(**self.own, revision=revision, code=code, finish_reason=finish_reason)
         child.inc()
 
-    def _timer(self, revision: str) -> tuple[Histogram, Histogram]:
+    def _timer(self, revision: str) -> tuple[Histogram, Histogram, Histogram]:
         timer = self._timers.get(revision)
         if timer is None:
             own = {**self.own, "revision": revision}
-            timer = self._timers[revision] = (self._seconds.labels(**own), self._first_byte.labels(**own))
+            timer = self._timers[revision] = (self._seconds.labels(**own), self._first_byte.labels(**own), self._between.labels(**own))
         return timer
 
     def ended(self, revision: str, seconds: float) -> None:
@@ -85,6 +88,9 @@ class Metrics:
 
     def first_byte(self, revision: str, seconds: float) -> None:
         self._timer(revision)[1].observe(seconds)
+
+    def between_tokens(self, revision: str, seconds: float) -> None:
+        self._timer(revision)[2].observe(seconds)
 
     def retried(self, revision: str) -> None:
         self._retries.labels(**self.own, revision=revision).inc()
@@ -117,6 +123,10 @@ class Metrics:
         for revision in config.revisions:
             version = "" if revision.version is None else str(revision.version)
             self._weight.labels(**self.own, revision=revision.name, version=version).set(revision.weight)
+        self._outcomes.clear()
+        for report in state.revisions:
+            for name, count in (report.outcomes.model_dump(include=COUNTED) if report.outcomes is not None else {}).items():
+                self._outcomes.labels(**self.own, revision=report.name, outcome=name).set(count)
         self._agreement.clear()
         for report in state.revisions:
             if report.probe.asked and report.probe.status in ("Done", "Running"):

@@ -151,7 +151,10 @@ class Proxy:
             count.requests += 1
             count.errors += exchange.status >= 500
             self._metrics.request(exchange.revision, f"{exchange.status // 100}xx", exchange.finish_reason)
-            self._metrics.ended(exchange.revision, time.perf_counter() - exchange.started)
+            end = time.perf_counter()
+            self._metrics.ended(exchange.revision, end - exchange.started)
+            if exchange.events > 1 and exchange.status < 400:
+                self._metrics.between_tokens(exchange.revision, (end - exchange.first_at) / (exchange.events - 1))
             self._outcomes.ended(exchange)
             if exchange.tokens != (0, 0):
                 self._metrics.tokens(exchange.revision, *exchange.tokens)

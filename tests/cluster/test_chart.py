@@ -213,7 +213,9 @@ def test_monitors_and_rules_are_made_where_their_kinds_exist(helm: Helm) -> None
     (rules,) = of_kind(with_kinds, "PrometheusRule")
     assert rules["spec"] == yaml.safe_load((ROOT / "charts/tuneloop/rules/loop.yaml").read_text())
     (dashboard,) = [d for d in of_kind(without, "ConfigMap") if d["metadata"]["labels"].get("grafana_dashboard")]
-    assert json.loads(dashboard["data"]["tuneloop-loop.json"])["uid"] == "tuneloop-loop"
+    assert {name: json.loads(text)["uid"] for name, text in dashboard["data"].items()} == {
+        f"tuneloop-{name}.json": f"tuneloop-{name}" for name in ("adapters", "canary", "feedback", "fleet", "loop", "model")
+    }
 
 
 def test_monitors_look_where_the_operator_looks(helm: Helm) -> None:

@@ -121,6 +121,20 @@ async def test_every_way_of_failing_counts_as_an_error(start: Start, engine: Fak
     assert (counted.requests, counted.errors) == (1, 1)
 
 
+async def test_counts_and_the_time_between_tokens_are_metrics_by_revision(start: Start, engine: FakeEngine) -> None:
+    gateway = await start(divided(weight=100), endpoints={"new": (engine.address,)})
+    engine.replies = [status(500)]
+    await ask_in(gateway, "a")
+    await ask_in(gateway, "b", stream=True)
+    shown = await gateway.metrics()
+    own = 'deployment="tweets",namespace="team"'
+    for name, count in (("requests", 2), ("errors", 1), ("answers", 1), ("empty", 0)):
+        assert f'tuneloop_gateway_canary_outcomes{{{own},outcome="{name}",revision="new"}} {count}.0' in shown
+    assert f'tuneloop_gateway_inter_token_seconds_count{{{own},revision="new"}} 1.0' in shown
+    gateway.configure(divided(weight=100, window="", generation=2))
+    assert "canary_outcomes{" not in await gateway.metrics()
+
+
 async def test_what_the_client_did_wrong_is_nobodys_error(start: Start, engine: FakeEngine) -> None:
     gateway = await start(divided(weight=100), endpoints={"new": (engine.address,)})
     engine.reply = status(400)
