@@ -110,7 +110,7 @@ bench-start: venv control-plane-up ## what the operator adds between kubectl app
 	$(PY) -m bench.start
 
 .PHONY: bench-training
-bench-training: venv ## training speed beside TRL, LLaMA-Factory, axolotl and KAITO; about 15 minutes
+bench-training: venv ## training speed beside TRL, LLaMA-Factory, axolotl and KAITO; about 25 minutes
 	@$(PY) -m bench.training
 
 .PHONY: bench-estimate
@@ -130,7 +130,7 @@ bench-rollout: venv ## how often a good canary is stopped, and how soon a worse 
 	@$(PY) -m bench.rollout
 
 .PHONY: bench-gateway
-bench-gateway: venv ## what the gateway adds to a request
+bench-gateway: venv ## what the gateway adds to a request, beside LiteLLM and production-stack
 	@$(PY) -m bench.gateway
 
 .PHONY: bench-gateway-limits

@@ -22,7 +22,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import uvloop
-from bench.gateway import CLIENT_CORE, GATEWAY_CORE, added_latency, free_port, gateway_environment, percentile, server
+from bench.gateway import CLIENT_CORE, GATEWAY_CORE, Pool, free_port, gateway_environment, one_round, percentile, server
 
 POSTGRESQL = Path(__file__).parents[1] / "dev" / "postgresql"
 LIMITS = {"requestsPerMinute": 1_000_000, "tokensPerMinute": 1_000_000_000}
@@ -68,14 +68,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command = (sys.executable, "-m", "tuneloop_gateway")
             stack.enter_context(server(command, cores[GATEWAY_CORE], environment, f"http://127.0.0.1:{port}/readyz"))
         rng = random.Random(1)
-        runner.run(added_latency(ports, options.rate, 2, 1, rng))  # warm-up
-        pools = runner.run(added_latency(ports, options.rate, options.seconds, options.rounds, rng))
-    free, limited = ([latency for pool in side for latency in pool.latencies] for side in pools)
+        sides = {"free": ports[0], "limited": ports[1]}
+        for port in ports:
+            runner.run(one_round("warm-up", port, options.rate, 2, rng))
+        pools: dict[str, list[Pool]] = {name: [] for name in sides}
+        for _ in range(options.rounds):
+            for name, port in sides.items():
+                pools[name].append(runner.run(one_round(name, port, options.rate, options.seconds, rng)))
+    free, limited = ([latency for pool in pools[name] for latency in pool.latencies] for name in sides)
     result = {
         "limits_added_p50_ms": round(percentile(limited, 0.5) - percentile(free, 0.5), 3),
         "limits_added_p99_ms": round(percentile(limited, 0.99) - percentile(free, 0.99), 3),
         "free_p50_ms": round(percentile(free, 0.5), 3),
-        "failed": sum(pool.failed for side in pools for pool in side),
+        "failed": sum(pool.failed for side in pools.values() for pool in side),
     }
     print(json.dumps(result))
     return 0

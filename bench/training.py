@@ -9,7 +9,6 @@ speed that learns less is none. The last line is JSON. `bench/peers.py` has what
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import random
@@ -23,13 +22,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.environments import ROOT, Source, environment
+
 from tuneloop_trainer.contract import Base, Checkpoint, Curation, DataSource, Lora, Method, Paths, RunConfig, Training
 
-ROOT = Path(__file__).resolve().parent.parent
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tuneloop-bench"
 OURS, DEFAULT, TUNED = "ours", "trl_default", "trl_tuned"
 PEERS = ("llamafactory", "axolotl", "kaito")
-KAITO = ("https://github.com/kaito-project/kaito", "056b8280b1a8debf644bc6f4399e913a1f9c7e70", "presets/workspace/tuning/text-generation")
+KAITO = Source(
+    "kaito",
+    "https://github.com/kaito-project/kaito",
+    "056b8280b1a8debf644bc6f4399e913a1f9c7e70",
+    "presets/workspace/tuning/text-generation",
+)
 """Repository, commit and folder of its tuning script, which is in no package."""
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 """What the base's own chat template begins with."""
@@ -111,32 +115,6 @@ def run_config(folder: Path, model: str, data: Path, options: argparse.Namespace
 # --- environments ----------------------------------------------------------------
 
 
-def environment(name: str) -> Path:
-    """The interpreter of a library's own environment, made of our pins where it is not there. Raises CalledProcessError."""
-    pins, folder = ROOT / "requirements" / f"bench-{name}.txt", CACHE / name
-    stamp, digest = folder / ".stamp", hashlib.sha256(pins.read_bytes()).hexdigest()
-    python = folder / "bin" / "python"
-    if not stamp.exists() or stamp.read_text() != digest:
-        print(f"making {name}'s environment", flush=True)
-        uv = str(ROOT / "dev" / "uv")
-        subprocess.run([uv, "venv", "-q", "--clear", "--python", "3.11", folder], check=True, timeout=600)
-        subprocess.run([uv, "pip", "install", "-q", "--no-deps", "--python", python, "-r", pins], check=True, timeout=1800)
-        stamp.write_text(digest)
-    return python
-
-
-def kaito_source() -> Path:
-    """The folder of KAITO's tuning script at the commit. Raises CalledProcessError or TimeoutExpired."""
-    url, commit, inside = KAITO
-    source = CACHE / "kaito-source"
-    if not (source / inside / "fine_tuning.py").is_file():
-        git = ["git", "-C", str(source)]
-        source.mkdir(parents=True, exist_ok=True)
-        for command in (["init", "-q"], ["fetch", "-q", "--depth", "1", url, commit], ["checkout", "-q", commit, "--", inside]):
-            subprocess.run([*git, *command], check=True, timeout=300, stdin=subprocess.DEVNULL)
-    return source / inside
-
-
 def available(wanted: Sequence[str]) -> tuple[dict[str, Path], dict[str, str]]:
     """Interpreters of the libraries that can be run, and why the others cannot."""
     found, missing = {name: Path(sys.executable) for name in (OURS, DEFAULT, TUNED)}, {}
@@ -144,7 +122,7 @@ def available(wanted: Sequence[str]) -> tuple[dict[str, Path], dict[str, str]]:
         try:
             found[name] = environment(name)
             if name == "kaito":
-                kaito_source()
+                KAITO.fetch()
         except (subprocess.SubprocessError, OSError) as error:
             missing[name] = f"cannot be installed: {error}"[:200]
     return found, missing
@@ -271,7 +249,7 @@ def job_of(options: argparse.Namespace, model: str, root: Path, folder: Path) ->
         "rank": RANK,
         "seed": SEED,
         "system": SYSTEM,
-        "kaito": str(CACHE / "kaito-source" / KAITO[2]),
+        "kaito": str(KAITO.folder),
         "run_config": run_config(folder, model, root, options).model_dump(mode="json"),
     }
 
