@@ -40,6 +40,8 @@ KEYS_SECONDS = 5.0
 FLUSH_SECONDS = 8.0
 RESTART_SECONDS = 1.0
 CANCEL_SECONDS = 5.0
+REFUSE_SECONDS = 2.0
+"""Before the end, requests that still wait for an engine are told to come again, rather than cut off."""
 MAX_HEADER_BYTES = 16 << 10
 
 
@@ -143,7 +145,9 @@ class Gateway:
         if self._public_site is not None:
             await self._public_site.stop()
         deadline = time.monotonic() + self.settings.drain_seconds
-        while self.public.in_flight and time.monotonic() < deadline:  # noqa: ASYNC110 - an event would cost every request something
+        while self.public.in_flight and time.monotonic() < deadline:  # an event would cost every request something
+            if time.monotonic() > deadline - REFUSE_SECONDS:
+                self.router.close()
             await asyncio.sleep(0.05)
         if self.public.in_flight:
             logger.error("%d requests were cut off at the end.", self.public.in_flight)

@@ -139,7 +139,11 @@ class Limits(Model):
     tokens_per_minute: int | None = None
     """Likewise: tokens of prompts and answers, as the engines report them."""
     upstream_timeout_seconds: float = 300
+    """From when there is a replica for it."""
     max_in_flight: int = 512
+    """Requests that are answered or wait."""
+    max_held_bytes: int = 32 << 20
+    """Of the bodies of requests that wait for a replica."""
 
 
 class GatewayConfig(Model):
@@ -163,6 +167,10 @@ class GatewayConfig(Model):
     max_share_of_one_subject: float = 0.02
     """Share of the exported training rows that one subject may contribute."""
     limits: Limits = Limits()
+    asleep: bool = False
+    """No engine runs, or is to run: requests wait, and `GatewayState.held` asks for one."""
+    hold_seconds: float | None = Field(default=None, gt=0)
+    """How long a request waits for a ready replica before it is answered 503; None: the gateway's own setting."""
 
 
 # --- state -------------------------------------------------------------------
@@ -291,6 +299,10 @@ class GatewayState(Model):
     started_at: str
     generation: int
     """Of the configuration that is applied."""
+    held: Count = 0
+    """Requests that wait for a replica."""
+    idle_seconds: float = 0.0
+    """Since the last request was answered, or this process began; 0 while there is one, those that wait included."""
     revisions: tuple[RevisionReport, ...] = ()
     window: str = ""
     drift: DriftReport | None = None
@@ -387,6 +399,7 @@ class Metric:
     CANARY_OUTCOMES = "tuneloop_gateway_canary_outcomes"
     """gauge; + revision, outcome (`Outcomes`' counts). While a canary runs: what this replica counted since its step began."""
     IN_FLIGHT = "tuneloop_gateway_in_flight_requests"
+    HELD = "tuneloop_gateway_held_requests"
     RETRIES = "tuneloop_gateway_retries"
     """counter; + revision"""
     TOKENS = "tuneloop_gateway_tokens"

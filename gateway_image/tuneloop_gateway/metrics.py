@@ -34,6 +34,7 @@ class Metrics:
         self._between = histogram(Metric.INTER_TOKEN_SECONDS, "Seconds between two tokens of a stream, on average over an answer.")
         self._outcomes = gauge(Metric.CANARY_OUTCOMES, "Of a canary's step: what became of requests.", "revision", "outcome")
         self._in_flight = gauge(Metric.IN_FLIGHT, "Requests being answered now.")
+        self._held = gauge(Metric.HELD, "Requests that wait for a ready engine.")
         self._retries = counter(Metric.RETRIES, "Attempts that were repeated on another replica before the first byte.", "revision")
         self._tokens = counter(Metric.TOKENS, "Tokens that engines reported.", "revision", "kind")
         self._weight = gauge(Metric.REVISION_WEIGHT, "Share of the traffic a revision is given.", "revision", "version")
@@ -118,6 +119,7 @@ class Metrics:
     def render(self, config: GatewayConfig, state: GatewayState) -> bytes:
         """The exposition, with the gauges set from the state."""
         self._in_flight.labels(**self.own).set(sum(r.in_flight for r in state.revisions))
+        self._held.labels(**self.own).set(state.held)
         self._generation.labels(**self.own).set(state.generation)
         self._weight.clear()
         for revision in config.revisions:

@@ -55,6 +55,8 @@ class Exchange:
     """Keep the answer for capture."""
     started: float = field(default_factory=time.perf_counter)
     received_at: float = field(default_factory=time.time)
+    size: int = 0
+    """Bytes of the request's body."""
     session: str = ""
     """Its requests stay on one revision; "" where each request is for itself."""
     revision: str = ""
@@ -132,8 +134,10 @@ class Proxy:
         """Answers one request. Raises Refused where no engine could."""
         seconds = self._configuration.current.limits.upstream_timeout_seconds
         try:
-            async with asyncio.timeout(seconds):
-                return await self._attempts(request, exchange)
+            with self._router.request():
+                target = await self._router.wait(exchange.session, exchange.size)
+                async with asyncio.timeout(seconds):
+                    return await self._attempts(request, exchange, target)
         except TimeoutError:
             if exchange.sent is not None:
                 return exchange.sent
@@ -159,8 +163,8 @@ class Proxy:
             if exchange.tokens != (0, 0):
                 self._metrics.tokens(exchange.revision, *exchange.tokens)
 
-    async def _attempts(self, request: web.BaseRequest, exchange: Exchange) -> web.StreamResponse:
-        target: Target | None = await self._router.wait(session=exchange.session)
+    async def _attempts(self, request: web.BaseRequest, exchange: Exchange, first: Target) -> web.StreamResponse:
+        target: Target | None = first
         tried: set[Endpoint] = set()
         attempts = overloaded = 0
         give_up_at: float | None = None
@@ -176,7 +180,7 @@ class Proxy:
                 if attempts >= MAX_ATTEMPTS or overloaded >= MAX_OVERLOADED or now > give_up_at:
                     break
                 self._metrics.retried(target.revision.name)
-                target = await self._router.again(tried, exchange.session) or await self._router.wait(session=exchange.session)
+                target = await self._router.again(tried, exchange.session) or await self._router.wait(exchange.session, exchange.size)
         exchange.status = 503
         raise Refused(503, "The model's replicas could not answer now.", code="upstream_unavailable", retry_after=RETRY_AFTER_SECONDS)
 

@@ -111,7 +111,9 @@ class Public:
             inbound = parse_inbound(raw, request.path, self._configuration.current.model)
             token = FeedbackToken(response_id, caller.subject, int(time.time()))
             headers = {"x-request-id": request_id, FEEDBACK_HEADER: sign(token, self._feedback_key)}
-            exchange = Exchange(inbound, response_id, caller.subject, headers, keep=self._capture.wants_answer(), started=started)
+            exchange = Exchange(
+                inbound, response_id, caller.subject, headers, keep=self._capture.wants_answer(), started=started, size=len(raw)
+            )
             if self._configuration.current.window and self._configuration.current.affinity == "Session":
                 exchange.session = session_of(inbound, caller.subject, request.headers.get(SESSION_HEADER, ""))
             if limits.tokens_per_minute is not None and inbound.stream and not asks_for_usage(inbound.body):

@@ -1,4 +1,4 @@
-"""Which revision and which replica a request goes to."""
+"""Which revision and which replica a request goes to; while there is none, it waits here."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import asyncio
 import hashlib
 import random
 import time
-from collections.abc import Set
+from collections.abc import Iterator, Set
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from tuneloop_gateway.configuration import Configuration, takes_traffic
@@ -38,13 +39,41 @@ class Router:
     """Weighted choice of a revision for each request, then its least busy replica."""
 
     def __init__(self, configuration: Configuration, endpoints: Endpoints, wait_seconds: float) -> None:
-        self._configuration, self._endpoints, self.wait_seconds = configuration, endpoints, wait_seconds
+        self._configuration, self._endpoints, self._wait_seconds = configuration, endpoints, wait_seconds
         self._random = random.Random()
+        self._running, self._last_at = 0, time.monotonic()
+        self._held_bytes, self._is_closing = 0, False
+        self.held = 0
+        """Requests that wait for a replica."""
         self.counts: dict[str, RevisionCount] = {}
         configuration.on_change(endpoints.notify)
 
     def count(self, revision: str) -> RevisionCount:
         return self.counts.setdefault(revision, RevisionCount())
+
+    @property
+    def wait_seconds(self) -> float:
+        """How long a request waits for a replica."""
+        return self._configuration.current.hold_seconds or self._wait_seconds
+
+    @property
+    def idle_seconds(self) -> float:
+        return 0.0 if self._running else time.monotonic() - self._last_at
+
+    @contextmanager
+    def request(self) -> Iterator[None]:
+        """One request, from its arrival to its end."""
+        self._running += 1
+        try:
+            yield
+        finally:
+            self._running -= 1
+            self._last_at = time.monotonic()
+
+    def close(self) -> None:
+        """The process ends: nothing waits on."""
+        self._is_closing = True
+        self._endpoints.notify()
 
     def forget_gone(self) -> None:
         """Counts of revisions that the configuration no longer has, once their last request ended."""
@@ -53,6 +82,8 @@ class Router:
 
     def choose(self, avoid: Set[Endpoint] = frozenset(), session: str = "") -> Target | None:
         """A target whose replica is not in `avoid`; None where there is none now."""
+        if self._configuration.current.asleep:
+            return None  # its last replicas may be about to go
         now = time.monotonic()
         prompts = self._configuration.prompts
         open_ones: list[Revision] = []
@@ -77,16 +108,25 @@ class Router:
                 return revision
         return ordered[-1]
 
-    async def wait(self, avoid: Set[Endpoint] = frozenset(), session: str = "") -> Target:
-        """A target, waited for within bounds. Raises Refused 503 with Retry-After."""
-        target = self.choose(avoid, session)
-        deadline = time.monotonic() + self.wait_seconds
-        while target is None:
+    async def wait(self, session: str = "", size: int = 0) -> Target:
+        """A target, waited for within bounds: `size` is what the request keeps in memory. Raises Refused 503 with Retry-After."""
+        target = self.choose(session=session)
+        if target is not None:
+            return target
+        if self._held_bytes + size > self._configuration.current.limits.max_held_bytes:
+            raise Refused(503, "Too many requests wait for the model to start.", code="overloaded", retry_after=RETRY_AFTER_SECONDS)
+        self.held, self._held_bytes = self.held + 1, self._held_bytes + size
+        try:
+            return await self._hold(session, time.monotonic() + self.wait_seconds)
+        finally:
+            self.held, self._held_bytes = self.held - 1, self._held_bytes - size
+
+    async def _hold(self, session: str, deadline: float) -> Target:
+        while (target := self.choose(session=session)) is None:
             left = deadline - time.monotonic()
-            if left <= 0:
+            if left <= 0 or self._is_closing:
                 raise Refused(503, "No replica of the model is ready.", code="no_replica_ready", retry_after=RETRY_AFTER_SECONDS)
             await self._endpoints.changed(min(left, 1.0))
-            target = self.choose(avoid, session)
         return target
 
     async def again(self, avoid: set[Endpoint], session: str = "") -> Target | None:

@@ -53,6 +53,8 @@ class State:
             pod_uid=self._pod_uid,
             started_at=self._started_at,
             generation=self._configuration.current.generation,
+            held=self._router.held,
+            idle_seconds=self._router.idle_seconds,
             revisions=tuple(self._revision(r) for r in self._configuration.current.revisions),
             window=self._outcomes.window,
             drift=self._monitor.report(),

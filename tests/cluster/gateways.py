@@ -36,6 +36,8 @@ class FakeGateway:
     drift: dict[str, object] = field(default_factory=dict)
     feedback: dict[str, int] = field(default_factory=dict)
     in_flight: int = 0
+    held: int = 0
+    idle: float = 0.0
     skew: dict[str, object] | None = None
     prompt_digest: str = ""
     """Of the prompt that engines read, where the operator wants it told."""
@@ -96,6 +98,8 @@ class FakeGateway:
             "podUid": self.pod_uid,
             "startedAt": "2026-01-01T00:00:00Z",
             "generation": config.generation if config else 0,
+            "held": self.held,
+            "idleSeconds": self.idle,
             "revisions": revisions,
             "window": config.window if config else "",
             "drift": {"status": "Monitoring", "epoch": epoch, "logThreshold": 11.5} | self.drift,

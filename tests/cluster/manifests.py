@@ -190,6 +190,7 @@ MODEL_DEPLOYMENT: Manifest = {
             "startupTimeoutSeconds": 600,
             "pod": POD,
         },
+        "autoscaling": {"minReplicas": 0, "maxReplicas": 4, "idleSeconds": 600, "holdSeconds": 300},
         "rollout": {
             "strategy": "Canary",
             "steps": [{"weight": 5, "minRequests": 200}, {"weight": 50, "minRequests": 1000}],

@@ -416,6 +416,15 @@ REFUSED: dict[str, list[Manifest]] = {
         changed(MODEL_DEPLOYMENT, "spec.rollout", {"surge": "Never"}),
         changed(MODEL_DEPLOYMENT, "spec.rollout", {"surge": "Never", "allowDowntime": False}),
     ],
+    "maxReplicas must not be below minReplicas.": [
+        changed(MODEL_DEPLOYMENT, "spec.autoscaling", {"minReplicas": 3, "maxReplicas": 2}),
+        changed(MODEL_DEPLOYMENT, "spec.autoscaling", {"minReplicas": 2, "maxReplicas": 1}),
+    ],
+    "engine.replicas: 0 needs autoscaling.minReplicas: 0, so that a request starts the engine again.": [
+        changed(changed(MODEL_DEPLOYMENT, "spec.autoscaling", ...), "spec.engine.replicas", 0),
+        changed(changed(MODEL_DEPLOYMENT, "spec.autoscaling.minReplicas", 1), "spec.engine.replicas", 0),
+        changed(changed(MODEL_DEPLOYMENT, "spec.autoscaling.minReplicas", ...), "spec.engine.replicas", 0),
+    ],
     "steps must rise in weight.": [
         changed(MODEL_DEPLOYMENT, "spec.rollout.steps", [{"weight": 50}, {"weight": 5}]),
     ],
@@ -639,6 +648,7 @@ def test_scale_reads_and_writes_the_engine_replicas(server: Server, place: str) 
     manifest = changed(MODEL_DEPLOYMENT, "metadata.name", "scaled")
     assert create(server, place, manifest, dry=False)[0] == 201
     set_status(server, place, manifest, {"replicas": 1, "selector": "a=b"})
+    kubectl("scale", "mdep/scaled", "--replicas=0", "-n", place)
     kubectl("scale", "mdep/scaled", "--replicas=3", "-n", place)
     scale = json.loads(kubectl("get", "--raw", f"{objects(place, manifest)}/scaled/scale"))
     assert scale["spec"]["replicas"] == 3

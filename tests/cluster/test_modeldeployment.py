@@ -393,6 +393,13 @@ def test_a_taken_name_is_a_condition_and_never_overwritten(operator: OperatorPro
     stage.api.wait_for_condition("ModelDeployment", namespace, NAME, "Ready", "True", "Serving", timeout=60)
 
 
+def operators_fields(api: Api, namespace: str) -> list[Object]:
+    """What the operator owns of the spec."""
+    found = api.get("ModelDeployment", namespace, NAME)
+    assert found is not None
+    return [entry for entry in found["metadata"]["managedFields"] if "f:spec" in entry["fieldsV1"] and "tuneloop" in entry["manager"]]
+
+
 def test_scale_is_a_subresource_and_makes_no_revision(operator: OperatorProcess, stage: Stage, api: Api, namespace: str) -> None:
     stage.serve()
     api.patch("ModelDeployment", namespace, NAME, {"spec": {"replicas": 3}}, "scale")
@@ -401,6 +408,28 @@ def test_scale_is_a_subresource_and_makes_no_revision(operator: OperatorProcess,
     assert scale["status"]["replicas"] == 3
     assert len(api.list("Pod", namespace, scale["status"]["selector"].replace(",", "%2C"))) == 3
     assert len(api.list("ControllerRevision", namespace)) == 1
+
+
+def test_an_engine_that_nobody_asks_is_stopped_and_a_request_that_waits_starts_it(
+    operator: OperatorProcess, stage: Stage, api: Api, namespace: str
+) -> None:
+    def replicas() -> int:
+        found = api.get("Deployment", namespace, stage.engine(1))
+        return int(found["spec"]["replicas"]) if found else -1
+
+    stage.serve(autoscaling={"minReplicas": 0, "maxReplicas": 1, "idleSeconds": 1, "holdSeconds": 60})
+    stage.gateway.idle = 5
+    stage.wait("Ready", "True", "ScaledToZero")
+    wait_for(lambda: replicas() == 0, what="no replica")
+    wait_for(lambda: not stage.play.pods(stage.engine(1)), what="its pods to go")
+    stage.gateway.held, stage.gateway.idle = 1, 0
+    wait_for(lambda: replicas() == 1, what="a replica")
+    config = stage.gateway.config()
+    assert config is not None
+    assert (config.asleep, config.hold_seconds) == (False, 60)
+    stage.start_engine(1)
+    stage.wait("Ready", "True", "Serving")
+    assert not operators_fields(api, namespace)
 
 
 def test_captured_data_survives_the_deployment_and_all_else_goes(operator: OperatorProcess, stage: Stage, api: Api, namespace: str) -> None:

@@ -103,6 +103,7 @@ class DeploymentReason(StrEnum):
     ROLLING_OUT = "RollingOut"
     ROLLED_BACK = "RolledBack"
     NO_ENDPOINTS = "NoEndpoints"
+    SCALED_TO_ZERO = "ScaledToZero"
     # what stands in the way
     VERSION_NOT_FOUND = "VersionNotFound"
     NO_APPROVED_VERSION = "NoApprovedVersion"

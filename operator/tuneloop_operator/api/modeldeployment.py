@@ -63,7 +63,9 @@ class Engine(Model):
     image: str | None = Field(
         default=None, max_length=512, description="Image with vLLM. Absent: the operator's, pinned when a revision is made."
     )
-    replicas: int = Field(default=1, ge=1, le=64, description="Engine pods of the stable revision.")
+    replicas: int = Field(
+        default=1, ge=0, le=64, description="Engine pods of the stable revision: the scale path. 0 only with autoscaling.minReplicas: 0."
+    )
     accelerators_per_replica: int = Field(default=1, ge=0, le=16, description="Devices of a pod; 0 serves on the CPU.")
     accelerator_resource: str = Field(default="nvidia.com/gpu", max_length=128, description="Resource name of the devices.")
     max_model_length: int | None = Field(default=None, ge=16, le=1_048_576, description="Longest prompt and answer together, in tokens.")
@@ -74,6 +76,28 @@ class Engine(Model):
     )
     startup_timeout_seconds: int = Field(default=1200, ge=30, le=14_400, description="Time that a pod has until it is ready.")
     pod: PodOverrides = Field(default=PodOverrides(), description="Overrides for the engine's pods.")
+
+
+class Autoscaling(Model):
+    """Between which bounds the engine is scaled, and when it sleeps."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(("self.minReplicas <= self.maxReplicas", "maxReplicas must not be below minReplicas."))
+    )
+
+    min_replicas: int = Field(
+        default=1, ge=0, le=64, description="0: the engine is stopped while nobody asks, and the next request starts it and waits for it."
+    )
+    max_replicas: int = Field(ge=1, le=64, description="Engine pods at most.")
+    idle_seconds: int = Field(
+        default=600, ge=1, le=86_400, description="With minReplicas: 0: seconds without a request after which the engine is stopped."
+    )
+    hold_seconds: int = Field(
+        default=300,
+        ge=1,
+        le=14_400,
+        description="With minReplicas: 0: how long a request waits for an engine that starts, before it is answered 503.",
+    )
 
 
 PositiveShare = Annotated[
@@ -328,6 +352,10 @@ class ModelDeploymentSpec(Model):
     model_config = ConfigDict(
         json_schema_extra=rules(
             ("!has(self.retraining) || (has(self.monitoring) && has(self.monitoring.drift))", "a Drift trigger needs monitoring.drift."),
+            (
+                "!has(self.engine) || self.engine.replicas > 0 || (has(self.autoscaling) && self.autoscaling.minReplicas == 0)",
+                "engine.replicas: 0 needs autoscaling.minReplicas: 0, so that a request starts the engine again.",
+            ),
         )
     )
 
@@ -335,6 +363,7 @@ class ModelDeploymentSpec(Model):
     task: Literal["Chat", "Completion"] = Field(default="Chat", description="Chat: /v1/chat/completions. Completion: /v1/completions.")
     prompt: Prompt | None = Field(default=None, description="Absent: the prompt that the version was trained with.")
     engine: Engine = Field(default=Engine(), description="The vLLM engine.")
+    autoscaling: Autoscaling | None = Field(default=None, description="Absent: engine.replicas is what runs.")
     rollout: Rollout = Field(default=Rollout(), description="How a new revision takes over.")
     gateway: Gateway = Field(default=Gateway(), description="The front of the deployment.")
     monitoring: Monitoring = Field(default=Monitoring(), description="What is watched.")

@@ -177,6 +177,21 @@ def no_device() -> World:
     return world
 
 
+def asleep() -> World:
+    world = served(spec={"autoscaling": {"minReplicas": 0, "maxReplicas": 1, "idleSeconds": 60}})
+    world.idle = 60
+    world.step(seconds=60)
+    world.settle()
+    return world
+
+
+def woken() -> World:
+    world = asleep()
+    world.held, world.ready = 1, dict.fromkeys(world.engines(), 0)
+    world.settle()
+    return world
+
+
 FAILING = Outcomes(requests=100, errors=30, first_token=(*FAST, 70))
 
 STATES: dict[str, Callable[[], World]] = {
@@ -233,6 +248,8 @@ STATES: dict[str, Callable[[], World]] = {
     "A new revision takes the place of the one before, Recreate": in_place,
     "All engine pods are lost": lost_engine,
     "One of two engine pods finds no node": degraded_replica,
+    "Nobody asks, and its engine is at zero": asleep,
+    "A request wakes an engine from zero": woken,
     "All gateway pods are lost": lost_gateway,
     "The name of its Service is taken": lambda: conflict("Service", "tweets"),
     "The name of another child is taken": lambda: conflict("NetworkPolicy", "tweets-engine"),

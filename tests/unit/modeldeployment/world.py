@@ -147,6 +147,11 @@ class World:
     omitted: str = ""
     """A revision that the second gateway does not speak of."""
     in_flight: dict[str, int] = field(default_factory=dict)
+    held: int = 0
+    idle: float = 0.0
+    """Seconds for which the gateways have had no request."""
+    busy_second: bool = False
+    """The second gateway has one."""
     outcomes_of: dict[int, Outcomes] = field(default_factory=dict)
     """Version -> what each gateway counted of it in the window."""
     drift: DriftReport | None = None
@@ -328,6 +333,8 @@ class World:
             started_at="2026-01-15T12:00:00Z",
             generation=config.generation,
             revisions=tuple(self._report(r.name, r.service, r.state, pod) for r in config.revisions if not self._omits(pod, r.name)),
+            held=self.held,
+            idle_seconds=0 if self.busy_second and pod.metadata.uid.endswith("-1") else self.idle,
             window=config.window,
             drift=drift if self.drift_is_read else None,
             skew=self.skew,
@@ -362,7 +369,7 @@ class World:
 
 
 def make_pod(uid: str, *, ready: bool, **status: Any) -> Pod:
-    conditions = [{"type": "Ready", "status": str(ready)}]
+    conditions = [{"type": "Ready", "status": str(ready), "lastTransitionTime": "2026-01-15T12:00:00Z"}]
     fields = {"phase": "Running", "podIP": "10.0.0.1", "conditions": conditions, "startTime": "2026-01-15T12:00:00Z"}
     if not ready:
         fields |= status | {"conditions": [*conditions, *status.get("conditions", [])]}

@@ -9,6 +9,7 @@ from tuneloop_gateway.contract import Revision as GatewayRevision
 from tuneloop_operator.api.modeldeployment import ModelDeployment
 from tuneloop_operator.domain.modeldeployment.drift import Epoch
 from tuneloop_operator.domain.modeldeployment.rollouts import Rollout
+from tuneloop_operator.domain.modeldeployment.scaling import hold_seconds
 from tuneloop_operator.domain.modeldeployment.snapshot import Snapshot
 from tuneloop_operator.render import names
 from tuneloop_operator.render.gateway import config_text
@@ -68,6 +69,8 @@ def _config(snapshot: Snapshot, rollout: Rollout, epoch: Epoch, generation: int)
         drift=_drift(deployment, rollout, epoch),
         max_share_of_one_subject=float(gateway.feedback.max_share_of_one_subject),
         limits=Limits(requests_per_minute=gateway.auth.requests_per_minute, tokens_per_minute=gateway.auth.tokens_per_minute),
+        asleep=rollout.is_asleep,
+        hold_seconds=hold_seconds(deployment),
     )
 
 

@@ -11,6 +11,7 @@ from tuneloop_operator.domain.modeldeployment.news import events
 from tuneloop_operator.domain.modeldeployment.retraining import plan_retraining
 from tuneloop_operator.domain.modeldeployment.rollouts import Rollout, is_released, plan
 from tuneloop_operator.domain.modeldeployment.runtimes import vulnerability
+from tuneloop_operator.domain.modeldeployment.scaling import may_stop, wanted_replicas
 from tuneloop_operator.domain.modeldeployment.snapshot import Snapshot
 from tuneloop_operator.domain.modeldeployment.statuses import Findings, render_status
 from tuneloop_operator.render import access, engine, gateway, names
@@ -71,7 +72,8 @@ def _by_engine(rollout: Rollout) -> list[Revision]:
 
 def _engine(snapshot: Snapshot, rollout: Rollout, revision: Revision) -> list[Manifest]:
     deployment, hashed = snapshot.deployment, revision.pinned.engine_hash
-    replicas = 0 if rollout.gives_way(revision) else deployment.spec.engine.replicas
+    is_stopped = rollout.gives_way(revision) or (rollout.is_asleep and may_stop(snapshot, hashed))
+    replicas = 0 if is_stopped else wanted_replicas(snapshot)
     budget = [engine.render_engine_budget(deployment, hashed)] if replicas > 1 else []
     return [
         engine.render_guard(deployment, hashed, snapshot.guards.get(hashed, snapshot.guard_source)),
@@ -133,7 +135,9 @@ def _next_look(
     is_applied = snapshot.config is not None and snapshot.config.generation == configured.config.generation
     is_taken_up = is_applied and snapshot.applied_everywhere(configured.config.generation)
     live = {revision.pinned.engine_hash for revision in rollout.live}
-    is_moving = not is_taken_up or rollout.candidate is not None or any(hashed not in live for hashed in snapshot.engines)
+    is_moving = (
+        not is_taken_up or rollout.is_asleep or rollout.candidate is not None or any(hashed not in live for hashed in snapshot.engines)
+    )
     is_watched = rollout.failure is None or rollout.canary is not None
     pause = ROLLING_SECONDS if is_moving and is_watched else settings.state_interval_seconds
     return pause if again_in is None else min(pause, max(again_in, 0.0))

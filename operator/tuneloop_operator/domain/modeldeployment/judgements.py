@@ -13,6 +13,7 @@ from tuneloop_operator.domain.modeldeployment import canaries, runtimes
 from tuneloop_operator.domain.modeldeployment.canaries import Canary
 from tuneloop_operator.domain.modeldeployment.evidence import Finding
 from tuneloop_operator.domain.modeldeployment.failures import Failure, find_failure
+from tuneloop_operator.domain.modeldeployment.scaling import wanted_replicas
 from tuneloop_operator.domain.modeldeployment.snapshot import Snapshot
 from tuneloop_operator.render.engine import GRACE_SECONDS
 from tuneloop_operator.render.revisions import Outcome, Progress, Revision, Verdict
@@ -56,7 +57,7 @@ def _given_up(snapshot: Snapshot, candidate: Revision, judgement: Judgement, now
     """Where it took the place of another, but does not answer though its engine is ready: nothing serves meanwhile."""
     limit, version = candidate.pinned.startup_timeout_seconds, candidate.pinned.version
     pods = [pod for pod in snapshot.engine_pods.get(candidate.pinned.engine_hash, ()) if pod.is_ready]
-    if not snapshot.ready_gateways or len(pods) < snapshot.deployment.spec.engine.replicas:
+    if not snapshot.ready_gateways or len(pods) < wanted_replicas(snapshot):
         return None
     since = [ready.last_transition_time for pod in pods if (ready := pod.condition("Ready")) and ready.last_transition_time]
     if times.seconds_between(max([candidate.in_place, *since]), now) <= limit:
@@ -109,7 +110,7 @@ def _step_on(canary: Canary, promoted: Verdict, on_inconclusive: str, now: datet
 
 def judge_start(snapshot: Snapshot, candidate: Revision, stable: Revision | None, now: datetime) -> Judgement:
     """Looks at the engine, then at what every ready gateway says of it. Nothing is promoted on silence."""
-    pinned, replicas = candidate.pinned, snapshot.deployment.spec.engine.replicas
+    pinned, replicas = candidate.pinned, wanted_replicas(snapshot)
     ready = snapshot.ready_replicas(pinned.engine_hash)
     if ready < replicas:
         failure = engine_failure(snapshot, candidate, now)

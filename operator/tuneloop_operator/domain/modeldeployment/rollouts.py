@@ -13,6 +13,7 @@ from tuneloop_operator.domain.modeldeployment.canaries import Canary
 from tuneloop_operator.domain.modeldeployment.failures import Failure
 from tuneloop_operator.domain.modeldeployment.judgements import Judgement, judge, rejected
 from tuneloop_operator.domain.modeldeployment.revisions import new_revision, revision_name
+from tuneloop_operator.domain.modeldeployment.scaling import wants_sleep
 from tuneloop_operator.domain.modeldeployment.snapshot import Snapshot
 from tuneloop_operator.domain.modeldeployment.targets import Target, resolve
 from tuneloop_operator.render import names
@@ -43,6 +44,8 @@ class Rollout:
     """What the candidate waits for, where nothing is wrong."""
     canary: Canary | None = None
     """The candidate's share of the traffic, and what comes of it."""
+    is_asleep: bool = False
+    """No engine runs until there is a request."""
 
     @property
     def live(self) -> tuple[Revision, ...]:
@@ -129,7 +132,10 @@ def _recorded(snapshot: Snapshot, revision: Revision) -> Snapshot:
 def _finished(snapshot: Snapshot, rollout: Rollout, now: datetime) -> Rollout:
     """With those that drain, and the record cut to its length."""
     in_use = {r.name for r in (rollout.stable, rollout.candidate) if r is not None}
-    rollout = replace(rollout, revisions=tuple(r if r.name in in_use else _ended(r, rollout, now) for r in rollout.revisions))
+    is_asleep = rollout.candidate is None and rollout.stable is not None and wants_sleep(snapshot, rollout.stable, now)
+    rollout = replace(
+        rollout, is_asleep=is_asleep, revisions=tuple(r if r.name in in_use else _ended(r, rollout, now) for r in rollout.revisions)
+    )
     drains = tuple(r for r in rollout.revisions if r.name not in in_use and _drains(snapshot, rollout, r, now))
     with_draining = replace(rollout, draining=drains)
     live = {r.name for r in with_draining.live}

@@ -18,6 +18,7 @@ from tuneloop_operator.domain.modeldeployment.failures import Failure
 from tuneloop_operator.domain.modeldeployment.judgements import engine_failure, gateway_failure
 from tuneloop_operator.domain.modeldeployment.retraining import Plan
 from tuneloop_operator.domain.modeldeployment.rollouts import Rollout
+from tuneloop_operator.domain.modeldeployment.scaling import hold_seconds
 from tuneloop_operator.domain.modeldeployment.snapshot import Evidence, Snapshot
 from tuneloop_operator.domain.modeldeployment.startups import startup_status
 from tuneloop_operator.render import names
@@ -108,15 +109,25 @@ def _available(found: Findings, now: datetime) -> Claim:
     if not snapshot.ready_gateways:
         return _broken(gateway_failure(snapshot, now), R.NO_ENDPOINTS, "No gateway pod is ready.")
     stable = rollout.stable
+    if rollout.is_asleep:
+        return Claim(
+            True, R.SCALED_TO_ZERO, f"Nobody asks version {stable.pinned.version}: the next request starts its engine. {_held(found)}"
+        )
     if snapshot.ready_replicas(stable.pinned.engine_hash) == 0:
-        message = f"No engine pod of version {stable.pinned.version} is ready."
-        return _broken(engine_failure(snapshot, stable, now), R.NO_ENDPOINTS, message)
+        message, reason = f"No engine pod of version {stable.pinned.version} is ready.", R.NO_ENDPOINTS
+        if hold_seconds(snapshot.deployment) is not None and snapshot.engine_pods.get(stable.pinned.engine_hash):
+            message, reason = f"{message} {_held(found)}", R.STARTING
+        return _broken(engine_failure(snapshot, stable, now), reason, message)
     if snapshot.configured_stable is None:
         return Claim(False, R.STARTING, f"The gateway takes up version {stable.pinned.version}.")
     reports = snapshot.reports(stable.name)
     if reports and all(report.endpoints == 0 for report in reports):
         return Claim(False, R.NO_ENDPOINTS, f"The gateway sees no engine pod of version {stable.pinned.version}.")
     return Claim(True, R.SERVING, f"Version {stable.pinned.version} answers.")
+
+
+def _held(found: Findings) -> str:
+    return f"Requests wait for it up to {hold_seconds(found.snapshot.deployment)} s."
 
 
 def _nothing_serves(found: Findings) -> Claim:
@@ -158,6 +169,8 @@ def _ready(found: Findings, available: Claim) -> Claim:
         return Claim(False, R.ROLLING_OUT, "The gateway takes up its new configuration.")
     if target.version is not None and target.reason is not None:
         return Claim(True, target.reason, target.message)
+    if rollout.is_asleep:
+        return available
     assert rollout.stable is not None  # it is available
     return Claim(True, R.SERVING, f"Version {rollout.stable.pinned.version} takes all traffic.")
 

@@ -1,0 +1,161 @@
+"""An engine that nobody asks is stopped, and comes back for the first request; `spec.engine.replicas` is never written."""
+
+from __future__ import annotations
+
+import pytest
+from tests.unit.modeldeployment.world import World, in_place, make_version
+
+from tuneloop_operator.api.modeldeployment import ModelDeployment
+from tuneloop_operator.domain.modeldeployment.scaling import wanted_replicas
+from tuneloop_operator.domain.modeldeployment.snapshot import Snapshot
+from tuneloop_operator.render import names
+
+IDLE = 60
+SCALED = {"autoscaling": {"minReplicas": 0, "maxReplicas": 2, "idleSeconds": IDLE, "holdSeconds": 120}}
+
+
+def replicas(world: World, version: int = 1) -> int:
+    return int(world.objects["Deployment", names.engine(world.name, world.engine_of(version))]["spec"]["replicas"])
+
+
+def serving(**spec: object) -> World:
+    world = World(spec=SCALED | spec)
+    world.settle()
+    return world
+
+
+def asleep(**spec: object) -> World:
+    world = serving(**spec)
+    world.idle = IDLE
+    world.step(IDLE)
+    world.settle()
+    return world
+
+
+def test_an_engine_that_nobody_asked_for_idle_seconds_is_stopped() -> None:
+    world = serving()
+    world.idle = IDLE - 1
+    world.step(2 * IDLE)
+    assert (replicas(world), world.config.asleep, world.config.hold_seconds) == (1, False, 120)
+    world.idle = IDLE
+    world.settle()
+    assert (replicas(world), world.config.asleep) == (0, True)
+    assert world.condition("Available") == world.condition("Ready") == ("True", "ScaledToZero")
+    assert world.status["replicas"] == 0
+
+
+def test_gateways_hold_requests_before_the_engine_is_stopped() -> None:
+    world = serving()
+    world.idle, world.applies = IDLE, False
+    world.step(IDLE)
+    world.step()
+    assert (replicas(world), world.config.asleep) == (1, True)
+    world.apply_config()
+    world.idle = 0  # one request came before the gateway heard of it, and runs
+    world.step()
+    assert replicas(world) == 1
+    world.idle = 1
+    world.step()
+    assert replicas(world) == 0
+
+
+def test_a_request_that_waits_starts_the_engine_in_the_pass_that_sees_it() -> None:
+    world = asleep()
+    assert world.step().requeue_after == 1.0
+    world.held, world.idle, world.ready = 1, 0, {world.engine_of(1): 0}
+    world.step()
+    assert (replicas(world), world.config.asleep) == (1, False)
+    world.settle()
+    assert world.condition("Available") == ("False", "Starting")
+    assert "120 s" in world.message("Available")
+    assert world.condition("Reconciling") is not None
+    world.held, world.ready = 0, {}
+    world.settle()
+    assert world.condition("Ready") == ("True", "Serving")
+
+
+def test_a_request_that_comes_while_it_falls_asleep_wakes_it_and_no_pod_goes() -> None:
+    world = serving()
+    world.idle = IDLE
+    world.step(IDLE)
+    assert (replicas(world), world.config.asleep) == (1, True)
+    world.held, world.idle = 1, 0
+    world.step()
+    assert (replicas(world), world.config.asleep) == (1, False)
+
+
+def test_an_engine_that_loads_is_not_stopped_though_its_caller_went_away() -> None:
+    world = asleep()
+    world.held, world.ready = 1, {world.engine_of(1): 0}
+    world.step()
+    world.held, world.idle = 0, 10 * IDLE
+    world.step(10 * IDLE)
+    assert replicas(world) == 1
+
+
+@pytest.mark.parametrize("blind", ["gateway_answers", "gateways"])
+def test_what_no_gateway_tells_changes_nothing(blind: str) -> None:
+    world = serving()
+    world.idle = IDLE
+    setattr(world, blind, False if blind == "gateway_answers" else 0)
+    world.step(10 * IDLE)
+    assert not world.config.asleep
+    sleeping = asleep()
+    setattr(sleeping, blind, False if blind == "gateway_answers" else 0)
+    sleeping.settle()
+    assert (replicas(sleeping), sleeping.config.asleep) == (0, True)
+
+
+def test_of_two_gateways_the_busier_one_counts() -> None:
+    world = World(spec=SCALED | {"gateway": {"replicas": 2}}, gateways=2)
+    world.settle()
+    world.idle, world.busy_second = IDLE, True
+    world.step(IDLE)
+    assert not world.config.asleep
+
+
+def test_a_roll_out_wakes_it_for_its_checks_and_it_sleeps_again_on_the_new_version() -> None:
+    world = asleep()
+    world.versions.append(make_version(2))
+    world.step()
+    assert (replicas(world, 1), replicas(world, 2), world.config.asleep) == (1, 1, False)
+    world.idle = 0
+    world.settle()
+    assert world.condition("Ready") == ("True", "Serving")
+    world.idle = IDLE
+    world.step(IDLE)
+    world.settle()
+    assert (replicas(world, 1), replicas(world, 2), world.condition("Ready")) == (0, 0, ("True", "ScaledToZero"))
+
+
+def test_only_a_minimum_of_zero_lets_it_sleep() -> None:
+    world = World(spec={"autoscaling": {"minReplicas": 1, "maxReplicas": 2, "idleSeconds": IDLE}}, idle=10 * IDLE)
+    world.settle()
+    world.step(10 * IDLE)
+    assert (replicas(world), world.config.asleep, world.config.hold_seconds) == (1, False, None)
+
+
+@pytest.mark.parametrize(("asked", "bounds", "wanted"), [
+    (3, None, 3), (0, (0, 4), 1), (3, (0, 4), 3), (9, (0, 4), 4), (1, (2, 4), 2),
+])  # fmt: skip
+def test_the_scale_path_counts_within_the_bounds(asked: int, bounds: tuple[int, int] | None, wanted: int) -> None:
+    scaled = {"autoscaling": {"minReplicas": bounds[0], "maxReplicas": bounds[1]}} if bounds else {}
+    spec = {"model": {"name": "sentiment"}, "engine": {"replicas": asked}} | scaled
+    assert wanted_replicas(Snapshot(ModelDeployment.model_validate({"metadata": {"name": "d"}, "spec": spec}))) == wanted
+
+
+def test_a_failed_start_is_told_while_requests_wait() -> None:
+    world = asleep()
+    world.held, world.ready = 1, {world.engine_of(1): 0}
+    no_node = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/1 nodes are available."}
+    world.pod_status = {world.engine_of(1): {"phase": "Pending", "startTime": None, "conditions": [no_node]}}
+    world.step()
+    world.settle()
+    assert world.condition("Available") == ("False", "Unschedulable")
+
+
+def test_taking_its_place_is_no_sleep() -> None:
+    world = in_place()
+    world.spec, world.idle = world.spec | SCALED, 10 * IDLE
+    world.step(10 * IDLE)
+    assert not world.config.asleep
