@@ -46,6 +46,10 @@ class Settings(BaseModel):
     device: str | None = Field(
         default=None, description="Device that estimates are made for where a job's node selector names none, e.g. h100."
     )
+    scaler_address: str | None = Field(
+        default=None, description="host:port where KEDA reaches our external scaler; None = KEDA is not made use of."
+    )
+    scaler_port: int = Field(default=9090, description="Where the external scaler listens, if it has an address.")
     workers: int = 8
     metrics_port: int = 8080
     progress_interval_seconds: float = 10.0

@@ -167,6 +167,8 @@ MODEL_VERSION: Manifest = {
     },
 }
 
+SCHEDULE: Manifest = {"start": "0 8 * * 1-5", "end": "0 18 * * 1-5", "timezone": "Europe/Berlin", "replicas": 2}
+
 MODEL_DEPLOYMENT: Manifest = {
     "apiVersion": "tuneloop.dev/v1alpha1",
     "kind": "ModelDeployment",
@@ -190,7 +192,14 @@ MODEL_DEPLOYMENT: Manifest = {
             "startupTimeoutSeconds": 600,
             "pod": POD,
         },
-        "autoscaling": {"minReplicas": 0, "maxReplicas": 4, "idleSeconds": 600, "holdSeconds": 300},
+        "autoscaling": {
+            "minReplicas": 0,
+            "maxReplicas": 4,
+            "waitingRequests": 5,
+            "idleSeconds": 600,
+            "holdSeconds": 300,
+            "schedule": [SCHEDULE],
+        },
         "rollout": {
             "strategy": "Canary",
             "steps": [{"weight": 5, "minRequests": 200}, {"weight": 50, "minRequests": 1000}],

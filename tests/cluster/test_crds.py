@@ -420,6 +420,7 @@ REFUSED: dict[str, list[Manifest]] = {
         changed(MODEL_DEPLOYMENT, "spec.autoscaling", {"minReplicas": 3, "maxReplicas": 2}),
         changed(MODEL_DEPLOYMENT, "spec.autoscaling", {"minReplicas": 2, "maxReplicas": 1}),
     ],
+    "schedule.replicas must not be above maxReplicas.": [changed(MODEL_DEPLOYMENT, "spec.autoscaling.maxReplicas", 1)],
     "engine.replicas: 0 needs autoscaling.minReplicas: 0, so that a request starts the engine again.": [
         changed(changed(MODEL_DEPLOYMENT, "spec.autoscaling", ...), "spec.engine.replicas", 0),
         changed(changed(MODEL_DEPLOYMENT, "spec.autoscaling.minReplicas", 1), "spec.engine.replicas", 0),

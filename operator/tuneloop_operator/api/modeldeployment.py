@@ -78,17 +78,41 @@ class Engine(Model):
     pod: PodOverrides = Field(default=PodOverrides(), description="Overrides for the engine's pods.")
 
 
+class ReplicaSchedule(Model):
+    """A time in which at least so many replicas run."""
+
+    start: str = Field(max_length=64, description="Cron expression of its beginning, for example '0 8 * * 1-5'.")
+    end: str = Field(max_length=64, description="Cron expression of its end.")
+    timezone: str = Field(default="UTC", max_length=64, description="Of both, for example Europe/Berlin.")
+    replicas: int = Field(ge=1, le=64, description="Engine pods at least.")
+
+
 class Autoscaling(Model):
     """Between which bounds the engine is scaled, and when it sleeps."""
 
     model_config = ConfigDict(
-        json_schema_extra=rules(("self.minReplicas <= self.maxReplicas", "maxReplicas must not be below minReplicas."))
+        json_schema_extra=rules(
+            ("self.minReplicas <= self.maxReplicas", "maxReplicas must not be below minReplicas."),
+            (
+                "!has(self.schedule) || self.schedule.all(time, time.replicas <= self.maxReplicas)",
+                "schedule.replicas must not be above maxReplicas.",
+            ),
+        )
     )
 
     min_replicas: int = Field(
         default=1, ge=0, le=64, description="0: the engine is stopped while nobody asks, and the next request starts it and waits for it."
     )
     max_replicas: int = Field(ge=1, le=64, description="Engine pods at most.")
+    waiting_requests: int = Field(
+        default=5,
+        ge=1,
+        le=100_000,
+        description="With KEDA and Prometheus: requests that may wait for each engine pod.",
+    )
+    schedule: Annotated[tuple[ReplicaSchedule, ...], Field(max_length=16)] = Field(
+        default=(), description="With KEDA: times in which more replicas run."
+    )
     idle_seconds: int = Field(
         default=600, ge=1, le=86_400, description="With minReplicas: 0: seconds without a request after which the engine is stopped."
     )

@@ -59,6 +59,15 @@ class Cluster:
 
     # --- reads ---
 
+    async def serves(self, kind: str) -> bool:
+        """Whether the API server has this kind, by discovery, which every account may read."""
+        resource = KINDS[kind]
+        try:
+            found = await self.transport.request("get", "GET", f"/apis/{resource.api_version}")
+        except NotFound:
+            return False
+        return any(item.get("name") == resource.plural for item in found.get("resources") or ())
+
     async def get(self, kind: str, namespace: str, name: str) -> Object | None:
         """A live read; None where there is no such object."""
         try:

@@ -45,7 +45,7 @@ from tuneloop_operator.settings import Settings
 Object = dict[str, Any]
 CHILDREN = (
     "ControllerRevision", "Deployment", "Service", "ConfigMap", "ServiceAccount", "Role", "RoleBinding", "NetworkPolicy",
-    "PodDisruptionBudget", "PersistentVolumeClaim",
+    "PodDisruptionBudget", "PersistentVolumeClaim", "ScaledObject",
 )  # fmt: skip
 STATE_LIMIT = 64 * 1024
 STUCK_SECONDS = 15
@@ -65,14 +65,14 @@ async def observe(key: Key, cluster: Cluster, settings: Settings, now: datetime)
     gateway = next((item for item in workloads if item.metadata.name == names.gateway(key.name)), None)
     config = _config(children["ConfigMap"], key.name)
     reads_prometheus = deployment.spec.monitoring.source == "Prometheus" and settings.prometheus_url is not None
-    gateway_pods = await _ask_gateways([pod for pod in pods if _component(pod) == GATEWAY], cluster)
+    gateway_pods = await ask_gateways([pod for pod in pods if component(pod) == GATEWAY], cluster)
     warnings = await _warnings(pods, cluster, now)
     return Snapshot(
         deployment=deployment,
         versions=tuple(_versions(deployment, cluster.cache)),
         revisions=tuple(revision for item in children["ControllerRevision"] if (revision := _revision(item)) is not None),
         engines={hashed: item for item in workloads if (hashed := item.metadata.labels.get(names.ENGINE_LABEL))},
-        engine_pods=_by_engine(pod for pod in pods if _component(pod) == ENGINE and pod.metadata.deletion_timestamp is None),
+        engine_pods=_by_engine(pod for pod in pods if component(pod) == ENGINE and pod.metadata.deletion_timestamp is None),
         guards=_guards(children["ConfigMap"]),
         guard_source=guard_source(),
         gateway=gateway,
@@ -81,6 +81,7 @@ async def observe(key: Key, cluster: Cluster, settings: Settings, now: datetime)
         jobs=tuple(_jobs(cluster.cache, key)),
         evidence=await _prometheus_evidence(deployment, config, cluster) if reads_prometheus else None,
         reads_prometheus=reads_prometheus,
+        has_keda=settings.scaler_address is not None and "ScaledObject" not in cluster.unserved,
         warnings=warnings,
         owned=tuple(_target(kind, item) for kind, items in children.items() for item in items),
         conflicts=tuple(sorted(cluster.conflicts.get(uid, ()), key=lambda taken: (taken.kind, taken.name))),
@@ -98,7 +99,7 @@ def guard_source() -> str:
 # --- children ----------------------------------------------------------------
 
 
-def _component(pod: Pod) -> str:
+def component(pod: Pod) -> str:
     return pod.metadata.labels.get("app.kubernetes.io/component", "")
 
 
@@ -186,7 +187,7 @@ def _target(kind: str, raw: Object) -> Target:
 # --- what pods say -----------------------------------------------------------
 
 
-async def _ask_gateways(pods: list[Pod], cluster: Cluster) -> tuple[GatewayPod, ...]:
+async def ask_gateways(pods: list[Pod], cluster: Cluster) -> tuple[GatewayPod, ...]:
     """All at once: one that hangs costs two seconds, however many there are."""
     states = await asyncio.gather(*(_state(pod, cluster) for pod in pods))
     return tuple(GatewayPod(pod, state) for pod, state in zip(pods, states, strict=True))

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 
 from tuneloop_operator.cluster.cache import Object
 from tuneloop_operator.cluster.client import Cluster
-from tuneloop_operator.cluster.errors import ApiError, NotFound, Unreachable
+from tuneloop_operator.cluster.errors import ApiError, Forbidden, NotFound, Unreachable
 from tuneloop_operator.cluster.kinds import KINDS
 from tuneloop_operator.render.names import MANAGER
 
@@ -26,16 +26,23 @@ SWEEP_SECONDS = 600.0
 
 
 async def prime(cluster: Cluster, kinds: Iterable[str]) -> None:
-    """Lists every kind into the cache; waits as long as the API server, or a CRD, is missing, but for no optional one."""
+    """Lists every kind into the cache; waits as long as the API server, or a CRD, is missing, but for no optional one. An optional kind
+    is asked for by discovery: of one that is not installed a list says Forbidden to those who have no right to it."""
     for kind in kinds:
+        is_optional = KINDS[kind].is_optional
         while True:
             try:
-                await list_into(cluster, kind)
+                if is_optional and not await cluster.serves(kind):
+                    cluster.unserved.add(kind)
+                else:
+                    await list_into(cluster, kind)
                 break
-            except NotFound:
-                if KINDS[kind].is_optional:
+            except Forbidden as error:
+                log.warning("cannot list %s: %s", kind, error)
+                if is_optional:
                     cluster.unserved.add(kind)
                     break
+            except NotFound:
                 log.warning("the API server does not serve %s: install the CRDs", kind)
             except (ApiError, Unreachable) as error:
                 log.warning("cannot list %s: %s", kind, error)

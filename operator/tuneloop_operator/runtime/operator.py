@@ -6,7 +6,7 @@ import asyncio
 import gc
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry
 
@@ -26,6 +26,9 @@ from tuneloop_operator.runtime.probes import Health, Probes
 from tuneloop_operator.runtime.queue import WakeQueue
 from tuneloop_operator.runtime.routes import Routes
 from tuneloop_operator.settings import Settings
+
+if TYPE_CHECKING:
+    from tuneloop_operator.runtime.scaler import Scaler
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +61,7 @@ class Operator:
         self.is_primed = False
         health = Health(self.lease_transport, lambda: self.informer.signs_of_life, settings.silence_seconds)
         self.probes = Probes(health, lambda: self.is_primed, self._registries())
+        self.scaler: Scaler | None = None
         self._workers: list[asyncio.Task[None]] = []
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -77,6 +81,7 @@ class Operator:
                 tasks.append(asyncio.create_task(self.elector.run(), name="elector"))
             else:
                 self._led(True)
+            await self._serve_scaler(kinds)
             log.info("watching %s", ", ".join(kinds))
             await _either(_first_end(tasks), stop)
         finally:
@@ -85,6 +90,8 @@ class Operator:
     async def _end(self, tasks: list[asyncio.Task[None]]) -> None:
         """Workers finish their passes while the Lease is still renewed; then it is released."""
         self.informer.stop()
+        if self.scaler is not None:
+            await self.scaler.stop()
         workers, self._workers = self._workers, []  # nothing is woken from here on
         await self.queue.drain(DRAIN_SECONDS)
         await _cancel([*workers, *tasks])
@@ -94,6 +101,14 @@ class Operator:
         await self.probes.stop()
         await self.cluster.close()
         await self.lease_transport.close()
+
+    async def _serve_scaler(self, kinds: tuple[str, ...]) -> None:
+        """Where KEDA may ask it: its library is loaded nowhere else."""
+        if self.settings.scaler_address is not None and "ScaledObject" in kinds:
+            from tuneloop_operator.runtime.scaler import Scaler
+
+            self.scaler = Scaler(self.cluster)
+            await self.scaler.start(f"[::]:{self.settings.scaler_port}")
 
     # --- leadership ---
 

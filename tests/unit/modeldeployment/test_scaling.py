@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from tests.unit.modeldeployment.world import World, in_place, make_version
 
@@ -9,9 +11,10 @@ from tuneloop_operator.api.modeldeployment import ModelDeployment
 from tuneloop_operator.domain.modeldeployment.scaling import wanted_replicas
 from tuneloop_operator.domain.modeldeployment.snapshot import Snapshot
 from tuneloop_operator.render import names
+from tuneloop_operator.settings import Settings
 
 IDLE = 60
-SCALED = {"autoscaling": {"minReplicas": 0, "maxReplicas": 2, "idleSeconds": IDLE, "holdSeconds": 120}}
+SCALED: dict[str, Any] = {"autoscaling": {"minReplicas": 0, "maxReplicas": 2, "idleSeconds": IDLE, "holdSeconds": 120}}
 
 
 def replicas(world: World, version: int = 1) -> int:
@@ -159,3 +162,69 @@ def test_taking_its_place_is_no_sleep() -> None:
     world.spec, world.idle = world.spec | SCALED, 10 * IDLE
     world.step(10 * IDLE)
     assert not world.config.asleep
+
+
+# --- with KEDA ---
+
+KEDA = Settings(scaler_address="scaler:9090", prometheus_url="http://prometheus:9090")
+
+
+def with_keda(replicas: int = 1, **autoscaling: object) -> World:
+    spec = {"engine": {"replicas": replicas}, "autoscaling": SCALED["autoscaling"] | autoscaling}
+    world = World(spec=spec, settings=KEDA, has_keda=True)
+    world.settle()
+    return world
+
+
+def test_with_keda_only_the_scale_path_stops_and_starts_the_engine() -> None:
+    world = with_keda()
+    world.idle = 10 * IDLE
+    world.step(10 * IDLE)
+    assert (replicas(world), world.config.asleep) == (1, False)
+    world.spec = world.spec | {"engine": {"replicas": 0}}
+    world.settle()
+    assert (replicas(world), world.config.asleep) == (0, True)
+    world.held, world.idle = 1, 0
+    world.settle()
+    assert (replicas(world), world.config.asleep) == (0, True)
+    world.spec = world.spec | {"engine": {"replicas": 1}}
+    world.settle()
+    assert (replicas(world), world.config.asleep) == (1, False)
+
+
+def test_a_deployment_that_begins_at_zero_is_started_for_its_checks() -> None:
+    world = World(spec=SCALED | {"engine": {"replicas": 0}}, settings=KEDA, has_keda=True)
+    world.step()
+    assert replicas(world) == 1
+    world.settle()
+    world.idle = 1
+    world.settle()
+    assert (replicas(world), world.condition("Ready")) == (0, ("True", "ScaledToZero"))
+
+
+def test_what_keda_is_told() -> None:
+    schedule = [{"start": "0 8 * * *", "end": "0 18 * * *", "timezone": "Europe/Berlin", "replicas": 2}]
+    world = with_keda(schedule=schedule, waitingRequests=7)
+    spec = world.objects["ScaledObject", "tweets"]["spec"]
+    assert spec["scaleTargetRef"] == {"apiVersion": "tuneloop.dev/v1alpha1", "kind": "ModelDeployment", "name": "tweets"}
+    assert (spec["minReplicaCount"], spec["maxReplicaCount"]) == (0, 2)
+    pushed, waiting, cron = spec["triggers"]
+    assert (pushed["type"], pushed["metadata"]) == ("external-push", {"scalerAddress": "scaler:9090"})
+    ours = '{namespace="shop",deployment="tweets"}'
+    assert waiting["metadata"]["query"] == f"sum(vllm:num_requests_waiting{ours}) or sum(tuneloop_gateway_held_requests{ours})"
+    assert (waiting["metadata"]["threshold"], waiting["metadata"]["ignoreNullValues"]) == ("7", "false")
+    assert cron["metadata"] == {"timezone": "Europe/Berlin", "start": "0 8 * * *", "end": "0 18 * * *", "desiredReplicas": "2"}
+    assert spec["fallback"] == {"failureThreshold": 3, "replicas": 1, "behavior": "currentReplicasIfHigher"}
+
+
+def test_without_a_prometheus_keda_has_no_trigger_on_it() -> None:
+    world = World(spec=SCALED, settings=Settings(scaler_address="scaler:9090"), has_keda=True)
+    world.settle()
+    assert [trigger["type"] for trigger in world.objects["ScaledObject", "tweets"]["spec"]["triggers"]] == ["external-push"]
+
+
+def test_a_scaled_object_goes_with_the_autoscaling() -> None:
+    world = with_keda()
+    world.spec = {}
+    world.settle()
+    assert ("ScaledObject", "tweets") not in world.objects

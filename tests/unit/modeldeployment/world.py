@@ -162,6 +162,7 @@ class World:
     feedback: FeedbackReport = field(default_factory=FeedbackReport)
     prometheus: Any = None
     reads_prometheus: bool = False
+    has_keda: bool = False
     writes_left: int | None = None
     """Writes that the operator makes before it is killed; None = it lives."""
 
@@ -285,6 +286,7 @@ class World:
             jobs=tuple(self.jobs),
             evidence=self.prometheus,
             reads_prometheus=self.reads_prometheus,
+            has_keda=self.has_keda,
             warnings=self.warnings,
             owned=tuple(Target(Key(kind, "shop", name), f"{kind}/{name}") for kind, name in self.objects),
             conflicts=self.conflicts,
@@ -346,7 +348,8 @@ class World:
 
     def _report(self, name: str, service: str, state: RevisionState, pod: Pod) -> RevisionReport:
         hashed = service.rpartition("-")[2]
-        replicas = self.deployment.spec.engine.replicas
+        made = self.objects.get(("Deployment", service))
+        replicas = made["spec"]["replicas"] if made else 0
         said = self.second_probe if self.second_probe and pod.metadata.uid.endswith("-1") else self.probe
         probe = said if state is RevisionState.CANDIDATE else ProbeState(status="Pending")
         endpoints = self.ready.get(hashed, replicas)

@@ -28,6 +28,9 @@
 {{- with .Values.operator.device }}
 - {name: TUNELOOP_DEVICE, value: {{ . | quote }}}
 {{- end }}
+{{- if .Values.keda.enabled }}
+- {name: TUNELOOP_SCALER_ADDRESS, value: "{{ include "tuneloop.operator" . }}-scaler.{{ .Release.Namespace }}.svc:9090"}
+{{- end }}
 - {name: TUNELOOP_WORKERS, value: {{ .Values.operator.workers | quote }}}
 - {name: TUNELOOP_METRICS_PORT, value: "8080"}
 - {name: TUNELOOP_PROGRESS_INTERVAL_SECONDS, value: {{ .Values.operator.progressIntervalSeconds | quote }}}

@@ -16,6 +16,7 @@ from tuneloop_operator.domain.modeldeployment.snapshot import Snapshot
 from tuneloop_operator.domain.modeldeployment.statuses import Findings, render_status
 from tuneloop_operator.render import access, engine, gateway, names
 from tuneloop_operator.render.revisions import Revision, render_revision
+from tuneloop_operator.render.scaling import render_scaled_object
 from tuneloop_operator.settings import Settings
 
 ROLLING_SECONDS = 1.0
@@ -97,6 +98,7 @@ def _gateway(snapshot: Snapshot, rollout: Rollout, epoch: Epoch, configured: Con
         access.render_gateway_policy(deployment, settings),
         access.render_engine_policy(deployment),
         *budget,
+        *([render_scaled_object(deployment, settings)] if snapshot.has_keda and deployment.spec.autoscaling is not None else []),
     ]
 
 

@@ -25,10 +25,12 @@ def hold_seconds(deployment: ModelDeployment) -> float | None:
 
 
 def wants_sleep(snapshot: Snapshot, stable: Revision, now: datetime) -> bool:
-    """From when nobody has asked for idleSeconds, until a request waits. What no gateway tells changes nothing."""
+    """From when nobody has asked for idleSeconds, until a request waits. What no gateway tells changes nothing. With KEDA: as it says."""
     bounds = snapshot.deployment.spec.autoscaling
     if bounds is None or bounds.min_replicas > 0:
         return False
+    if snapshot.has_keda:
+        return snapshot.deployment.spec.engine.replicas == 0
     config = snapshot.config.config if snapshot.config is not None else None
     if config is not None and config.asleep:
         return not any(state.held for state in snapshot.states)

@@ -80,6 +80,8 @@ class Snapshot:
     evidence: Evidence | None = None
     """From Prometheus; None where the gateways are asked instead, or where there is no data."""
     reads_prometheus: bool = False
+    has_keda: bool = False
+    """A ScaledObject is followed: between zero and one it alone decides."""
     warnings: Mapping[str, str] = field(default_factory=dict)
     """Pod UID -> its last warning event, where a pod makes no headway and its status does not say why."""
     owned: tuple[Target, ...] = ()
