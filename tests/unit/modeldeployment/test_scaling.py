@@ -109,10 +109,12 @@ def test_what_no_gateway_tells_changes_nothing(blind: str) -> None:
     assert (replicas(sleeping), sleeping.config.asleep) == (0, True)
 
 
-def test_of_two_gateways_the_busier_one_counts() -> None:
+@pytest.mark.parametrize("second", ["busy_second", "silent_second"])
+def test_of_two_gateways_the_busier_one_counts_and_so_does_one_that_is_silent(second: str) -> None:
     world = World(spec=SCALED | {"gateway": {"replicas": 2}}, gateways=2)
     world.settle()
-    world.idle, world.busy_second = IDLE, True
+    world.idle = IDLE
+    setattr(world, second, True)
     world.step(IDLE)
     assert not world.config.asleep
 

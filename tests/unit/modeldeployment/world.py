@@ -152,6 +152,8 @@ class World:
     """Seconds for which the gateways have had no request."""
     busy_second: bool = False
     """The second gateway has one."""
+    silent_second: bool = False
+    """The second gateway does not answer."""
     outcomes_of: dict[int, Outcomes] = field(default_factory=dict)
     """Version -> what each gateway counted of it in the window."""
     drift: DriftReport | None = None
@@ -322,7 +324,10 @@ class World:
 
     def _gateway_pods(self) -> list[GatewayPod]:
         pods = [make_pod(f"{GATEWAY_UID}-{n}", ready=True) for n in range(self.gateways)]
-        return [GatewayPod(pod, self._state(pod) if self.gateway_answers else None) for pod in pods]
+        return [GatewayPod(pod, self._state(pod) if self.gateway_answers and not self._is_silent(pod) else None) for pod in pods]
+
+    def _is_silent(self, pod: Pod) -> bool:
+        return self.silent_second and pod.metadata.uid.endswith("-1")
 
     def _state(self, pod: Pod) -> GatewayState | None:
         config = self.applied

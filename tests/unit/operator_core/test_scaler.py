@@ -32,6 +32,7 @@ class Place:
     states: list[GatewayState | None] = field(default_factory=list)
     cache: Cache = field(default_factory=Cache)
     port: int = 0
+    versions: int = 0
 
     def deployment(self, replicas: int, **autoscaling: Any) -> None:
         scaled = {"autoscaling": {"minReplicas": 0, "maxReplicas": 4, "idleSeconds": 60} | autoscaling}
@@ -46,7 +47,8 @@ class Place:
         self.cache.put("Pod", pod | {"metadata": metadata | {"resourceVersion": str(self.version())}})
 
     def version(self) -> int:
-        return self.cache.count("Pod") + self.cache.count("ModelDeployment") + 1
+        self.versions += 1
+        return self.versions
 
     def gateway(self, held: int = 0, idle: float = 0.0) -> None:
         self.states = [GatewayState(pod_uid="g", started_at="", generation=1, held=held, idle_seconds=idle)]
@@ -127,7 +129,10 @@ async def test_a_request_that_waits_at_zero_is_pushed_and_nothing_else_is(place:
         stream = ask(REFERENCE)
         pushed = asyncio.create_task(stream.read())
         await asyncio.sleep(0.1)
-        assert not pushed.done()
+        place.deployment(1)
         place.gateway(held=1)
+        await asyncio.sleep(0.1)
+        assert not pushed.done()
+        place.deployment(0)
         assert (await asyncio.wait_for(pushed, 10)).result
         stream.cancel()
