@@ -1,13 +1,11 @@
-"""KEDA beside the operator: by its definitions and its protocol, with the scale written by the test; and KEDA's own operator (long)."""
+"""What KEDA is told, by its own definitions and protocol; the test writes the scale as KEDA does."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import grpc
@@ -52,33 +50,6 @@ def start_scaler(definitions: None, start_operator: Start) -> Callable[..., str]
     return start
 
 
-@pytest.fixture
-def keda(cluster_kubeconfig: str, namespace: str, source: Path, definitions: None, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """KEDA's operator, built from its module, on this namespace. Not its metrics adapter: from one replica on nothing scales here."""
-    program = Path.home() / ".cache" / "tuneloop" / f"keda-operator-{MODULE.rpartition('@')[2]}"
-    if not program.exists():
-        subprocess.run(["go", "-C", source, "build", "-o", program, "./cmd/operator"], check=True, timeout=3000)
-    certificate(tmp_path)
-    ports = [f"--{name}-bind-address=127.0.0.1:{free_port()}" for name in ("metrics", "health-probe", "metrics-service")]
-    more = {"KUBECONFIG": cluster_kubeconfig, "WATCH_NAMESPACE": namespace, "POD_NAMESPACE": namespace}
-    with (tmp_path / "keda.log").open("wb") as log:
-        running = subprocess.Popen([program, *ports, f"--cert-dir={tmp_path}"], env={**os.environ, **more}, stdout=log, stderr=log)
-    yield running
-    running.terminate()
-    running.wait(30)
-    print((tmp_path / "keda.log").read_text()[-6000:])
-
-
-def certificate(folder: Path) -> None:
-    """For the port that its metrics adapter would ask."""
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
-         "-keyout", folder / "tls.key", "-out", folder / "tls.crt", "-subj", "/CN=keda"],
-        check=True, capture_output=True,
-    )  # fmt: skip
-    (folder / "ca.crt").write_bytes((folder / "tls.crt").read_bytes())
-
-
 def test_we_speak_kedas_protocol(source: Path) -> None:
     text = re.sub(r"//.*", "", (source / PROTOCOL).read_text())
     theirs = dict(re.findall(r"message (\w+) \{(.*?)\}", text, re.S))
@@ -120,33 +91,3 @@ def test_between_zero_and_one_keda_alone_decides_by_what_we_push(
         stage.wait("Ready", "True", "Serving")
         pushed.cancel()
     assert not operators_fields(api, namespace)
-
-
-@pytest.mark.long
-def test_keda_itself_stops_an_idle_engine_and_starts_it_for_a_request(
-    keda: subprocess.Popen[bytes], start_scaler: Callable[..., str], stage: Stage, api: Api, namespace: str  # noqa: F811
-) -> None:  # fmt: skip
-    def owner_of_replicas() -> set[str]:
-        found = api.get("ModelDeployment", namespace, NAME)
-        assert found is not None
-        entries = found["metadata"]["managedFields"]
-        return {e["manager"] for e in entries if "f:replicas" in e["fieldsV1"].get("f:spec", {}).get("f:engine", {})}
-
-    start_scaler()
-    stage.serve(autoscaling={"minReplicas": 0, "maxReplicas": 2, "idleSeconds": 5})
-    assert wait_for(lambda: stage.gateway.asked > 20, 60, "looks at an active gateway")
-    stage.wait("Ready", "True", "Serving")
-    stage.gateway.idle = 100
-    api.wait_for_condition("ModelDeployment", namespace, NAME, "Ready", "True", "ScaledToZero", timeout=90)
-    engine = stage.engine(1)
-    wait_for(lambda: not stage.play.pods(engine), what="no pods")
-    stage.gateway.held, stage.gateway.idle = 1, 0
-    began = time.monotonic()
-    wait_for(lambda: (api.get("Deployment", namespace, engine) or {})["spec"]["replicas"] == 1, what="a replica")
-    took = time.monotonic() - began
-    print(f"from a request that waits to a replica, by KEDA: {took:.2f} s")
-    assert took <= 2
-    stage.start_engine(1)
-    stage.wait("Ready", "True", "Serving")
-    assert not any("tuneloop" in manager for manager in owner_of_replicas())
-    assert keda.poll() is None
