@@ -322,3 +322,82 @@ def test_a_step_that_was_taken_out_of_the_spec_is_told_once_also_while_the_canar
     told = [event.reason for _ in range(5) for event in world.step().events]
     assert told.count("CanaryStep") == 1
     assert world.weights()[2] == 10
+
+
+def replicas_of(world: World, version: int) -> int:
+    found: int = world.objects["Deployment", f"tweets-{world.engine_of(version)}"]["spec"]["replicas"]
+    return found
+
+
+def with_replicas(count: int, **rollout: Any) -> World:
+    """As `canary`, on engines of so many pods."""
+    world = World(spec={"rollout": ROLLOUT | rollout, "engine": {"replicas": count}})
+    world.settle()
+    world.versions.append(make_version(2))
+    world.settle()
+    return world
+
+
+NO_NODE: dict[str, Any] = {
+    "phase": "Pending", "startTime": None, "conditions": [{"type": "PodScheduled", "status": "False", "reason": "Unschedulable"}],
+}  # fmt: skip
+
+
+def test_its_pods_are_as_many_as_are_no_busier_than_the_stable_ones_before_its_share_rises() -> None:
+    world = with_replicas(4)
+    assert (world.weights()[2], replicas_of(world, 2), replicas_of(world, 1)) == (5, 1, 4)
+    hashed, seen = world.engine_of(2), []
+    for ready, needed in ((1, 2), (2, 4), (4, 4)):
+        world.ready[hashed] = ready
+        before = world.weights()[2]
+        counted(world, GOOD).step()
+        assert replicas_of(world, 2) == needed
+        assert ready == needed or world.weights()[2] == before, "no share without its pods"
+        world.ready[hashed] = needed
+        world.step()
+        world.outcomes_of = {}
+        world.settle()
+        seen.append(world.weights()[2])
+    assert seen == [25, 50, 100]
+    assert world.outcomes()[2] == "Promoted"
+
+
+def test_what_it_waits_for_is_told_and_it_is_still_stopped_meanwhile() -> None:
+    world = with_replicas(4, steps=[{"weight": 20}, {"weight": 30}])
+    world.ready[world.engine_of(2)] = 1
+    counted(world, GOOD).settle()
+    assert replicas_of(world, 2) == 2
+    assert "It passed step 1 of 2, at 20 % of the traffic; 1 of the 2 engine pods for its next share are ready." in world.message("Ready")
+    counted(world, BAD).step()
+    assert world.outcomes()[2] == "Rejected"
+
+
+def test_pods_that_were_made_for_the_next_share_stay() -> None:
+    world = with_replicas(4, steps=[{"weight": 20}, {"weight": 30}])
+    world.ready[world.engine_of(2)] = 1
+    counted(world, GOOD).settle()
+    counted(world, FEW).settle()
+    assert (world.weights()[2], replicas_of(world, 2)) == (20, 2)
+
+
+@pytest.mark.parametrize("allow_downtime", [True, False])
+def test_one_that_passed_and_finds_no_nodes_for_the_rest_gets_those_of_the_engine_before(allow_downtime: bool) -> None:
+    world = with_replicas(4, steps=[{"weight": 20}], allowDowntime=allow_downtime)
+    old, hashed = world.engine_of(1), world.engine_of(2)
+    world.ready[hashed], world.pod_status[hashed] = 1, NO_NODE
+    counted(world, GOOD).settle()
+    world.step(seconds=301)
+    world.settle()
+    assert world.objects["Deployment", f"tweets-{old}"]["spec"]["replicas"] == (0 if allow_downtime else 4)
+    if not allow_downtime:
+        assert "Or set rollout.allowDowntime: true" in world.message("Ready")
+        assert world.weights() == {1: 80, 2: 20}
+        return
+    world.ready, world.pod_status, world.outcomes_of = {}, {}, {}
+    world.settle()
+    assert world.weights()[2] == 100
+
+
+def test_an_engine_that_takes_all_traffic_at_once_has_all_its_pods_before() -> None:
+    world = with_replicas(3, strategy="BlueGreen")
+    assert (world.weights()[2], replicas_of(world, 2)) == (100, 3)

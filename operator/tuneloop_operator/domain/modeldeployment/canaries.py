@@ -54,6 +54,11 @@ def is_due(snapshot: Snapshot, candidate: Revision, stable: Revision) -> bool:
     return snapshot.deployment.spec.rollout.strategy == "Canary" and not (candidate.is_promoted or candidate.in_place or must_go)
 
 
+def passes(canary: Canary, on_inconclusive: str) -> bool:
+    """Its step is over, and the next one is due."""
+    return canary.finding is Finding.PASS or (canary.is_overdue and on_inconclusive == "Promote")
+
+
 def look(snapshot: Snapshot, candidate: Revision, stable: Revision, now: datetime) -> Canary | None:
     """What is known of it now; None where it takes no traffic yet."""
     if candidate.progress is None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from datetime import datetime
 
 from tuneloop_operator.domain.decision import Decision, Key, Manifest, Target, refusal_of
+from tuneloop_operator.domain.modeldeployment import canaries
 from tuneloop_operator.domain.modeldeployment.configurations import Configured, configure
 from tuneloop_operator.domain.modeldeployment.drift import Epoch, evidence_of, is_latched, next_epoch
 from tuneloop_operator.domain.modeldeployment.news import events
 from tuneloop_operator.domain.modeldeployment.retraining import plan_retraining
 from tuneloop_operator.domain.modeldeployment.rollouts import Rollout, is_released, plan
 from tuneloop_operator.domain.modeldeployment.runtimes import vulnerability
-from tuneloop_operator.domain.modeldeployment.scaling import may_stop, wanted_replicas
+from tuneloop_operator.domain.modeldeployment.scaling import may_stop, replicas_at, wanted_replicas
 from tuneloop_operator.domain.modeldeployment.snapshot import Snapshot
 from tuneloop_operator.domain.modeldeployment.statuses import Findings, render_status
 from tuneloop_operator.render import access, engine, gateway, names
@@ -74,7 +75,7 @@ def _by_engine(rollout: Rollout) -> list[Revision]:
 def _engine(snapshot: Snapshot, rollout: Rollout, revision: Revision) -> list[Manifest]:
     deployment, hashed = snapshot.deployment, revision.pinned.engine_hash
     is_stopped = rollout.gives_way(revision) or (rollout.is_asleep and may_stop(snapshot, hashed))
-    replicas = 0 if is_stopped else wanted_replicas(snapshot)
+    replicas = 0 if is_stopped else _replicas(snapshot, rollout, revision)
     budget = [engine.render_engine_budget(deployment, hashed)] if replicas > 1 else []
     return [
         engine.render_guard(deployment, hashed, snapshot.guards.get(hashed, snapshot.guard_source)),
@@ -82,6 +83,17 @@ def _engine(snapshot: Snapshot, rollout: Rollout, revision: Revision) -> list[Ma
         engine.render_engine_service(deployment, hashed),
         *budget,
     ]
+
+
+def _replicas(snapshot: Snapshot, rollout: Rollout, revision: Revision) -> int:
+    """A canary's grow with its share, before it rises, and never shrink."""
+    wanted = wanted_replicas(snapshot)
+    if rollout.candidate is None or revision.name != rollout.candidate.name:
+        return wanted
+    canary, policy = rollout.canary, snapshot.deployment.spec.rollout.on_inconclusive
+    step = canary.progress.step + canaries.passes(canary, policy) if canary is not None else 0
+    made = snapshot.engines.get(revision.pinned.engine_hash)
+    return min(wanted, max(replicas_at(snapshot, revision, rollout.stable, step), made.spec.replicas if made is not None else 0))
 
 
 def _gateway(snapshot: Snapshot, rollout: Rollout, epoch: Epoch, configured: Configured, settings: Settings) -> list[Manifest]:

@@ -13,7 +13,7 @@ from tuneloop_operator.domain.modeldeployment import canaries, runtimes
 from tuneloop_operator.domain.modeldeployment.canaries import Canary
 from tuneloop_operator.domain.modeldeployment.evidence import Finding
 from tuneloop_operator.domain.modeldeployment.failures import Failure, find_failure
-from tuneloop_operator.domain.modeldeployment.scaling import wanted_replicas
+from tuneloop_operator.domain.modeldeployment.scaling import replicas_at, wanted_replicas
 from tuneloop_operator.domain.modeldeployment.snapshot import Snapshot
 from tuneloop_operator.render.engine import GRACE_SECONDS
 from tuneloop_operator.render.revisions import Outcome, Progress, Revision, Verdict
@@ -33,6 +33,8 @@ class Judgement:
     """Of a canary, from now on."""
     in_place: str = ""
     """Since when the engine before is stopped for it."""
+    has_passed: bool = False
+    """A canary's step is over, and pods for its next share are all that it waits for."""
 
 
 def judge(snapshot: Snapshot, candidate: Revision, stable: Revision | None, now: datetime) -> Judgement:
@@ -44,7 +46,8 @@ def judge(snapshot: Snapshot, candidate: Revision, stable: Revision | None, now:
     has_no_node = failure is not None and failure.reason is DeploymentReason.UNSCHEDULABLE and waited >= rollout.surge_timeout_seconds
     if candidate.in_place:
         return _given_up(snapshot, candidate, judgement, now) or replace(judgement, in_place=candidate.in_place)
-    makes_room = has_no_node and candidate.progress is None  # a canary that lost its node has proven nothing: the stable one serves on
+    # a canary that lost its node has proven nothing: the stable one serves on
+    makes_room = has_no_node and (candidate.progress is None or judgement.has_passed)
     if rollout.strategy == "Recreate" or rollout.surge == "Never" or (rollout.surge == "Auto" and rollout.allow_downtime and makes_room):
         return replace(judgement, in_place=times.to_text(now))
     if failure is not None and makes_room and rollout.surge == "Auto":
@@ -92,12 +95,19 @@ def _judge(snapshot: Snapshot, candidate: Revision, stable: Revision | None, now
         return replace(judgement, progress=canary.progress if canary is not None else None)
     if canary is None:
         return Judgement(progress=Progress(0, times.to_text(now)))
-    return _step_on(canary, judgement.verdict, snapshot.deployment.spec.rollout.on_inconclusive, now)
+    on_inconclusive = snapshot.deployment.spec.rollout.on_inconclusive
+    ready = snapshot.ready_replicas(candidate.pinned.engine_hash)
+    needed = replicas_at(snapshot, candidate, stable, canary.progress.step + 1)
+    if canaries.passes(canary, on_inconclusive) and ready < needed:
+        waits_for = f"It passed {canary.place}; {ready} of the {needed} engine pods for its next share are ready."
+        failure = engine_failure(snapshot, candidate, now)
+        return Judgement(failure=failure, waits_for=waits_for, progress=canary.progress, has_passed=True)
+    return _step_on(canary, judgement.verdict, on_inconclusive, now)
 
 
 def _step_on(canary: Canary, promoted: Verdict, on_inconclusive: str, now: datetime) -> Judgement:
     """A step's pass leads to the next, the last one's to all traffic."""
-    if canary.finding is Finding.PASS or (canary.is_overdue and on_inconclusive == "Promote"):
+    if canaries.passes(canary, on_inconclusive):
         if canary.is_last_step:
             return Judgement(verdict=replace(promoted, numbers=canaries.numbers(canary)))
         return Judgement(progress=Progress(canary.progress.step + 1, times.to_text(now)))
@@ -110,7 +120,8 @@ def _step_on(canary: Canary, promoted: Verdict, on_inconclusive: str, now: datet
 
 def judge_start(snapshot: Snapshot, candidate: Revision, stable: Revision | None, now: datetime) -> Judgement:
     """Looks at the engine, then at what every ready gateway says of it. Nothing is promoted on silence."""
-    pinned, replicas = candidate.pinned, wanted_replicas(snapshot)
+    pinned, step = candidate.pinned, candidate.progress.step if candidate.progress is not None else 0
+    replicas = replicas_at(snapshot, candidate, stable, min(step, len(snapshot.deployment.spec.rollout.steps) - 1))
     ready = snapshot.ready_replicas(pinned.engine_hash)
     if ready < replicas:
         failure = engine_failure(snapshot, candidate, now)

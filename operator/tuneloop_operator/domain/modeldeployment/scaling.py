@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from datetime import datetime
 
 from tuneloop_operator.api.modeldeployment import ModelDeployment
 from tuneloop_operator.domain import times
+from tuneloop_operator.domain.modeldeployment import canaries
 from tuneloop_operator.domain.modeldeployment.snapshot import Snapshot
 from tuneloop_operator.render.revisions import Revision
 
@@ -16,6 +18,16 @@ def wanted_replicas(snapshot: Snapshot) -> int:
     if bounds is None:
         return max(replicas, 1)
     return min(max(replicas, bounds.min_replicas, 1), bounds.max_replicas)
+
+
+def replicas_at(snapshot: Snapshot, candidate: Revision, stable: Revision | None, step: int) -> int:
+    """Ready pods that a candidate needs before it takes the traffic of this step, counted from 0: so many that its pods are no busier than
+    those of the stable revision, or latencies would not compare. All where it is no canary, and past the last step."""
+    wanted, steps = wanted_replicas(snapshot), snapshot.deployment.spec.rollout.steps
+    if stable is None or stable.pinned.engine_hash == candidate.pinned.engine_hash or step >= len(steps):
+        return wanted
+    weight = steps[step].weight
+    return math.ceil(wanted * weight / (100 - weight)) if weight < 50 and canaries.is_due(snapshot, candidate, stable) else wanted
 
 
 def hold_seconds(deployment: ModelDeployment) -> float | None:
