@@ -7,6 +7,8 @@ SHELL := bash
 export TUNELOOP_T0 := $(shell date +%s)
 # CLUSTER=current uses the current kubectl context instead of the local cluster.
 export CLUSTER ?= local
+# Where the environment forbids it, each of the many processes of a test run compiles torch, transformers and ours anew.
+export PYTHONDONTWRITEBYTECODE :=
 
 STEP := dev/step
 KUBE := dev/cluster/cluster

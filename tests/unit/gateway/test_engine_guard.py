@@ -245,6 +245,7 @@ def test_a_manifest_cannot_point_outside_of_its_folder(tmp_path: Path) -> None:
         verify(tmp_path / "model", digest)
 
 
+@pytest.mark.process
 def test_the_command_fails_closed(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
     digest, base = publish(tmp_path, FILES), tmp_path_factory.mktemp("x") / "base"
     base_digest = make_base(base)
