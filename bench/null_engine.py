@@ -1,25 +1,32 @@
-"""An engine that does nothing, at once: the other end of `bench.gateway`. `python -m bench.null_engine <port>`."""
+"""An engine that does nothing, at once: the other end of `bench.gateway` and `bench.load`. `python -m bench.null_engine <port>`.
+
+At its end it does as vLLM with `--shutdown-timeout`: after SIGTERM a new request is answered with the finish reason `abort`, streams
+that run are ended first. Connections that are idle for five seconds are closed, as uvicorn does.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import sys
+import time
 
 import uvloop
 
 STREAM_EVENTS = 5
 EVENT_SECONDS = 0.02
+KEEP_ALIVE_SECONDS = 5.0
 
 
-def _whole() -> bytes:
+def _whole(reason: str) -> bytes:
     message = {"role": "assistant", "content": "positive " * 60}
     body = json.dumps(
         {
             "id": "chatcmpl-0",
             "object": "chat.completion",
             "model": "bench",
-            "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
+            "choices": [{"index": 0, "message": message, "finish_reason": reason}],
             "usage": {"prompt_tokens": 200, "completion_tokens": 60, "total_tokens": 260},
         }
     ).encode()
@@ -32,11 +39,12 @@ def _event(delta: dict[str, str], reason: str | None = None) -> bytes:
     return b"%x\r\n%s\r\n" % (len(data), data)
 
 
-WHOLE = _whole()
+WHOLE, ABORTED = _whole("stop"), _whole("abort")
 STREAM_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 FIRST = STREAM_HEAD + _event({"role": "assistant", "content": "posi"})
 NEXT = _event({"content": "tive "})
-LAST = _event({}, "stop") + b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n"
+END = b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n"
+LAST, ABORTED_STREAM = _event({}, "stop") + END, STREAM_HEAD + _event({}, "abort") + END
 NOTHING = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
 MISSING = b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"
 
@@ -44,9 +52,17 @@ MISSING = b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"
 class Engine(asyncio.Protocol):
     """Requests one after another on a connection, each with a Content-Length if it has a body."""
 
+    stopping = False
+    open: set[Engine] = set()  # noqa: RUF012 - all of the process
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport: asyncio.Transport = transport  # type: ignore[assignment]  # a TCP transport
         self.buffer = b""
+        self.streaming, self.used_at = False, time.monotonic()
+        Engine.open.add(self)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        Engine.open.discard(self)
 
     def data_received(self, data: bytes) -> None:
         self.buffer += data
@@ -62,9 +78,14 @@ class Engine(asyncio.Protocol):
             end = self.buffer.find(b"\r\n\r\n")
 
     def _answer(self, head: bytes, body: bytes) -> None:
+        self.used_at = time.monotonic()
+        streamed = b'"stream":true' in body or b'"stream": true' in body
         if head.startswith(b"get"):
             self.transport.write(NOTHING if b"/health" in head[:30] else MISSING)
-        elif b'"stream":true' in body or b'"stream": true' in body:
+        elif Engine.stopping:
+            self.transport.write(ABORTED_STREAM if streamed else ABORTED)
+        elif streamed:
+            self.streaming = True
             self.transport.write(FIRST)
             asyncio.get_running_loop().call_later(EVENT_SECONDS, self._go_on, STREAM_EVENTS)
         else:
@@ -75,12 +96,30 @@ class Engine(asyncio.Protocol):
             self.transport.write(NEXT)
             asyncio.get_running_loop().call_later(EVENT_SECONDS, self._go_on, left - 1)
         else:
+            self.streaming, self.used_at = False, time.monotonic()
             self.transport.write(LAST)
 
 
+async def _close_idle() -> None:
+    while True:
+        await asyncio.sleep(1)
+        for connection in list(Engine.open):
+            if not connection.streaming and time.monotonic() - connection.used_at > KEEP_ALIVE_SECONDS:
+                connection.transport.close()
+
+
 async def serve(port: int) -> None:
-    server = await asyncio.get_running_loop().create_server(Engine, "127.0.0.1", port, backlog=1024)
-    await server.serve_forever()
+    """Until SIGTERM, and until the last stream has ended after it."""
+    loop, stopped = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_signal_handler(signal.SIGTERM, stopped.set)
+    server = await loop.create_server(Engine, "127.0.0.1", port, backlog=1024)
+    sweeping = asyncio.create_task(_close_idle())
+    await stopped.wait()
+    Engine.stopping = True
+    while any(connection.streaming for connection in Engine.open):  # noqa: ASYNC110 - an event would cost each stream something
+        await asyncio.sleep(0.01)
+    sweeping.cancel()
+    server.close()
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ from enum import Enum
 from typing import Any
 
 ABORT = "abort"
+ENGINE_DIED = "EngineCore encountered an issue"
+"""So vLLM's server begins to tell, as an error, that the process that computes has died. It ends itself a few seconds later."""
 MAX_TOKENS = 1 << 40
 MAX_HELD_BYTES = 64 * 1024
 """A stream whose first events say nothing for so long is let go."""
@@ -35,6 +37,21 @@ def read_answer(raw: bytes, *, stream: bool) -> Answer:
 def is_abort(raw: bytes) -> bool:
     """True where the engine gave up on a request that was not streamed."""
     return b'"abort"' in raw and read_answer(raw, stream=False).finish_reason == ABORT
+
+
+def is_death(raw: bytes) -> bool:
+    """True where an engine's error, or an event of its stream, says that its process has died."""
+    if ENGINE_DIED.encode() not in raw:
+        return False
+    try:
+        return _tells_death(json.loads(raw))
+    except (ValueError, RecursionError):
+        return False
+
+
+def _tells_death(body: Any) -> bool:
+    error = body.get("error") if isinstance(body, dict) else None
+    return isinstance(error, dict) and _string(error.get("message")).startswith(ENGINE_DIED)
 
 
 def _from_json(body: dict[str, Any]) -> Answer:
@@ -91,6 +108,7 @@ class Opening(Enum):
     UNDECIDED = 0
     ANSWERING = 1
     ABORTED = 2
+    DIED = 3
 
 
 class StreamStart:
@@ -121,6 +139,8 @@ def _line_says(line: bytes) -> Opening:
         return Opening.UNDECIDED
     try:
         event = json.loads(line[5:])
+        if _tells_death(event):
+            return Opening.DIED
         for choice in event["choices"]:
             reason = choice.get("finish_reason")
             delta = choice.get("delta")

@@ -83,8 +83,8 @@ class Gateway:
         )
         self.api = ApiServer(settings.api_server, settings.token_path) if settings.api_server else None
         self._tasks: list[asyncio.Task[None]] = []
-        self._public_site: web.TCPSite | None = None
-        self._runners: list[web.AppRunner] = []
+        self._public_port: web.AppRunner | None = None
+        self._internal_port: web.AppRunner | None = None
 
     async def forget(self, whose: ForgetRequest) -> ForgetReceipt:
         """Deletes a subject's rows, and what waits here to be stored. Raises Unavailable."""
@@ -112,24 +112,24 @@ class Gateway:
             watch.note_services()
             self._tasks.append(asyncio.create_task(_keep_running("ClusterWatch.run", watch.run)))
         # A client that goes away cancels its request, which closes the connection to the engine; but not what it asked of the database.
-        await self._listen(self.internal.application(), self.settings.internal_port, cancel=False)
-        self._public_site = await self._listen(self.public.application(), self.settings.public_port, cancel=True)
+        self._internal_port = await self._listen(self.internal.application(), self.settings.internal_port, cancel=False, drain_seconds=1)
+        self._public_port = await self._listen(
+            self.public.application(), self.settings.public_port, cancel=True, drain_seconds=self.settings.drain_seconds
+        )
 
-    async def _listen(self, app: web.Application, port: int, *, cancel: bool) -> web.TCPSite:
+    async def _listen(self, app: web.Application, port: int, *, cancel: bool, drain_seconds: float) -> web.AppRunner:
         runner = web.AppRunner(
             app,
             handler_cancellation=cancel,
             access_log=None,
             keepalive_timeout=75,
-            shutdown_timeout=1,
+            shutdown_timeout=drain_seconds,
             max_field_size=MAX_HEADER_BYTES,
             auto_decompress=False,
         )
         await runner.setup()
-        self._runners.append(runner)
-        site = web.TCPSite(runner, self.settings.host, port, backlog=1024)
-        await site.start()
-        return site
+        await web.TCPSite(runner, self.settings.host, port, backlog=1024).start()
+        return runner
 
     async def _follow_keys(self) -> None:
         while True:
@@ -142,23 +142,21 @@ class Gateway:
             return
         self.public.stopping = True
         await asyncio.sleep(self.settings.drain_delay_seconds)
-        if self._public_site is not None:
-            await self._public_site.stop()
-        deadline = time.monotonic() + self.settings.drain_seconds
-        while self.public.in_flight and time.monotonic() < deadline:  # an event would cost every request something
-            if time.monotonic() > deadline - REFUSE_SECONDS:
-                self.router.close()
-            await asyncio.sleep(0.05)
-        if self.public.in_flight:
-            logger.error("%d requests were cut off at the end.", self.public.in_flight)
+        started = time.monotonic()
+        refusing = asyncio.get_running_loop().call_later(max(0.0, self.settings.drain_seconds - REFUSE_SECONDS), self.router.close)
+        if self._public_port is not None:
+            await self._public_port.cleanup()
+        refusing.cancel()
+        if time.monotonic() - started >= self.settings.drain_seconds:
+            logger.error("Requests that ran for more than %g seconds were cut off at the end.", self.settings.drain_seconds)
         await self.capture.flush(FLUSH_SECONDS)
         async with self.database.quiet():
             for task in self._tasks:
                 task.cancel()
             await asyncio.wait(self._tasks, timeout=CANCEL_SECONDS)
         await self.monitor.stop()
-        for runner in self._runners:
-            await runner.cleanup()
+        if self._internal_port is not None:
+            await self._internal_port.cleanup()
         await self.proxy.close()
         if self.api is not None:
             await self.api.close()

@@ -13,7 +13,7 @@ from typing import Protocol
 import aiohttp
 from aiohttp import web
 
-from tuneloop_gateway.answers import Opening, StreamStart, is_abort, read_answer
+from tuneloop_gateway.answers import Opening, StreamStart, is_abort, is_death, read_answer
 from tuneloop_gateway.configuration import Configuration
 from tuneloop_gateway.contract import REVISION_HEADER
 from tuneloop_gateway.endpoints import DOWN_SECONDS, Endpoint
@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 MAX_ATTEMPTS = 20
 MAX_OVERLOADED = 3
 """A replica that sheds load is no reason to add to it."""
+MAX_DEATHS = 2
+"""Replicas that died of a request, or beside it: another one shall not be next."""
 MAX_INSPECTED_BYTES = 2 << 20
 MAX_KEPT_BYTES = 512 << 10
 """Of an answer, for capture."""
@@ -37,9 +39,9 @@ FAILURES = (aiohttp.ClientError, ConnectionError, TimeoutError)
 class TryElsewhere(Exception):
     """This attempt gave nothing that the client has seen."""
 
-    def __init__(self, cause: str, *, overloaded: bool = False) -> None:
+    def __init__(self, cause: str, *, overloaded: bool = False, died: bool = False) -> None:
         super().__init__(cause)
-        self.overloaded = overloaded
+        self.overloaded, self.died = overloaded, died
 
 
 @dataclass
@@ -166,6 +168,7 @@ class Proxy:
     async def _attempts(self, request: web.BaseRequest, exchange: Exchange, first: Target) -> web.StreamResponse:
         target: Target | None = first
         tried: set[Endpoint] = set()
+        dead: set[Endpoint] = set()
         attempts = overloaded = 0
         give_up_at: float | None = None
         while target is not None:
@@ -176,8 +179,11 @@ class Proxy:
                 tried.add(target.endpoint)
                 self._outcomes.failed(exchange)
                 now = time.monotonic()
+                if failure.died:
+                    dead.add(target.endpoint)
+                    target.endpoint.down_until = now + DOWN_SECONDS
                 give_up_at = give_up_at or now + self._router.wait_seconds
-                if attempts >= MAX_ATTEMPTS or overloaded >= MAX_OVERLOADED or now > give_up_at:
+                if attempts >= MAX_ATTEMPTS or overloaded >= MAX_OVERLOADED or len(dead) >= MAX_DEATHS or now > give_up_at:
                     break
                 self._metrics.retried(target.revision.name)
                 target = await self._router.again(tried, exchange.session) or await self._router.wait(exchange.session, exchange.size)
@@ -257,6 +263,8 @@ class Proxy:
             return await self._pour(request, exchange, response, raw)
         if is_abort(raw):
             raise TryElsewhere("the engine aborted")
+        if response.status >= 500 and is_death(raw):
+            raise TryElsewhere("the engine died", died=True)
         exchange.note(raw)
         self._metrics.first_byte(exchange.revision, time.perf_counter() - exchange.started)
         answer = web.Response(status=response.status, body=raw, headers=self._headers(exchange, response))
@@ -273,6 +281,8 @@ class Proxy:
                 opening = start.feed(chunk)
                 if opening is Opening.ABORTED:
                     raise TryElsewhere("the engine aborted")
+                if opening is Opening.DIED:
+                    raise TryElsewhere("the engine died", died=True)
                 if opening is Opening.ANSWERING:
                     break
         except FAILURES as error:

@@ -6,7 +6,7 @@ import asyncio
 import json
 
 import pytest
-from aiohttp import ClientPayloadError, web
+from aiohttp import ClientConnectionError, ClientPayloadError, web
 from tests.unit.gateway.conftest import Running, Start, eventually, make_config, make_revision
 from tests.unit.gateway.engines import FakeEngine, chat_answer, chat_events, status, stream_of
 
@@ -162,6 +162,22 @@ async def test_running_requests_end_before_the_gateway_does(start: Start, engine
         await asyncio.sleep(0.01)
     assert (await request).endswith(b"data: [DONE]\n\n")
     await stopping
+
+
+async def test_no_request_begins_once_the_gateway_stores_what_is_pending(gateway: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that began then would be cut off a second later."""
+    assert (await gateway.ask())[0] == 200  # leaves a connection
+    refused: list[ClientConnectionError] = []
+
+    async def ask_again(_: float) -> None:
+        try:
+            await gateway.ask()
+        except ClientConnectionError as error:
+            refused.append(error)
+
+    monkeypatch.setattr(gateway.gateway.capture, "flush", ask_again)
+    await gateway.gateway.stop()
+    assert refused
 
 
 async def _whole(gateway: Running) -> bytes:

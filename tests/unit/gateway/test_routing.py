@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import Counter
 
 from aiohttp import web
@@ -11,6 +12,8 @@ from tests.unit.gateway.conftest import Running, Start, eventually, make_config,
 from tests.unit.gateway.engines import FakeEngine, answer, chat_answer, chat_events, status, stream_of
 
 from tuneloop_gateway.contract import REVISION_HEADER
+
+DONE = b"data: [DONE]\n\n"
 
 
 async def test_an_overloaded_or_aborting_replica_is_left_for_another(start: Start, engine: FakeEngine, second_engine: FakeEngine) -> None:
@@ -36,6 +39,51 @@ async def test_a_stream_that_aborts_after_it_began_is_passed_on(gateway: Running
     engine.replies = [stream_of(*events)]
     async with gateway.chat(stream=True) as response:
         assert await response.read() == b"".join(events)
+    assert len(engine.requests) == 1
+
+
+DEATH = {"error": {"message": "EngineCore encountered an issue. See stack trace (above) for the root cause.", "code": 500}}
+"""What vLLM's server says, for a moment, of all requests of an engine process that was killed."""
+
+
+async def test_an_engine_whose_process_died_is_left_for_another(start: Start, engine: FakeEngine, second_engine: FakeEngine) -> None:
+    gateway = await start(endpoints={"svc": (engine.address, second_engine.address)})
+    role = chat_events()[0]
+    for stream, reply in ((False, status(500, DEATH)), (True, stream_of(role, b"data: " + json.dumps(DEATH).encode() + b"\n\n", DONE))):
+        engine.reply, second_engine.replies, engine.requests = reply, [], []
+        while not engine.requests:  # whichever is asked first; for a moment the dead one is left alone
+            async with gateway.chat("again", stream=stream) as response:
+                said = await response.read()
+                assert (response.status, b"echo: " in said, b"EngineCore" in said) == (200, True, False)
+            await asyncio.sleep(0)
+        for endpoint in gateway.gateway.endpoints.ready("svc"):
+            endpoint.down_until = 0
+
+
+async def test_a_request_that_engines_die_of_does_not_go_to_all_of_them(
+    start: Start, engine: FakeEngine, second_engine: FakeEngine
+) -> None:
+    third = await FakeEngine().start()
+    engines = (engine, second_engine, third)
+    gateway = await start(endpoints={"svc": tuple(e.address for e in engines)})
+    for one in engines:
+        one.reply = status(500, DEATH)
+    assert (await gateway.ask())[0] == 503
+    assert sum(len(e.requests) for e in engines) == 2
+    await third.stop()
+
+
+async def test_a_stream_whose_engine_died_after_it_began_ends_with_the_engines_error(gateway: Running, engine: FakeEngine) -> None:
+    event = b"data: " + json.dumps(DEATH).encode() + b"\n\n"
+    engine.replies = [stream_of(*chat_events("be", "gan")[:2], event, DONE)]
+    async with gateway.chat(stream=True) as response:
+        assert event in await response.read()
+    assert len(engine.requests) == 1
+
+
+async def test_an_error_of_the_request_itself_is_not_tried_elsewhere(gateway: Running, engine: FakeEngine) -> None:
+    engine.reply = status(500, {"error": {"message": "It said: EngineCore encountered an issue"}})
+    assert (await gateway.ask())[0] == 500
     assert len(engine.requests) == 1
 
 
