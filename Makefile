@@ -135,6 +135,10 @@ bench-rollout: venv ## how often a good canary is stopped, and how soon a worse 
 bench-gateway: venv ## what the gateway adds to a request, beside LiteLLM and production-stack
 	@$(PY) -m bench.gateway
 
+.PHONY: bench-load
+bench-load: venv postgresql ## 1,000 requests/s through all that ends gateways and engines: how many fail
+	@$(PY) -m bench.load
+
 .PHONY: bench-gateway-limits
 bench-gateway-limits: venv postgresql ## what limits by key, shared in PostgreSQL, add to that
 	@$(PY) -m bench.gateway_limits

@@ -96,7 +96,7 @@ class Pod:
         if self.process.returncode is None:
             self.process.send_signal(number)
         try:
-            await asyncio.wait_for(self.process.wait(), 75)
+            await asyncio.wait_for(self.process.wait(), 80)
         except TimeoutError:
             self.process.kill()
             await self.process.wait()

@@ -34,9 +34,11 @@ class Timing:
     endpoints: float = 1.0
     """Until all have heard of a pod that goes."""
     pre_stop: float = 5.0
-    drain_delay: float = 5.0
+    drain_delay: float = 6.0
     step: float = 2.0
     """Of a canary."""
+    idle: float = 5.0
+    """How long a client keeps a connection that it does not use: httpx' default, hence the `openai` client's."""
 
 
 class Story:
@@ -149,7 +151,7 @@ class Story:
 async def run_load(database_url: str, folder: Path, rate: float, timing: Timing) -> dict[str, Any]:
     """The whole story; the figures of each phase, and of all."""
     rng = random.Random(1)
-    service = Service(rng)
+    service = Service(rng, timing.idle)
     load = Load(service, rate, rng)
     async with ApiServer() as api:
         fleet = Fleet(api, folder, database_url, timing.drain_delay)
@@ -165,8 +167,9 @@ async def run_load(database_url: str, folder: Path, rate: float, timing: Timing)
                 service.begin(name)
                 await event()
                 await asyncio.sleep(timing.settle)
-            await load.finish()
+            load.stopped = True
             await loading
+            await load.finish()
         finally:
             await fleet.close()
     return _summary(service, load)

@@ -1,7 +1,7 @@
 """Who asks in `bench.load`: an open loop of requests to a Service, and what came back, counted phase by phase.
 
-As behind kube-proxy, a new connection goes to any pod that is in the Service's endpoints at that moment, and stays with it. As the
-`openai` client does, a connection that was idle for five seconds is not used again, and nothing is sent twice by the client.
+As behind kube-proxy, a new connection goes to any pod that is in the Service's endpoints at that moment, and stays with it. As with the
+`openai` client, a connection that was idle for a few seconds is not used again. Nothing is sent twice.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from bench.gateway import make_requests, percentile
 from bench.null_engine import STREAM_EVENTS
 
-IDLE_SECONDS = 5.0
 LAST_CHUNK = b"0\r\n\r\n"
 
 
@@ -45,7 +44,8 @@ class Phase:
 class Service:
     """The endpoints that a new connection may go to, the open connections, and the phase that a request counts for."""
 
-    def __init__(self, rng: random.Random) -> None:
+    def __init__(self, rng: random.Random, idle_seconds: float) -> None:
+        self.idle_seconds = idle_seconds
         self.ports: list[int] = []
         self.phases: dict[str, Phase] = {}
         self.phase = Phase()
@@ -104,7 +104,7 @@ class Connection(asyncio.Protocol):
         self.transport: asyncio.Transport = transport  # type: ignore[assignment]  # a TCP transport
 
     def is_usable(self) -> bool:
-        return not self.transport.is_closing() and time.perf_counter() - self._used < IDLE_SECONDS
+        return not self.transport.is_closing() and time.perf_counter() - self._used < self._service.idle_seconds
 
     def send(self, request: bytes, due: float, phase: Phase, *, stream: bool) -> None:
         self._phase, self._due, self._streamed = phase, due, stream
@@ -197,7 +197,6 @@ class Load:
 
     async def finish(self, seconds: float = 60) -> None:
         """Waits for the last answers; what never came has failed."""
-        self.stopped = True
         deadline = time.perf_counter() + seconds
         while self.service.running and time.perf_counter() < deadline:  # noqa: ASYNC110 - a poll disturbs less
             await asyncio.sleep(0.02)

@@ -35,8 +35,9 @@ class Settings:
     """Base URL of the API server; None outside a cluster."""
     wait_seconds: float = 15
     """How long a request waits for a ready replica before it is answered 503."""
-    drain_delay_seconds: float = 5
-    """Between failing readiness and refusing connections, so that endpoints are updated first."""
+    drain_delay_seconds: float = 6
+    """Between failing readiness and refusing connections. Endpoints are updated meanwhile, each answer tells its client to close its
+    connection, and what the `openai` client leaves unused for five seconds it does not use again: then nobody's connection is left."""
     drain_seconds: float = 60
     """How long running requests may take after that."""
 

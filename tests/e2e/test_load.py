@@ -1,6 +1,7 @@
-"""Not one failed request on real pods: vLLM's engines and two gateways on PostgreSQL, through all that ends a pod, asked by the `openai` client.
+"""Not one failed request on real pods: vLLM's engines and two gateways on PostgreSQL, through all that ends a pod.
 
-The clients run on this machine and ask the Service's address, so that kube-proxy chooses for them. They send nothing twice.
+Its clients are those of `openai`. They run on this machine and ask the address of the Service, so that kube-proxy chooses for them, and
+send nothing twice.
 """
 
 from __future__ import annotations

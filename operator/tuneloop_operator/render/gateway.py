@@ -26,8 +26,8 @@ COMPONENT = "gateway"
 CONFIG_KEY = "config.json"
 CONFIG_FOLDER = CONFIG_PATH.rpartition("/")[0]
 DATABASE_FOLDER, _, DATABASE_FILE = DATABASE_URL_PATH.rpartition("/")
-GRACE_SECONDS = 75
-"""Readiness fails, endpoints follow (5 s), running requests end (60 s)."""
+GRACE_SECONDS = 80
+"""Readiness fails, endpoints follow (6 s), running requests end (60 s), what was captured is stored (8 s), the rest ends (5 s)."""
 TOKEN_SECONDS = 3600
 
 
