@@ -53,10 +53,13 @@ class ApiServer:
             queue.put_nowait(_event(item))
         self._watches.append((kind, queue))
         try:
-            while True:
+            while request.transport is not None and not request.transport.is_closing():
                 await response.write(await queue.get())
+        except ConnectionError:
+            pass  # its gateway ended
         finally:
             self._watches.remove((kind, queue))
+        return response
 
     def put(self, kind: str, item: dict[str, Any]) -> None:
         self._objects[kind][item["metadata"]["name"]] = item

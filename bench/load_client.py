@@ -32,7 +32,7 @@ class Phase:
     truncated: int = 0
     """Ended like a whole answer and was none."""
     cut: int = 0
-    """The connection broke within the answer: its client knows."""
+    """The connection broke within the answer, in this phase: its client knows."""
     reasons: Counter[str] = field(default_factory=Counter)
     latencies: list[float] = field(default_factory=list)
 
@@ -150,7 +150,7 @@ class Connection(asyncio.Protocol):
             return
         self._service.running -= 1
         if self._buffer:
-            phase.cut += 1
+            self._service.phase.cut += 1
         else:
             phase.failed += 1
             phase.reasons["connection closed without an answer"] += 1

@@ -102,7 +102,10 @@ class Clients:
                         begun = True
                         reason = (chunk.choices[0].finish_reason if chunk.choices else None) or reason
             except Exception as error:  # noqa: BLE001 - whatever the client sees of it is counted
-                counts["cut" if begun else "failed"] += 1
+                if begun:
+                    self.counts.setdefault(self.phase, Counter())["cut"] += 1  # by what happens now, not by what did when it was asked
+                else:
+                    counts["failed"] += 1
                 print(f"{time.strftime('%H:%M:%S')} {self.phase}: {'cut' if begun else 'failed'}: {error!r:.300}", flush=True)
             else:
                 counts["answered" if reason in ("stop", "length") else "truncated"] += 1

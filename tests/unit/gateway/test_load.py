@@ -17,5 +17,5 @@ async def test_no_request_fails_through_all_that_ends_gateways_and_engines(tmp_p
     assert (result["failed"], result["truncated"]) == (0, 0), result
     cut = {name: phase["cut"] for name, phase in result["phases"].items() if phase["cut"]}
     assert set(cut) <= {"kill -9 of an engine"}, "only what a killed engine had begun to stream may break"
-    assert all(phase["sent"] == phase["answered"] + phase["cut"] for phase in result["phases"].values())
+    assert result["sent"] == sum(phase["answered"] for phase in result["phases"].values()) + result["cut"]
     assert all(phase["streamed"] for phase in result["phases"].values())
