@@ -24,6 +24,9 @@ from bench.fleet import ApiServer, Fleet, Pod
 from bench.gateway_limits import postgresql
 from bench.load_client import Load, Service
 
+SAMPLE_RATE = 0.1
+"""Of the requests that are captured."""
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -62,7 +65,7 @@ class Story:
              "state": "Draining" if not weight else "Candidate" if is_canary and number == 2 else "Stable"}
             for number, weight in enumerate(weights, 1)
         ]  # fmt: skip
-        self._fleet.configure(revisions, **({"window": "r2-1"} if is_canary else {}))
+        self._fleet.configure(revisions, capture={"sampleRate": SAMPLE_RATE}, **({"window": "r2-1"} if is_canary else {}))
 
     async def steady(self) -> None:
         await asyncio.sleep(self._timing.settle)
@@ -98,13 +101,13 @@ class Story:
         self._fleet.route("svc-1", self._fleet.engines["svc-1"])
 
     async def restart_gateways(self) -> None:
-        """One after the other, in its place."""
+        """One after the other; as the Deployment has it, one goes once another one is ready in its place."""
         for gateway in list(self._fleet.gateways):
+            await self._add_gateway(self._fleet.gateway())
             await self._end_gateway(gateway)
-            await self._add_gateway(gateway)
 
     async def evict_every_pod(self) -> None:
-        """In turn. A disruption budget lets one go at a time; another pod is made in its place meanwhile."""
+        """In turn, as the disruption budget has it: one is away until the one that is made in its place is ready."""
         for gateway in list(self._fleet.gateways):
             await asyncio.gather(self._end_gateway(gateway), self._add_gateway(self._fleet.gateway()))
         for engine in list(self._fleet.engines["svc-1"]):
@@ -158,10 +161,11 @@ async def run_load(database_url: str, folder: Path, rate: float, timing: Timing)
         story = Story(fleet, service, timing)
         try:
             await story.begin()
-            service.begin("steady")
+            service.begin("first seconds")
             loading = asyncio.create_task(load.run())
             for name, event in (
-                ("steady", story.steady), ("roll-out", story.roll_out), ("rollback", story.roll_back), ("scale-in", story.scale_in),
+                ("first seconds", story.steady), ("steady", story.steady),
+                ("roll-out", story.roll_out), ("rollback", story.roll_back), ("scale-in", story.scale_in),
                 ("scale-out", story.kill_an_engine), ("gateway restarts", story.restart_gateways), ("evictions", story.evict_every_pod),
             ):  # fmt: skip
                 service.begin(name)
