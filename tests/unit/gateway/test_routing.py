@@ -48,15 +48,15 @@ DEATH = {"error": {"message": "EngineCore encountered an issue. See stack trace 
 
 async def test_an_engine_whose_process_died_is_left_for_another(start: Start, engine: FakeEngine, second_engine: FakeEngine) -> None:
     gateway = await start(endpoints={"svc": (engine.address, second_engine.address)})
+    first = min(engine, second_engine, key=lambda e: e.address)  # of two that are idle it is asked
     role = chat_events()[0]
     for stream, reply in ((False, status(500, DEATH)), (True, stream_of(role, b"data: " + json.dumps(DEATH).encode() + b"\n\n", DONE))):
-        engine.reply, second_engine.replies, engine.requests = reply, [], []
-        while not engine.requests:  # whichever is asked first; for a moment the dead one is left alone
-            async with gateway.chat("again", stream=stream) as response:
-                said = await response.read()
-                assert (response.status, b"echo: " in said, b"EngineCore" in said) == (200, True, False)
-            await asyncio.sleep(0)
+        first.reply, first.requests = reply, []
+        async with gateway.chat("again", stream=stream) as response:
+            said = await response.read()
+        assert (response.status, b"echo: " in said, b"EngineCore" in said, len(first.requests)) == (200, True, False, 1)
         for endpoint in gateway.gateway.endpoints.ready("svc"):
+            assert (endpoint.down_until > 0) == (endpoint.address == first.address), "for a moment it is left alone"
             endpoint.down_until = 0
 
 
