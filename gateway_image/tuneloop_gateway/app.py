@@ -6,15 +6,17 @@ import asyncio
 import logging
 import time
 from collections.abc import Coroutine
+from contextlib import suppress
 from typing import Any
 
 from aiohttp import web
 
+from tuneloop_gateway.access_log import AccessLog
 from tuneloop_gateway.allowances import OwnAllowances, SharedAllowances, is_limited
 from tuneloop_gateway.capture import Capture
 from tuneloop_gateway.cluster import ApiServer, ClusterWatch
 from tuneloop_gateway.configuration import Configuration
-from tuneloop_gateway.contract import ForgetReceipt, ForgetRequest
+from tuneloop_gateway.contract import ForgetReceipt, ForgetRequest, UsageRow
 from tuneloop_gateway.curation import Curation
 from tuneloop_gateway.database import Database, database_url
 from tuneloop_gateway.drift.comparing import Comparing
@@ -23,6 +25,7 @@ from tuneloop_gateway.endpoints import Endpoints
 from tuneloop_gateway.feedback import Feedback
 from tuneloop_gateway.internal import Internal
 from tuneloop_gateway.keys import KeyRing, read_secrets, subject_of
+from tuneloop_gateway.ledger import Ledger
 from tuneloop_gateway.metrics import Metrics
 from tuneloop_gateway.opinions import Opinions
 from tuneloop_gateway.outcomes import Outcomes
@@ -69,9 +72,10 @@ class Gateway:
         self._feedback_key = secrets.feedback_key
         self.allowances = SharedAllowances(self.database) if self.database.is_shared else OwnAllowances()
         feedback = Feedback(configuration, self.curation, self.metrics, secrets.feedback_key, self.outcomes)
+        self.ledger, self.access_log = Ledger(self.database), AccessLog()
         self.public = Public(
             configuration, self.keys, self.proxy, self.capture, feedback, self.monitor, self.metrics, secrets.feedback_key,
-            self.allowances,
+            self.allowances, self.ledger, self.access_log,
         )  # fmt: skip
         state = State(
             configuration, self.endpoints, self.router, self.prober, self.capture, self.monitor, self.curation, settings.pod_uid,
@@ -79,8 +83,8 @@ class Gateway:
         )  # fmt: skip
         opinions = Opinions(self.database, self.keys.anonymous.subject)
         self.internal = Internal(
-            configuration, state, self.curation, opinions, self.monitor, self.metrics, secrets.internal_token, self.forget
-        )
+            configuration, state, self.curation, opinions, self.monitor, self.metrics, secrets.internal_token, self.forget, self._usage,
+        )  # fmt: skip
         self.api = ApiServer(settings.api_server, settings.token_path) if settings.api_server else None
         self._tasks: list[asyncio.Task[None]] = []
         self._public_port: web.AppRunner | None = None
@@ -92,12 +96,16 @@ class Gateway:
         self.capture.forget(subject)
         return await self.retention.forget(subject)
 
+    async def _usage(self, since: str, until: str) -> list[UsageRow]:
+        return await self.ledger.report(since, until, self.keys.name_of)
+
     def _ended(self, exchange: Exchange) -> None:
         self.capture.offer(exchange)
 
     async def start(self) -> None:
         """Opens both ports and starts what runs beside requests."""
-        for work in (self.capture.prepare, self.capture.write, self.retention.run, self.monitor.run, self.prober.run, self._follow_keys):
+        beside = (self.retention.run, self.monitor.run, self.prober.run, self.ledger.run, self.access_log.run, self._follow_keys)
+        for work in (self.capture.prepare, self.capture.write, *beside):
             self._tasks.append(asyncio.create_task(_keep_running(work.__qualname__, work)))
         if isinstance(self.allowances, SharedAllowances) and is_limited(self.configuration.current.limits):
             self._tasks.append(asyncio.create_task(self.allowances.open()))
@@ -150,6 +158,9 @@ class Gateway:
         if time.monotonic() - started >= self.settings.drain_seconds:
             logger.error("Requests that ran for more than %g seconds were cut off at the end.", self.settings.drain_seconds)
         await self.capture.flush(FLUSH_SECONDS)
+        await self.ledger.close()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self.access_log.write(), FLUSH_SECONDS)
         async with self.database.quiet():
             for task in self._tasks:
                 task.cancel()

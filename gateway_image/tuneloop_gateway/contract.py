@@ -29,7 +29,7 @@ TOKEN_PATH = "/var/run/secrets/tuneloop"
 PUBLIC_PORT = 8080
 """/v1/chat/completions, /v1/completions, /v1/models, /v1/feedback, /healthz, /readyz"""
 INTERNAL_PORT = 8081
-"""/internal/state (open), /metrics (open), /internal/export, /internal/labels and /internal/forget (token)"""
+"""/internal/state (open), /metrics (open), /internal/export, /internal/labels, /internal/usage and /internal/forget (token)"""
 ENGINE_PORT = 8000
 ENGINE_PROBES_PATH = "/tuneloop/probes"
 """Answered by the engine's guard (with the engine key): JSON list of the trainer's `Probe` items recorded for its artifact."""
@@ -363,6 +363,22 @@ class ExportRow(Model):
     """Of a Preference: the better and the worse answer."""
 
 
+class UsageRow(Model):
+    """A row of `GET /internal/usage?since=2026-01-01&until=2026-01-31` (NDJSON): what one key used on one day (UTC), over all replicas."""
+
+    day: str
+    key: str | None
+    """The key's name; None where there is no such key any more."""
+    subject: str
+    """The name's pseudonym."""
+    requests: int
+    """Answered, or cut off by the client after the answer began."""
+    failed: int
+    """Not answered, or not to the end, without the client's doing; their tokens are not counted."""
+    prompt_tokens: int
+    completion_tokens: int
+
+
 class ForgetRequest(Model):
     """Body of `POST /internal/forget`: whose rows to delete. One of the two."""
 
@@ -404,6 +420,10 @@ class Metric:
     """counter; + revision"""
     TOKENS = "tuneloop_gateway_tokens"
     """counter; + revision, kind (prompt, completion)"""
+    KEY_REQUESTS = "tuneloop_gateway_key_requests"
+    """counter; + key (name of the API key; `other` beyond 200 of them), outcome (answered, failed)"""
+    KEY_TOKENS = "tuneloop_gateway_key_tokens"
+    """counter; + key, kind (prompt, completion)"""
     REVISION_WEIGHT = "tuneloop_gateway_revision_weight_percent"
     """gauge; + revision, version"""
     PROBE_AGREEMENT = "tuneloop_gateway_probe_agreement_ratio"

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Boolean, Column, Double, Index, Integer, LargeBinary, MetaData, String, Table, Text, event
+from sqlalchemy import BigInteger, Boolean, Column, Double, Index, Integer, LargeBinary, MetaData, String, Table, Text, event
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ProgrammingError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
@@ -105,6 +105,19 @@ allowances = Table(
     Column("tokens_until", Double, nullable=False),
 )
 """What each key has used of its minute: the times (the server's) from which on it has all of it again."""
+
+usage = Table(
+    "usage",
+    metadata,
+    Column("day", String(10), primary_key=True),
+    Column("subject", String(64), primary_key=True),
+    Column("writer", String(32), primary_key=True),
+    Column("requests", BigInteger, nullable=False),
+    Column("failed", BigInteger, nullable=False),
+    Column("prompt_tokens", BigInteger, nullable=False),
+    Column("completion_tokens", BigInteger, nullable=False),
+)
+"""Of one process each: it writes what it counted of a day in all, so that writing it twice changes nothing. The sum over writers counts."""
 
 
 class Unavailable(Exception):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hmac
 import json
 from collections.abc import Awaitable, Callable, Iterable
+from datetime import date
 from typing import Literal
 
 from aiohttp import web
 from pydantic import BaseModel, ValidationError
 
 from tuneloop_gateway.configuration import Configuration
-from tuneloop_gateway.contract import TOKEN_HEADER, ForgetReceipt, ForgetRequest, LabelRow
+from tuneloop_gateway.contract import TOKEN_HEADER, ForgetReceipt, ForgetRequest, LabelRow, UsageRow
 from tuneloop_gateway.curation import Curation
 from tuneloop_gateway.database import Unavailable
 from tuneloop_gateway.drift.monitor import Monitor
@@ -36,9 +37,10 @@ class Internal:
 
     def __init__(
         self, configuration: Configuration, state: State, curation: Curation, opinions: Opinions, monitor: Monitor,
-        metrics: Metrics, token: str,        forget: Callable[[ForgetRequest], Awaitable[ForgetReceipt]],
+        metrics: Metrics, token: str, forget: Callable[[ForgetRequest], Awaitable[ForgetReceipt]],
+        usage: Callable[[str, str], Awaitable[list[UsageRow]]],
     ) -> None:  # fmt: skip
-        self._configuration, self._state, self._forget = configuration, state, forget
+        self._configuration, self._state, self._forget, self._usage = configuration, state, forget, usage
         self._curation, self._opinions = curation, opinions
         self._monitor, self._metrics, self._token = monitor, metrics, token.encode()
 
@@ -49,6 +51,7 @@ class Internal:
         app.router.add_get("/internal/export", self._guarded(self.export))
         app.router.add_get("/internal/labels", self._guarded(self.sample))
         app.router.add_post("/internal/labels", self._guarded(self.label))
+        app.router.add_get("/internal/usage", self._guarded(self.usage))
         app.router.add_post("/internal/forget", self._guarded(self.forget))
         return app
 
@@ -107,6 +110,10 @@ class Internal:
         receipt = await self._curation.add_labels(rows, self._monitor.epoch)
         return web.Response(body=receipt.model_dump_json(by_alias=True).encode(), content_type="application/json")
 
+    async def usage(self, request: web.Request) -> web.StreamResponse:
+        since, until = (_day(request, name) for name in ("since", "until"))
+        return _ndjson(await self._usage(since, until))
+
     async def forget(self, request: web.Request) -> web.StreamResponse:
         try:
             whose = ForgetRequest.model_validate_json(await read_body(request, MAX_FORGET_BYTES))
@@ -143,3 +150,14 @@ def _number(request: web.Request, name: str, default: int, most: int) -> int:
 def _ndjson(rows: Iterable[BaseModel]) -> web.Response:
     lines = [json.dumps(row.model_dump(mode="json", by_alias=True, exclude_none=True), ensure_ascii=False) + "\n" for row in rows]
     return web.Response(body="".join(lines).encode("utf-8", "replace"), headers={"Content-Type": NDJSON})
+
+
+def _day(request: web.Request, name: str) -> str:
+    """Raises Refused 400."""
+    given = request.query.get(name, "")
+    try:
+        if date.fromisoformat(given).isoformat() == given:
+            return given
+    except ValueError:
+        pass
+    raise invalid(f"'{name}' must be a day, as in 2026-01-31.", name)

@@ -22,6 +22,7 @@ class Caller:
     subject: str
     reviewer: bool = False
     known: bool = False
+    name: str = ANONYMOUS
 
 
 @dataclass(frozen=True)
@@ -70,13 +71,19 @@ class KeyRing:
                     key = file.read(MAX_KEY_BYTES).strip()
                 if key:
                     reviewer = path.name.startswith(REVIEWER_PREFIX)
-                    callers[self._digest(key)] = Caller(subject_of(path.name, self._feedback_key), reviewer, known=True)
+                    callers[self._digest(key)] = Caller(subject_of(path.name, self._feedback_key), reviewer, known=True, name=path.name)
         except FileNotFoundError:
             pass
         except OSError as error:
             logger.warning("Cannot read the API keys: %s.", error.strerror)
             return
         self._callers = callers
+
+    def name_of(self, subject: str) -> str | None:
+        """Whose pseudonym it is; None where there is no such key any more."""
+        if subject == self.anonymous.subject:
+            return ANONYMOUS
+        return next((caller.name for caller in self._callers.values() if caller.subject == subject), None)
 
     def _digest(self, key: bytes) -> bytes:
         return hmac.digest(self._salt, key, "sha256")

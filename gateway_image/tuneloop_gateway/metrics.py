@@ -8,12 +8,14 @@ from tuneloop_gateway.contract import DriftReport, DriftStatus, GatewayConfig, G
 
 disable_created_metrics()  # type: ignore[no-untyped-call]
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+MAX_KEYS = 200
+"""With series of their own: a Secret may hold many more."""
 COUNTED = {"requests", "errors", "answers", "empty", "refused", "repetitive", "cut_short", "up", "down"}
 OWN = ("namespace", "deployment")
 
 
 class Metrics:
-    """One registry for one deployment. Never labelled with what users say or who they are."""
+    """One registry for one deployment. Never labelled with what users say, nor with their keys: at most with the names of those."""
 
     def __init__(self, namespace: str, deployment: str) -> None:
         self.registry = CollectorRegistry()
@@ -37,6 +39,8 @@ class Metrics:
         self._held = gauge(Metric.HELD, "Requests that wait for a ready engine.")
         self._retries = counter(Metric.RETRIES, "Attempts that were repeated on another replica before the first byte.", "revision")
         self._tokens = counter(Metric.TOKENS, "Tokens that engines reported.", "revision", "kind")
+        self._key_requests = counter(Metric.KEY_REQUESTS, "Requests by API key.", "key", "outcome")
+        self._key_tokens = counter(Metric.KEY_TOKENS, "Tokens of answers by API key.", "key", "kind")
         self._weight = gauge(Metric.REVISION_WEIGHT, "Share of the traffic a revision is given.", "revision", "version")
         self._agreement = gauge(Metric.PROBE_AGREEMENT, "Share of the probes answered as the evaluator did.", "revision")
         self._captured = counter(Metric.CAPTURED, "Requests stored.")
@@ -63,6 +67,7 @@ class Metrics:
         self._captured.labels(**self.own)
         self._feedback_series()
         self._children: dict[tuple[str, ...], Counter] = {}
+        self._accounts: dict[str, tuple[Counter, Counter, Counter, Counter]] = {}
         self._timers: dict[str, tuple[Histogram, Histogram, Histogram]] = {}
 
     def _feedback_series(self) -> None:
@@ -103,6 +108,28 @@ class Metrics:
             if child is None:
                 child = self._children[key] = self._tokens.labels(**self.own, revision=revision, kind=kind)
             child.inc(amount)
+
+    def _account(self, key: str) -> tuple[Counter, Counter, Counter, Counter]:
+        account = self._accounts.get(key)
+        if account is None:
+            if len(self._accounts) >= MAX_KEYS and key != "other":
+                return self._account("other")
+            own = {**self.own, "key": key}
+            answered, failed = (self._key_requests.labels(**own, outcome=outcome) for outcome in ("answered", "failed"))
+            prompt, completion = (self._key_tokens.labels(**own, kind=kind) for kind in ("prompt", "completion"))
+            account = self._accounts[key] = (answered, failed, prompt, completion)
+        return account
+
+    def used(self, key: str, prompt: int, completion: int) -> None:
+        """One request of a key that was answered."""
+        account = self._account(key)
+        account[0].inc()
+        account[2].inc(prompt)
+        account[3].inc(completion)
+
+    def failed(self, key: str) -> None:
+        """One request of a key that was not, or not to the end."""
+        self._account(key)[1].inc()
 
     def captured(self, rows: int) -> None:
         self._captured.labels(**self.own).inc(rows)

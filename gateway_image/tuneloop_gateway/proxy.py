@@ -17,7 +17,7 @@ from tuneloop_gateway.answers import Opening, StreamStart, is_abort, is_death, r
 from tuneloop_gateway.configuration import Configuration
 from tuneloop_gateway.contract import REVISION_HEADER
 from tuneloop_gateway.endpoints import DOWN_SECONDS, Endpoint
-from tuneloop_gateway.errors import Refused, render_error
+from tuneloop_gateway.errors import Refused
 from tuneloop_gateway.inbound import Inbound
 from tuneloop_gateway.metrics import Metrics
 from tuneloop_gateway.routing import RETRY_AFTER_SECONDS, Router, Target
@@ -330,8 +330,3 @@ class Proxy:
             exchange.finish_reason = "broken"  # a stream that says nothing of its end was cut
         exchange.tokens = (answer.prompt_tokens, answer.completion_tokens)
         self._ended(exchange)
-
-
-def refuse(request_id: str, error: Refused) -> web.Response:
-    """A refusal that carries the request's id."""
-    return render_error(error, {"x-request-id": request_id})

@@ -11,11 +11,13 @@ from sqlalchemy import ColumnElement, Table, delete, or_, select, tuple_
 
 from tuneloop_gateway.configuration import Configuration
 from tuneloop_gateway.contract import ForgetReceipt
-from tuneloop_gateway.database import Database, Unavailable, allowances, captured, corrections, feedback, labels
+from tuneloop_gateway.database import Database, Unavailable, allowances, captured, corrections, feedback, labels, usage
 from tuneloop_gateway.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 CURATED_DAYS = 180
+USAGE_DAYS = 400
+"""Of what keys used: a year and the month in which it is accounted for."""
 SWEEP_SECONDS = 3600.0
 STEP_ROWS = 500
 DAY = 86400.0
@@ -40,12 +42,13 @@ class Retention:
             await asyncio.sleep(SWEEP_SECONDS)
 
     async def sweep(self, now: float) -> int:
-        """Raw rows and votes after the configured days, curated rows (which hold their own copy of a text) after 180."""
+        """Raw rows and votes after the configured days, curated rows (which hold their own copy of a text) after 180, usage after 400."""
         raw = now - self._configuration.current.capture.retention_days * DAY
         gone = await self._delete(captured, captured.c.captured_at < raw, "retention")
         gone += await self._delete(feedback, feedback.c.updated_at < raw, "retention")
         for table in (labels, corrections):
             gone += await self._delete(table, table.c.updated_at < now - CURATED_DAYS * DAY, "retention")
+        await self._delete(usage, usage.c.day < time.strftime("%Y-%m-%d", time.gmtime(now - USAGE_DAYS * DAY)), None)
         await self._delete(allowances, (allowances.c.requests_until < now - DAY) & (allowances.c.tokens_until < now - DAY), None)
         return gone
 

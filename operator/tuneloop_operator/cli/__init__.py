@@ -1,4 +1,4 @@
-"""The `tuneloop` command: render, estimate, crds, label export and import, forget. Results go to stdout, everything else to stderr."""
+"""The `tuneloop` command: render, estimate, crds, label export and import, forget, usage. Results to stdout, the rest to stderr."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from tuneloop_operator.cli import estimating, forgetting, generation, labels, rendering
+from tuneloop_operator.cli import estimating, forgetting, generation, labels, rendering, usage
 from tuneloop_operator.cli.errors import Failure
 
 
@@ -35,5 +35,6 @@ def parser() -> argparse.ArgumentParser:
     generation.add_to(commands)
     labels.add_to(commands)
     forgetting.add_to(commands)
+    usage.add_to(commands)
     estimating.add_to(commands)
     return top

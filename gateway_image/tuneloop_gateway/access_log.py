@@ -1,0 +1,89 @@
+"""One line of JSON on standard output for each request: who, what became of it, how long it took. Never what was said."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import TextIO
+
+from tuneloop_gateway.proxy import Exchange
+
+logger = logging.getLogger(__name__)
+WRITE_SECONDS = 0.5
+MAX_LINES = 20_000
+"""Lines that wait to be written; where nobody reads them, more are dropped and counted."""
+
+
+@dataclass
+class Entry:
+    """A request on its way. `exchange` is there from when it was found to be one for an engine."""
+
+    request_id: str
+    route: str
+    """A path of ours, with `{}` where the client's own part is."""
+    key: str = ""
+    """Name of the API key."""
+    status: int = 499
+    """What it is where the client went away before anything was said."""
+    error: str = ""
+    exchange: Exchange | None = None
+    started: float = field(default_factory=time.perf_counter)
+
+    def line(self) -> str:
+        exchange = self.exchange
+        said: dict[str, object] = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "requestId": self.request_id, "route": self.route, "key": self.key,
+            "status": self.status, "seconds": round(time.perf_counter() - self.started, 4),
+        }  # fmt: skip
+        if self.error:
+            said["error"] = self.error
+        if exchange is not None:
+            said |= {"stream": exchange.inbound.stream, "revision": exchange.revision, "version": exchange.version}
+            said |= {"finishReason": exchange.finish_reason, "promptTokens": exchange.tokens[0], "completionTokens": exchange.tokens[1]}
+            if exchange.first_at:
+                said["firstByteSeconds"] = round(exchange.first_at - exchange.started, 4)
+        return json.dumps(said, separators=(",", ":"))
+
+
+class AccessLog:
+    """Lines are gathered and written by another thread: a reader that is slow holds no request up."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream, self._lines, self._dropped = stream, list[str](), 0
+        self._turn = asyncio.Lock()
+
+    def add(self, entry: Entry) -> None:
+        if len(self._lines) < MAX_LINES:
+            self._lines.append(entry.line())
+        else:
+            self._dropped += 1
+
+    async def run(self) -> None:
+        """Runs for ever."""
+        while True:
+            await asyncio.sleep(WRITE_SECONDS)
+            await self.write()
+
+    async def write(self) -> None:
+        """All that wait. Lines of a stream that is broken are lost, and counted in the next that is written."""
+        async with self._turn:
+            lines, self._lines = self._lines, []
+            if self._dropped:
+                lines.append(json.dumps({"droppedLines": self._dropped}))
+            if not lines:
+                return
+            told, self._dropped = self._dropped, 0
+            try:
+                await asyncio.to_thread(self._put, "\n".join(lines) + "\n")
+            except (OSError, ValueError) as error:
+                self._dropped += told + len(lines) - bool(told)
+                logger.warning("Lines of the access log could not be written: %s.", type(error).__name__)
+
+    def _put(self, text: str) -> None:
+        stream = self._stream or sys.stdout
+        stream.write(text)
+        stream.flush()
