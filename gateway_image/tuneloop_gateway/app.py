@@ -12,6 +12,7 @@ from typing import Any
 from aiohttp import web
 
 from tuneloop_gateway.access_log import AccessLog
+from tuneloop_gateway.adapters import Adapters
 from tuneloop_gateway.allowances import OwnAllowances, SharedAllowances, is_limited
 from tuneloop_gateway.capture import Capture
 from tuneloop_gateway.cluster import ApiServer, ClusterWatch
@@ -63,6 +64,7 @@ class Gateway:
         self.router = Router(configuration, self.endpoints, settings.wait_seconds)
         self.outcomes = Outcomes(configuration)
         self.proxy = Proxy(configuration, self.router, self.metrics, secrets.engine_key, self._ended, self.outcomes)
+        self.adapters = Adapters(configuration, self.endpoints, self.proxy.session, secrets.engine_key)
         self.prober = Prober(configuration, self.endpoints, self.router, self.proxy.session, secrets.engine_key)
         comparing = Comparing(configuration, self.prober.training_inputs)
         self.monitor = Monitor(configuration, self.database, settings.pod_uid, comparing)
@@ -79,7 +81,7 @@ class Gateway:
         )  # fmt: skip
         state = State(
             configuration, self.endpoints, self.router, self.prober, self.capture, self.monitor, self.curation, settings.pod_uid,
-            self.outcomes,
+            self.outcomes, self.adapters,
         )  # fmt: skip
         opinions = Opinions(self.database, self.keys.anonymous.subject)
         self.internal = Internal(
@@ -104,7 +106,10 @@ class Gateway:
 
     async def start(self) -> None:
         """Opens both ports and starts what runs beside requests."""
-        beside = (self.retention.run, self.monitor.run, self.prober.run, self.ledger.run, self.access_log.run, self._follow_keys)
+        beside = (
+            self.retention.run, self.monitor.run, self.adapters.run, self.prober.run, self.ledger.run, self.access_log.run,
+            self._follow_keys,
+        )  # fmt: skip
         for work in (self.capture.prepare, self.capture.write, *beside):
             self._tasks.append(asyncio.create_task(_keep_running(work.__qualname__, work)))
         if isinstance(self.allowances, SharedAllowances) and is_limited(self.configuration.current.limits):

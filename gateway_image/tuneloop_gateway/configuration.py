@@ -85,5 +85,10 @@ class Configuration:
             self.load()
 
 
+def adapter_of(revision: Revision) -> str:
+    """Name of the adapter that a replica must have to answer for it; "" where the engine is the model."""
+    return revision.model_id if revision.adapter is not None else ""
+
+
 def takes_traffic(revision: Revision) -> bool:
     return revision.state is not RevisionState.DRAINING and revision.weight > 0

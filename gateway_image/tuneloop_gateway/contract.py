@@ -36,6 +36,8 @@ ENGINE_PROBES_PATH = "/tuneloop/probes"
 ENGINE_REFERENCE_PATH = "/tuneloop/reference"
 """Likewise: JSON list of texts, a sample of the inputs that its artifact was trained on."""
 ENGINE_VERSION_PATH = "/version"
+ENGINE_ADAPTERS_PATH = "/tuneloop/adapters"
+"""PUT to the engine's guard (with the engine key) what adapters this replica shall have (`WantedAdapters`); it answers `LoadedAdapters`."""
 FEEDBACK_HEADER = "x-tuneloop-feedback"
 REVISION_HEADER = "x-tuneloop-revision"
 SESSION_HEADER = "x-tuneloop-session"
@@ -77,6 +79,43 @@ class Prompt(Model):
     max_tokens: int | None = None
 
 
+MAX_ADAPTERS = 32
+"""Of one replica; what drained first is left out beyond."""
+
+
+class Adapter(Model):
+    """A LoRA adapter that the replicas of a shared engine load while they run. Paths are those in the engine's pod."""
+
+    path: str = Field(max_length=4096)
+    digest: str = Field(max_length=80)
+    """Of its manifest: compared, and every file with the manifest, before the engine reads it."""
+    probes: str | None = Field(default=None, max_length=4096)
+    """File of the probe items recorded for it."""
+    reference: str | None = Field(default=None, max_length=4096)
+    """File of a sample of the inputs that it was trained on."""
+
+
+class NamedAdapter(Adapter):
+    name: str = Field(max_length=253)
+    """What the engine calls it: another name for other bytes, so that nothing cached of one is used for another."""
+
+
+class WantedAdapters(Model):
+    """All that a replica shall have: what is missing is verified and loaded, what is not named is unloaded."""
+
+    generation: int
+    """Of the gateway's configuration: who has an older one changes nothing."""
+    adapters: tuple[NamedAdapter, ...] = Field(max_length=MAX_ADAPTERS)
+
+
+class LoadedAdapters(BaseModel):
+    """What the replica has, by its engine's own /v1/models. Open: an engine keeps the guard of the release that made it."""
+
+    loaded: tuple[str, ...] = ()
+    errors: dict[str, str] = {}
+    """Name -> why it could not be loaded: what the verification found, or the engine's own sentence."""
+
+
 class RevisionState(StrEnum):
     CANDIDATE = "Candidate"
     """Probed and warmed up; takes no user traffic unless its weight says so."""
@@ -96,6 +135,8 @@ class Revision(Model):
     """The engine's Service; its EndpointSlices are the replicas. The host `<service>.<namespace>.svc` is the fallback."""
     model_id: str
     """What to send as `model` to the engine."""
+    adapter: Adapter | None = None
+    """Set where the engine is shared: only replicas that say they have it are asked."""
     prompt: Prompt = Prompt()
     state: RevisionState
     weight: Annotated[int, Field(ge=0, le=100)]
@@ -218,11 +259,13 @@ class Outcomes(Model):
 class RevisionReport(Model):
     name: str
     endpoints: int
-    """Ready replicas that the gateway sees."""
+    """Ready replicas that the gateway sees; of a revision with an adapter, those that have it."""
+    load_error: str = Field(default="", max_length=600)
+    """Why a replica could not load the revision's adapter; "" where none said so."""
     warm: bool = False
     """A warm-up prompt was answered."""
     warm_up_seconds: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    """It took so long."""
+    """It took so long, on the replica that took longest."""
     prompt_error: str = Field(default="", max_length=300)
     """Why the revision's prompt cannot be used at all; "" where it can."""
     probe: ProbeState = ProbeState(status="Pending")

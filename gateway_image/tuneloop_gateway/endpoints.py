@@ -21,6 +21,8 @@ class Endpoint:
     address: str
     in_flight: int = 0
     down_until: float = 0.0
+    adapters: frozenset[str] = frozenset()
+    """Those that it said it has."""
 
 
 @dataclass
@@ -44,6 +46,10 @@ def parse_slice(item: Mapping[str, Any]) -> tuple[str, str, frozenset[str]]:
     return metadata["name"], (metadata.get("labels") or {}).get(SERVICE_LABEL, ""), frozenset(addresses)
 
 
+def _has(endpoint: Endpoint, adapter: str) -> bool:
+    return not adapter or adapter in endpoint.adapters
+
+
 class Endpoints:
     """Ready replicas by service. Static, or kept by the watch of EndpointSlices; a service's DNS name until that was heard."""
 
@@ -65,20 +71,26 @@ class Endpoints:
             return (self._fallback(service),)
         return self._by_service.get(service, {}).values()
 
-    def choices(self, service: str, avoid: Collection[Endpoint], now: float) -> list[Endpoint]:
-        """Replicas not in `avoid`, those that are up if any is; the Service's DNS name where all are down and the API server is silent."""
-        fresh = [e for e in self.ready(service) if e not in avoid]
+    def addresses(self, service: str) -> list[Endpoint]:
+        """All that may be asked what they have: the replicas, and the Service's DNS name while the API server is silent."""
+        silent = self._synced and not self.connected
+        return [*self.ready(service), *([self._fallback(service)] if silent else [])]
+
+    def choices(self, service: str, avoid: Collection[Endpoint], now: float, adapter: str = "") -> list[Endpoint]:
+        """Replicas not in `avoid`, those that are up if any is; the Service's DNS name where all are down and the API server is silent.
+        With an adapter: only such as have it."""
+        fresh = [e for e in self.ready(service) if e not in avoid and _has(e, adapter)]
         up = [e for e in fresh if e.down_until <= now]
         if up:
             return up
         if self._synced and not self.connected:
             fallback = self._fallback(service)
-            if fallback not in avoid and fallback.down_until <= now:
+            if fallback not in avoid and fallback.down_until <= now and _has(fallback, adapter):
                 return [fallback]
         return fresh
 
-    def least_busy(self, service: str, avoid: Collection[Endpoint], now: float) -> Endpoint | None:
-        return min(self.choices(service, avoid, now), key=lambda e: e.in_flight, default=None)
+    def least_busy(self, service: str, avoid: Collection[Endpoint], now: float, adapter: str = "") -> Endpoint | None:
+        return min(self.choices(service, avoid, now, adapter), key=lambda e: e.in_flight, default=None)
 
     def _fallback(self, service: str) -> Endpoint:
         address = f"{service}.{self._namespace}.svc:{ENGINE_PORT}"

@@ -1,13 +1,15 @@
 """Guards an engine: a key on every path but two, an allow-list of paths, the recorded probes, a `/health` that tells when the engine
-stands still; and verifies a model before it is loaded.
+stands still; and verifies a model before it is loaded, an adapter also while the engine runs.
 
 One file that needs nothing but the standard library: it is mounted into the engine's image and used as
 `--middleware engine_guard.Guard` (vLLM's own key leaves inference paths open) and, before the engine starts, as
-`python3 engine_guard.py verify <model folder> <sha256:digest> [<base folder> <sha256:digest>]`.
+`python3 engine_guard.py verify <model folder> <sha256:digest> [<base folder> <sha256:digest>]`; of an engine for adapters, `verify-base`
+with its base. Revisions that an earlier release made are run with this file too.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import json
@@ -16,8 +18,10 @@ import re
 import sys
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import parse_qs
 
 KEY_FILE_VARIABLE = "TUNELOOP_ENGINE_KEY_FILE"
 PROBES_FILE_VARIABLE = "TUNELOOP_PROBES_FILE"
@@ -25,6 +29,9 @@ OPEN_PATHS = {("GET", "/health"), ("GET", "/metrics")}
 REFERENCE_FILE_VARIABLE = "TUNELOOP_REFERENCE_FILE"
 PROBES_PATH = "/tuneloop/probes"
 REFERENCE_PATH = "/tuneloop/reference"
+ADAPTERS_PATH = "/tuneloop/adapters"
+MODELS_FOLDER = Path("/volumes")
+"""Where claims are mounted, for reading alone: nothing outside is verified, loaded or shown."""
 GENERATING_PATHS = {"/v1/chat/completions", "/v1/completions"}
 ALLOWED_PATHS = {*GENERATING_PATHS, "/v1/models", "/tokenize", "/version"}
 MANIFEST = "manifest.json"
@@ -34,6 +41,9 @@ BASE_FILES = (".safetensors", ".json", ".jinja", ".txt", ".model", ".tiktoken")
 """What the trainer's digest of a base model is made of; files below subfolders are left out."""
 MAX_MANIFEST_BYTES = 16 << 20
 MAX_RECORDED_BYTES = 2 << 20
+MAX_WANTED_BYTES = 1 << 20
+MAX_ADAPTERS = 32
+MAX_ERROR = 500
 
 Scope = MutableMapping[str, Any]  # the three shapes of ASGI
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -47,6 +57,7 @@ class Guard:
     def __init__(self, app: App, clock: Callable[[], float] = time.monotonic) -> None:
         self._app = app
         self._vigil = Vigil(clock)
+        self._adapters = Adapters(app)
         self._key_file = os.environ.get(KEY_FILE_VARIABLE)
         self._recorded = {
             PROBES_PATH: os.environ.get(PROBES_FILE_VARIABLE),
@@ -67,6 +78,8 @@ class Guard:
             await _answer(send, 401, b'{"error":"unauthorized"}')
         elif scope["path"] in self._recorded:
             await self._answer_recorded(scope, send)
+        elif (scope["method"], scope["path"]) == ("PUT", ADAPTERS_PATH):
+            await self._answer_adapters(scope, receive, send)
         elif scope["path"] in GENERATING_PATHS:
             await self._vigil.attend(self._app, scope, receive, send)
         elif scope["path"] in ALLOWED_PATHS:
@@ -84,11 +97,39 @@ class Guard:
         return hmac.compare_digest(given[0], b"Bearer " + key)
 
     async def _answer_recorded(self, scope: Scope, send: Send) -> None:
-        body = _read(self._recorded[scope["path"]], MAX_RECORDED_BYTES) if scope["method"] == "GET" else None
+        path = self._recorded[scope["path"]]
+        if asked := parse_qs(scope.get("query_string", b"").decode("latin-1")).get("model"):
+            recorded = self._adapters.recorded(asked[0])
+            if recorded is None:  # another answer than "it has none": it may have been loaded before this process started
+                await _answer(send, 409, b'{"error":"this adapter is not loaded here"}')
+                return
+            path = recorded[scope["path"]]
+        body = _read(path, MAX_RECORDED_BYTES) if scope["method"] == "GET" else None
         if body is None:
             await _answer(send, 404, b'{"error":"nothing of this kind is recorded for this model"}')
         else:
             await _answer(send, 200, body)
+
+    async def _answer_adapters(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            generation, wanted = parse_wanted(await _body(receive, MAX_WANTED_BYTES))
+        except ValueError as error:
+            await _answer(send, 400, json.dumps({"error": str(error)}).encode())
+            return
+        loaded, errors = await self._adapters.follow(scope, generation, wanted)
+        await _answer(send, 200, json.dumps({"loaded": loaded, "errors": errors}).encode())
+
+
+async def _body(receive: Receive, limit: int) -> bytes:
+    """Raises ValueError where there is more."""
+    body = bytearray()
+    while True:
+        message = await receive()
+        body.extend(message.get("body", b""))
+        if len(body) > limit or message["type"] != "http.request":
+            raise ValueError(f"the body has to be at most {limit} bytes")
+        if not message.get("more_body"):
+            return bytes(body)
 
 
 def _read(path: str | None, limit: int) -> bytes | None:
@@ -120,6 +161,134 @@ async def _refuse(scope: Scope, send: Send) -> None:
         await send({"type": "websocket.http.response.body", "body": b""})
     else:
         await send({"type": "websocket.close", "code": 1008})
+
+
+async def _call(app: App, scope: Scope, method: str, path: str, content: bytes = b"") -> tuple[int, bytes]:
+    """(status, body) of the engine's own answer to a request that nobody sent."""
+    status, body = 500, bytearray()
+
+    async def receive() -> MutableMapping[str, Any]:
+        return {"type": "http.request", "body": content, "more_body": False}
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        nonlocal status
+        status = message.get("status", status)
+        body.extend(message.get("body", b""))
+
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())] if content else []
+    own = {"method": method, "path": path, "raw_path": path.encode(), "query_string": b"", "headers": headers}
+    await app({**scope, **own}, receive, send)
+    return status, bytes(body)
+
+
+# --- adapters --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """An adapter that this process is to have."""
+
+    name: str
+    path: str
+    digest: str
+    probes: str | None
+    reference: str | None
+
+
+def parse_wanted(raw: bytes) -> tuple[int, list[Wanted]]:
+    """(generation, adapters). Raises ValueError, with a sentence."""
+    try:
+        given = json.loads(raw)
+        fields = [[one["name"], one["path"], one["digest"], one.get("probes"), one.get("reference")] for one in given["adapters"]]
+        generation = given["generation"]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise ValueError("the body has to be {generation, adapters: [{name, path, digest, probes, reference}]}") from None
+    if not isinstance(generation, int) or len(fields) > MAX_ADAPTERS:
+        raise ValueError(f"the generation has to be a number, and the adapters at most {MAX_ADAPTERS}")
+    for name, path, digest, *recorded in fields:
+        if not all(isinstance(text, str) and text for text in (name, path, digest)):
+            raise ValueError("name, path and digest have to be texts")
+        if not all(text is None or isinstance(text, str) for text in recorded):
+            raise ValueError("probes and reference have to be paths")
+        _inside(path)
+    return generation, [Wanted(*one) for one in fields]
+
+
+def _inside(path: str) -> Path:
+    """Raises ValueError for what lies outside of the mounted claims."""
+    found = Path(path)
+    if "\0" in path or not found.is_absolute() or not found.resolve().is_relative_to(MODELS_FOLDER):
+        raise ValueError(f"a path has to lie below {MODELS_FOLDER}")
+    return found
+
+
+class Adapters:
+    """Has the engine load what is wanted, each verified before, through its own endpoints, which the guard closes to everybody else.
+
+    What is loaded is asked of the engine each time: nothing here outlives it, and nothing of it is guessed.
+    """
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+        self._lock = asyncio.Lock()
+        self._generation = 0
+        self._wanted: dict[str, Wanted] = {}
+
+    def recorded(self, name: str) -> dict[str, str | None] | None:
+        """The files recorded with an adapter; None where it is not one of those that are wanted."""
+        wanted = self._wanted.get(name)
+        if wanted is None:
+            return None
+        files = {PROBES_PATH: wanted.probes, REFERENCE_PATH: wanted.reference}
+        return {path: file if file is not None and _is_inside(file) else None for path, file in files.items()}
+
+    async def follow(self, scope: Scope, generation: int, wanted: list[Wanted]) -> tuple[list[str], dict[str, str]]:
+        """(those that the engine has, why others could not be loaded). One at a time; an older generation changes nothing."""
+        async with self._lock:
+            errors: dict[str, str] = {}
+            if generation >= self._generation:
+                self._generation, self._wanted = generation, {one.name: one for one in wanted}
+                present = await self._listed(scope)
+                for name in present - self._wanted.keys():
+                    await self._tell(scope, "/v1/unload_lora_adapter", {"lora_name": name})
+                for one in wanted:
+                    if one.name not in present and (error := await self._load(scope, one)):
+                        print(f"The adapter {one.name} was not loaded: {error}", file=sys.stderr, flush=True)
+                        errors[one.name] = error[:MAX_ERROR]
+            return sorted(await self._listed(scope)), errors
+
+    async def _load(self, scope: Scope, wanted: Wanted) -> str:
+        """Why it could not be loaded; "" where it was."""
+        try:
+            await asyncio.to_thread(verify, _inside(wanted.path), wanted.digest)
+        except (Mismatch, OSError, ValueError) as error:
+            return f"The adapter in {wanted.path} is refused: {error}"
+        return await self._tell(scope, "/v1/load_lora_adapter", {"lora_name": wanted.name, "lora_path": wanted.path})
+
+    async def _tell(self, scope: Scope, path: str, body: dict[str, str]) -> str:
+        """The engine's own sentence where it refuses; "" where it obeys."""
+        status, raw = await _call(self._app, scope, "POST", path, json.dumps(body).encode())
+        if status == 200:
+            return ""
+        try:
+            return str(json.loads(raw)["error"]["message"])
+        except (ValueError, TypeError, KeyError):
+            return f"{path} was answered {status}."
+
+    async def _listed(self, scope: Scope) -> set[str]:
+        """Adapters by the engine's own list of models: those that have a parent."""
+        status, raw = await _call(self._app, scope, "GET", "/v1/models")
+        try:
+            return {str(model["id"]) for model in json.loads(raw)["data"] if model.get("parent")}
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise RuntimeError(f"the engine's list of models was answered {status}") from None
+
+
+def _is_inside(path: str) -> bool:
+    try:
+        return bool(_inside(path))
+    except ValueError:
+        return False
 
 
 # --- an engine that stands still ------------------------------------------------
@@ -192,16 +361,8 @@ class Vigil:
 
 async def _progress(app: App, scope: Scope) -> bytes | None:
     """A digest of what the engine's steps move; None where its metrics do not tell: nobody is ended for want of evidence."""
-    body = bytearray()
-
-    async def receive() -> MutableMapping[str, Any]:
-        return {"type": "http.request", "body": b"", "more_body": False}
-
-    async def send(message: MutableMapping[str, Any]) -> None:
-        body.extend(message.get("body", b""))
-
     try:
-        await app({**scope, "path": "/metrics", "raw_path": b"/metrics", "query_string": b"", "headers": []}, receive, send)
+        _, body = await _call(app, scope, "GET", "/metrics")
     except Exception:  # noqa: BLE001 - whatever it was, it is no evidence
         return None
     lines = [line for line in body.splitlines() if line.startswith(b"vllm:") and not line.startswith(NO_STEPS)]
@@ -309,13 +470,19 @@ def _sha256(file: Path) -> str:
     return state.hexdigest()
 
 
+USAGE = """usage: engine_guard.py verify <model folder> <sha256:digest> [<base folder> <sha256:digest>]
+       engine_guard.py verify-base <base folder> <sha256:digest>"""
+
+
 def main(arguments: list[str]) -> int:
-    if len(arguments) not in (3, 5) or arguments[0] != "verify":
-        print("usage: engine_guard.py verify <model folder> <sha256:digest> [<base folder> <sha256:digest>]", file=sys.stderr)
+    model, base = ("model", verify), ("base model", verify_base)
+    checks = {("verify", 3): (model,), ("verify", 5): (model, base), ("verify-base", 3): (base,)}.get(
+        (arguments[0] if arguments else "", len(arguments))
+    )
+    if checks is None:
+        print(USAGE, file=sys.stderr)
         return 2
-    checks = (("model", verify, arguments[1:3]), ("base model", verify_base, arguments[3:5]))
-    for what, check, given in checks[: len(arguments) // 2]:
-        folder, digest = given
+    for (what, check), folder, digest in zip(checks, arguments[1::2], arguments[2::2], strict=True):
         try:
             files = check(Path(folder), digest)
         except (Mismatch, OSError) as error:

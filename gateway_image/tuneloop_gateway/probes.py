@@ -7,14 +7,17 @@ import json
 import logging
 import random
 import time
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 
 import aiohttp
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from tuneloop_gateway.answers import ABORT, read_answer
 from tuneloop_gateway.canonical import normalise
-from tuneloop_gateway.configuration import Configuration
+from tuneloop_gateway.configuration import Configuration, adapter_of
 from tuneloop_gateway.contract import (
     ENGINE_PROBES_PATH,
     ENGINE_REFERENCE_PATH,
@@ -95,6 +98,7 @@ class Prober:
         self._states: dict[str, ProbeState] = {}
         self._digests: dict[str, str] = {}
         self._versions: dict[str, str] = {}
+        self._turns: dict[str, Iterator[int]] = defaultdict(count)
 
     def state(self, revision: str) -> ProbeState:
         if error := self._configuration.prompt_errors.get(revision):
@@ -154,17 +158,24 @@ class Prober:
                 await asyncio.sleep(random.uniform(AGAIN_SECONDS / 2, AGAIN_SECONDS))
 
     async def _endpoint(self, revision: Revision) -> Endpoint:
-        """The least busy replica, waited for as long as it takes."""
-        while True:
-            endpoint = self._endpoints.least_busy(revision.service, (), time.monotonic())
-            if endpoint is not None:
-                return endpoint
+        """One replica after the other, waited for as long as it takes."""
+        while not (choices := self._choices(revision)):
             await self._endpoints.changed(30)
+        return choices[next(self._turns[revision.name]) % len(choices)]
+
+    def _choices(self, revision: Revision) -> list[Endpoint]:
+        return self._endpoints.choices(revision.service, (), time.monotonic(), adapter_of(revision))
 
     async def _warm_up(self, revision: Revision) -> None:
-        began = time.monotonic()
-        await self._ask(revision, "Hello", 1)
-        self._router.count(revision.name).warm_up_seconds = time.monotonic() - began
+        """A prompt for each replica; an adapter is asked nothing before all have it."""
+        while revision.adapter is not None and len(self._choices(revision)) < len(self._endpoints.ready(revision.service)):
+            await self._endpoints.changed(30)
+        took = []
+        for _ in range(max(1, len(self._choices(revision)))):
+            began = time.monotonic()
+            await self._ask(revision, "Hello", 1)
+            took.append(time.monotonic() - began)
+        self._router.count(revision.name).warm_up_seconds = max(took)
         if revision.probe_text is not None:
             self._digests[revision.name] = await self._read_prompt(revision, revision.probe_text)
         self._versions[revision.name] = await self._read_version(revision)
@@ -225,7 +236,8 @@ class Prober:
         """What the engine's guard hands out; None where there is no such thing. Raises one of FAILURES."""
         endpoint = await self._endpoint(revision)
         url, timeout = f"http://{endpoint.address}{path}", aiohttp.ClientTimeout(total=15)
-        async with self._session.get(url, headers=self._headers, timeout=timeout) as response:
+        whose = {"model": adapter_of(revision)} if revision.adapter is not None else None
+        async with self._session.get(url, params=whose, headers=self._headers, timeout=timeout) as response:
             if response.status == 404:
                 return None
             if response.status != 200:

@@ -209,6 +209,9 @@ class Proxy:
         try:
             response = await self._post(endpoint, exchange, body.encode())
             try:
+                if response.status == 404 and revision.adapter is not None:  # it started anew, and nobody noticed
+                    endpoint.adapters -= {revision.model_id}
+                    raise TryElsewhere("the replica does not have the adapter")
                 return await self._relay(request, exchange, response)
             finally:
                 if not response.content.is_eof():

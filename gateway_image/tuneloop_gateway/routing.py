@@ -10,7 +10,7 @@ from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from tuneloop_gateway.configuration import Configuration, takes_traffic
+from tuneloop_gateway.configuration import Configuration, adapter_of, takes_traffic
 from tuneloop_gateway.contract import Revision, RevisionState
 from tuneloop_gateway.endpoints import Endpoint, Endpoints
 from tuneloop_gateway.errors import Refused
@@ -88,12 +88,14 @@ class Router:
         prompts = self._configuration.prompts
         open_ones: list[Revision] = []
         for revision in self._configuration.current.revisions:
-            if takes_traffic(revision) and revision.name in prompts and self._endpoints.choices(revision.service, avoid, now):
+            if not takes_traffic(revision) or revision.name not in prompts:
+                continue
+            if self._endpoints.choices(revision.service, avoid, now, adapter_of(revision)):
                 open_ones.append(revision)
         if not open_ones:
             return None
         revision = open_ones[0] if len(open_ones) == 1 else self._by_weight(open_ones, session)
-        endpoint = self._endpoints.least_busy(revision.service, avoid, now)
+        endpoint = self._endpoints.least_busy(revision.service, avoid, now, adapter_of(revision))
         return Target(revision, endpoint) if endpoint else None
 
     def _by_weight(self, revisions: list[Revision], session: str) -> Revision:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 
+from tuneloop_gateway.adapters import Adapters
 from tuneloop_gateway.capture import Capture
 from tuneloop_gateway.configuration import Configuration
 from tuneloop_gateway.contract import GatewayState, Revision, RevisionReport
@@ -27,9 +28,9 @@ class State:
 
     def __init__(
         self, configuration: Configuration, endpoints: Endpoints, router: Router, prober: Prober, capture: Capture, monitor: Monitor,
-        curation: Curation, pod_uid: str, outcomes: Outcomes,
+        curation: Curation, pod_uid: str, outcomes: Outcomes, adapters: Adapters,
     ) -> None:  # fmt: skip
-        self._outcomes = outcomes
+        self._outcomes, self._adapters = outcomes, adapters
         self._configuration, self._endpoints, self._router, self._prober = configuration, endpoints, router, prober
         self._capture, self._monitor, self._curation, self._pod_uid = capture, monitor, curation, pod_uid
         self._started_at = rfc3339(time.time())
@@ -67,7 +68,8 @@ class State:
         count = self._router.count(revision.name)
         return RevisionReport(
             name=revision.name,
-            endpoints=len(self._endpoints.ready(revision.service)),
+            endpoints=self._adapters.replicas(revision),
+            load_error=self._adapters.error(revision),
             warm=count.warm,
             warm_up_seconds=count.warm_up_seconds,
             prompt_error=self._configuration.prompt_errors.get(revision.name, "")[:300],

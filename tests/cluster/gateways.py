@@ -43,6 +43,8 @@ class FakeGateway:
     """Of the prompt that engines read, where the operator wants it told."""
     engine_version: str = ""
     """vLLM's, where engines are to tell it."""
+    unloaded: dict[int, str] = field(default_factory=dict)
+    """Version -> why no replica has loaded its adapter; "" where that only takes its time."""
     outcomes: dict[int, dict[str, object]] = field(default_factory=dict)
     """Version -> what became of its requests in each window."""
     asked: int = 0
@@ -82,7 +84,8 @@ class FakeGateway:
         revisions = [
             {
                 "name": revision.name,
-                "endpoints": 1,
+                "endpoints": int(revision.version not in self.unloaded),
+                "loadError": self.unloaded.get(revision.version or 0, ""),
                 "warm": self.warm and not prompt_error(revision),
                 "promptError": prompt_error(revision),
                 "probe": self.probe if revision.probe else {"status": "Pending"},

@@ -273,6 +273,54 @@ def test_an_engine_that_can_never_start_gives_way_while_the_old_one_serves(
     stage.wait("Available", "True", "Serving")
 
 
+def adapter(namespace: str, number: int, **artifact: Any) -> Object:
+    made = version(namespace, number, base={"source": {"uri": "pvc://models/base"}, "digest": digest(99)})
+    made["spec"]["artifact"] |= {"format": "Adapter", "rank": 12} | artifact
+    return made
+
+
+def test_a_canary_between_two_adapters_needs_one_engine_and_a_load_that_fails_is_told_in_the_engines_words(
+    operator: OperatorProcess, stage: Stage, api: Api, namespace: str
+) -> None:
+    api.create(adapter(namespace, 1))
+    api.create(deployment(namespace, rollout=CANARY))
+    stage.start_engine(1)
+    stage.start_gateway()
+    stage.wait("Ready", "True", "Serving")
+    first = stage.engine(1)
+
+    stage.gateway.unloaded = {2: ""}
+    api.create(adapter(namespace, 2))
+    assert stage.engine(2) == first
+    wait_for(lambda: "0 of 1 engine pods have loaded" in str(stage.status().get("canary")), what="the canary to wait for its adapter")
+    assert weights(stage.gateway) == {1: 100, 2: 0}
+    stage.gateway.unloaded = {}
+    wait_for(lambda: weights(stage.gateway) == {1: 90, 2: 10}, what="the canary's first share")
+    config = stage.gateway.config()
+    assert config is not None
+    assert [revision.adapter.path for revision in config.revisions if revision.adapter] == [
+        "/volumes/models/sentiment/v1", "/volumes/models/sentiment/v2",
+    ]  # fmt: skip
+    stage.gateway.outcomes = {1: USUAL, 2: {"requests": 1500, "errors": 1, "firstToken": [*FAST, 1499]}}
+    wait_for(lambda: stage.status()["stable"]["version"] == 2, what="version 2 to take over")
+    assert len([found for found in api.list("Deployment", namespace) if "gateway" not in found["metadata"]["name"]]) == 1
+
+    stage.gateway.unloaded = {3: "Call to add_lora method failed: LoRA rank 12 is greater than max_lora_rank 8."}
+    api.create(adapter(namespace, 3, rank=8))  # what is recorded is not true, and another engine is made for it
+    stage.start_engine(3)
+    ready = stage.wait("Ready", "True", "RolledBack")
+    assert "could not load the adapter: Call to add_lora method failed: LoRA rank 12 is greater than max_lora_rank 8." in ready["message"]
+    assert "Record the adapter's true rank" in ready["message"]
+    assert weights(stage.gateway).get(2) == 100
+
+    stage.gateway.unloaded = {2: "The adapter in /volumes/models/sentiment/v2 is refused: adapter_model.safetensors is missing."}
+    degraded = stage.wait("Degraded", "True", "EngineFailed")  # its replica started anew, and the files are gone
+    assert "adapter_model.safetensors is missing. Put its files back" in degraded["message"]
+    stage.gateway.unloaded = {}
+    stage.wait("Available", "True", "Serving")
+    stage.wait("Degraded", "False", "Healthy")
+
+
 def test_of_two_deployments_that_claim_one_name_the_first_serves_on(
     operator: OperatorProcess, stage: Stage, api: Api, namespace: str
 ) -> None:

@@ -1,10 +1,14 @@
-"""The vLLM engine of a revision: its pod template (pinned in the revision), Deployment, Service, guard and disruption budget."""
+"""The vLLM engine of a revision: its pod template (pinned in the revision), Deployment, Service, guard and disruption budget.
+
+A merged model is its engine's own. An adapter is not: versions with the same base, claims and rank share an engine, whose replicas load
+their adapters when the gateway says so.
+"""
 
 from __future__ import annotations
 
 from typing import Any, TypeGuard
 
-from tuneloop_gateway.contract import ENGINE_PORT, SECRETS_PATH
+from tuneloop_gateway.contract import ENGINE_PORT, SECRETS_PATH, Adapter
 from tuneloop_operator.api.engineoptions import option_arguments
 from tuneloop_operator.api.modeldeployment import Engine, ModelDeployment
 from tuneloop_operator.api.modelversion import ModelVersion
@@ -21,6 +25,10 @@ VERIFY = "verify"
 """Name of the init container that compares the model's files with their digest."""
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """vLLM's; 1 is left out, since it saves nothing over 8."""
+ADAPTERS_AT_ONCE = 2
+"""In one batch: the stable one and a canary."""
+ADAPTERS_KEPT = 4
+"""In the host's memory; what drains stays, so that going back loads nothing."""
 PRE_STOP_SECONDS = 5
 """Endpoints are taken out of rotation meanwhile."""
 DRAIN_SECONDS = 45
@@ -43,7 +51,7 @@ def render_template(deployment: ModelDeployment, version: ModelVersion, engine_h
     """The pod template of one engine. The model's files are verified before the engine may read them."""
     engine = deployment.spec.engine
     image = engine_image(engine, settings)
-    claims = _claims(version)
+    claims = claims_of(version)
     volumes, mounts = pods.claim_mounts(written=(), read=claims)
     guard = pods.read_only_mount("guard", GUARD_PATH)
     secret = names.gateway_secret(deployment.metadata.name)
@@ -52,7 +60,7 @@ def render_template(deployment: ModelDeployment, version: ModelVersion, engine_h
         "spec": {
             **pods.pod_defaults(settings, settings.engine_user),
             "terminationGracePeriodSeconds": GRACE_SECONDS,
-            "initContainers": [_verifier(version, image, [*mounts, guard], settings)],
+            **_verified(version, image, [*mounts, guard], settings),
             "containers": [_server(deployment, version, image, [*mounts, guard], settings)],
             "volumes": [
                 *volumes,
@@ -72,33 +80,58 @@ def engine_image(engine: Engine, settings: Settings) -> str:
     return settings.engine_cpu_image if on_cpu and settings.engine_cpu_image else settings.engine_image
 
 
-def _claims(version: ModelVersion) -> list[str]:
+def is_adapter(version: ModelVersion) -> bool:
+    return version.spec.artifact.format == "Adapter" and version.spec.base is not None
+
+
+def claims_of(version: ModelVersion) -> list[str]:
     uris = [version.spec.artifact.uri, version.spec.probes_uri, version.spec.reference_uri, base_uri(version)]
-    return [names.parse_pvc(uri)[0] for uri in uris if uri is not None and uri.startswith("pvc://")]
+    return sorted({names.parse_pvc(uri)[0] for uri in uris if uri is not None and uri.startswith("pvc://")})
 
 
 def base_uri(version: ModelVersion) -> str | None:
     """Where the engine finds the base of an adapter: on a claim where it can, else on the hub. None for a model that is complete."""
-    if version.spec.artifact.format == "Merged" or version.spec.base is None:
+    if not is_adapter(version) or version.spec.base is None:
         return None
     return version.spec.base.snapshot_uri or version.spec.base.source.uri
+
+
+def adapter(version: ModelVersion) -> Adapter | None:
+    """What the replicas of the shared engine load for it; None for a model that is its engine's own."""
+    if not is_adapter(version):
+        return None
+    artifact, probes, reference = version.spec.artifact, version.spec.probes_uri, version.spec.reference_uri
+    return Adapter(
+        path=names.pvc_path(artifact.uri),
+        digest=artifact.manifest_digest,
+        probes=names.pvc_path(probes) if probes is not None else None,
+        reference=names.pvc_path(reference) if reference is not None else None,
+    )
 
 
 def _is_on_claim(uri: str | None) -> TypeGuard[str]:
     return uri is not None and uri.startswith("pvc://")
 
 
-def _verifier(version: ModelVersion, image: str, mounts: list[Json], settings: Settings) -> Json:
-    """Fails closed: the engine starts only after every file was hashed and equals the manifest of this digest."""
+def _verified(version: ModelVersion, image: str, mounts: list[Json], settings: Settings) -> Json:
+    """Fails closed: the engine starts only after every file was hashed and equals the manifest of this digest. Of an adapter's engine
+    that is the base; adapters are verified when they are loaded."""
     artifact, base = version.spec.artifact, base_uri(version)
-    checks = [names.pvc_path(artifact.uri), artifact.manifest_digest]
-    if _is_on_claim(base) and version.spec.base is not None and version.spec.base.digest is not None:
-        checks += [names.pvc_path(base), version.spec.base.digest]
+    if not is_adapter(version):
+        command = ["verify", names.pvc_path(artifact.uri), artifact.manifest_digest]
+    elif _is_on_claim(base) and version.spec.base is not None and version.spec.base.digest is not None:
+        command = ["verify-base", names.pvc_path(base), version.spec.base.digest]
+    else:
+        return {}
+    return {"initContainers": [_verifier(command, image, mounts, settings)]}
+
+
+def _verifier(command: list[str], image: str, mounts: list[Json], settings: Settings) -> Json:
     return {
         "name": VERIFY,
         "image": image,
         "imagePullPolicy": settings.image_pull_policy,
-        "command": ["python3", f"{GUARD_PATH}/{GUARD_FILE}", "verify", *checks],
+        "command": ["python3", f"{GUARD_PATH}/{GUARD_FILE}", *command],
         "resources": pods.resources({"cpu": "100m", "memory": "128Mi"}, None),
         "securityContext": pods.container_security(),
         "terminationMessagePolicy": "FallbackToLogsOnError",
@@ -136,8 +169,11 @@ def _server(deployment: ModelDeployment, version: ModelVersion, image: str, moun
 
 
 def model_id(version: ModelVersion) -> str:
-    """The adapter's name or the merged model's: the same for all versions, since requests name the model."""
-    return version.spec.model
+    """What the engine calls it. An adapter's bytes have a name of their own: an engine holds several, and caches by name."""
+    if not is_adapter(version):
+        return version.spec.model
+    artifact = version.spec.artifact
+    return f"{version.spec.model}-v{version.spec.version}-{artifact.manifest_digest.removeprefix('sha256:')[:12]}"
 
 
 def _arguments(engine: Engine, version: ModelVersion) -> list[str]:
@@ -156,10 +192,10 @@ def _arguments(engine: Engine, version: ModelVersion) -> list[str]:
 
 
 def _model_arguments(version: ModelVersion) -> list[str]:
-    """Merged: the artifact is the model. Adapter: the base is, and the artifact a static LoRA module on it."""
-    path, name = names.pvc_path(version.spec.artifact.uri), model_id(version)
-    if version.spec.artifact.format == "Merged" or version.spec.base is None:
-        return ["--model", path, "--served-model-name", name]
+    """Merged: the artifact is the model. Adapter: the base is, with room for adapters that come later."""
+    name = version.spec.model
+    if not is_adapter(version) or version.spec.base is None:
+        return ["--model", names.pvc_path(version.spec.artifact.uri), "--served-model-name", name]
     base = base_uri(version) or ""
     model = ["--model", names.pvc_path(base) if _is_on_claim(base) else base.removeprefix("hf://")]
     revision = version.spec.base.source.revision
@@ -169,12 +205,13 @@ def _model_arguments(version: ModelVersion) -> list[str]:
         *model,
         "--served-model-name", f"{name}-base",
         "--enable-lora",
-        "--max-lora-rank", str(_lora_rank(version)),
-        "--lora-modules", f"{name}={path}",
+        "--max-lora-rank", str(lora_rank(version)),
+        "--max-loras", str(ADAPTERS_AT_ONCE),
+        "--max-cpu-loras", str(ADAPTERS_KEPT),
     ]  # fmt: skip
 
 
-def _lora_rank(version: ModelVersion) -> int:
+def lora_rank(version: ModelVersion) -> int:
     """The adapter's rank rounded up to one that vLLM takes; 32, the job's default, where neither version nor lineage says."""
     if version.spec.artifact.rank is not None:
         return _rounded_rank(version.spec.artifact.rank)
@@ -200,9 +237,11 @@ def _environment(version: ModelVersion, startup_seconds: int, *, on_cpu: bool) -
         pods.value("VLLM_NO_USAGE_STATS", "1"),
         pods.value("VLLM_MAX_N_SEQUENCES", "64"),
     ]
-    if version.spec.probes_uri is not None:
+    if is_adapter(version):  # the guard alone reaches the endpoints that this opens
+        variables.append(pods.value("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1"))
+    if version.spec.probes_uri is not None and not is_adapter(version):
         variables.append(pods.value("TUNELOOP_PROBES_FILE", names.pvc_path(version.spec.probes_uri)))
-    if version.spec.reference_uri is not None:
+    if version.spec.reference_uri is not None and not is_adapter(version):
         variables.append(pods.value("TUNELOOP_REFERENCE_FILE", names.pvc_path(version.spec.reference_uri)))
     if not from_hub:
         variables.append(pods.value("HF_HUB_OFFLINE", "1"))

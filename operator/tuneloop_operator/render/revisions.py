@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from tuneloop_gateway.contract import Prompt
+from tuneloop_gateway.contract import Adapter, Prompt
 from tuneloop_operator.api.types import Model
 from tuneloop_operator.render import names
 
@@ -56,6 +56,8 @@ class Pinned(Model):
     prompt_hash: str
     model_id: str
     """What the engine calls the model."""
+    adapter: Adapter | None = None
+    """What the replicas of its engine load for it; None where the engine has no other model."""
     prompt: Prompt
     inherits_prompt: bool
     """False: it renders differently from what the version was trained and evaluated with."""
@@ -77,7 +79,8 @@ def encoded(pinned: Pinned) -> Json:
     The API server holds `data` fast byte by byte, and its own re-encoding of an object (key order, escapes, nulls) counts as a change.
     What is written here has one encoding only.
     """
-    absent = {name for name in ("prompt_probe", "has_reference") if not getattr(pinned, name)}  # as an earlier release writes and reads it
+    later = ("adapter", "prompt_probe", "has_reference")  # left out where absent, as an earlier release writes and reads it
+    absent = {name for name in later if not getattr(pinned, name)}
     whole = json.dumps(pinned.model_dump(mode="json", by_alias=True, exclude=absent), sort_keys=True).encode()
     return {
         "artifactDigest": pinned.artifact_digest,

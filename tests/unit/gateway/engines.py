@@ -48,6 +48,14 @@ class FakeEngine:
     """None: its guard is of a release that did not pass the question on."""
     chat_template: str | None = "$TURNS<assistant>"
     """None: it has no /tokenize."""
+    loaded: set[str] | None = None
+    """The adapters that it has; None: it answers under any name. What it has not is 404, as vLLM's is."""
+    load_errors: dict[str, str] = field(default_factory=dict)
+    """Adapter -> why it does not load."""
+    slow: asyncio.Event | None = None
+    """Loading waits for it."""
+    wanted: list[dict[str, Any]] = field(default_factory=list)
+    """What gateways asked it to have."""
     cancelled: int = 0
     port: int = 0
     _runner: web.AppRunner | None = None
@@ -62,6 +70,7 @@ class FakeEngine:
         app.router.add_post("/v1/completions", self._complete)
         app.router.add_get("/tuneloop/probes", self._probes)
         app.router.add_get("/tuneloop/reference", self._reference)
+        app.router.add_put("/tuneloop/adapters", self._adapters)
         app.router.add_post("/tokenize", self._tokenize)
         app.router.add_get("/version", self._version)
         self._runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=0.1)
@@ -90,6 +99,19 @@ class FakeEngine:
             return web.Response(status=401)
         return web.Response(status=404) if self.version is None else web.json_response({"version": self.version})
 
+    async def _adapters(self, request: web.Request) -> web.StreamResponse:
+        """As the guard does: what is missing is loaded, what is not named goes."""
+        if request.headers.get("Authorization") != f"Bearer {self.key}":
+            return web.Response(status=401)
+        self.wanted.append(await request.json())
+        if self.slow is not None:
+            await self.slow.wait()
+        names = {adapter["name"] for adapter in self.wanted[-1]["adapters"]}
+        self.loaded = names - self.load_errors.keys()
+        return web.json_response(
+            {"loaded": sorted(self.loaded), "errors": {n: self.load_errors[n] for n in names & self.load_errors.keys()}}
+        )
+
     async def _tokenize(self, request: web.Request) -> web.StreamResponse:
         """A token for each byte; a chat template is written around messages."""
         if request.headers.get("Authorization") != f"Bearer {self.key}" or self.chat_template is None:
@@ -103,6 +125,8 @@ class FakeEngine:
         if request.headers.get("Authorization") != f"Bearer {self.key}":
             return web.Response(status=401)
         body = await request.json()
+        if self.loaded is not None and body["model"] not in self.loaded:
+            return web.json_response({"error": {"message": f"The model `{body['model']}` does not exist."}}, status=404)
         if body.get("max_tokens") == 1 and said(body).endswith("Hello"):
             return web.json_response(chat_answer("Hi"))  # the warm-up is not what tests are about
         self.requests.append(body)

@@ -133,6 +133,15 @@ async def test_unknown_paths_and_methods_answer_in_the_same_shape(gateway: Runni
             assert "message" in (await response.json())["error"]
 
 
+async def test_nobody_has_an_adapter_loaded_or_unloaded_through_the_gateway(gateway: Running, engine: FakeEngine) -> None:
+    body = {"lora_name": "mine", "lora_path": "/volumes/models/v1"}
+    for method, path in (("POST", "/v1/load_lora_adapter"), ("POST", "/v1/unload_lora_adapter"), ("PUT", "/tuneloop/adapters")):
+        for url in (gateway.url, gateway.internal_url):
+            async with gateway.session.request(method, url + path, json=body) as response:
+                assert response.status == 404
+    assert engine.wanted == []
+
+
 async def test_internal_paths_are_not_on_the_public_port(gateway: Running) -> None:
     for path in ("/internal/state", "/internal/export", "/metrics"):
         async with gateway.session.get(gateway.url + path) as response:

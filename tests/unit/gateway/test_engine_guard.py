@@ -6,6 +6,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,9 @@ def guard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Guard:
     return Guard(_engine)
 
 
-async def ask(guard: Guard, path: str, headers: Any = (), method: str = "GET", kind: str = "http") -> tuple[int, bytes]:
+async def ask(
+    guard: Guard, path: str, headers: Any = (), method: str = "GET", kind: str = "http", query: bytes = b""
+) -> tuple[int, bytes]:  # fmt: skip
     """(status, body); (0, b"") where the engine itself was reached."""
     sent: list[Any] = []
 
@@ -56,7 +59,8 @@ async def ask(guard: Guard, path: str, headers: Any = (), method: str = "GET", k
 
     try:
         extensions = {"websocket.http.response": {}}
-        await guard({"type": kind, "method": method, "path": path, "headers": list(headers), "extensions": extensions}, receive, send)
+        scope = {"type": kind, "method": method, "path": path, "headers": list(headers), "query_string": query, "extensions": extensions}
+        await guard(scope, receive, send)
     except Reached:
         return 0, b""
     if kind == "websocket":
@@ -123,6 +127,166 @@ async def test_what_is_recorded_with_the_model_is_served_with_the_key(guard: Gua
     (tmp_path / f"{name}.json").write_text('[{"prompt":"p"}]')
     assert await ask(guard, f"/tuneloop/{name}", KEY) == (200, b'[{"prompt":"p"}]')
     assert (await ask(guard, f"/tuneloop/{name}"))[0] == 401
+
+
+# --- adapters ------------------------------------------------------------------
+
+
+class FakeVllm:
+    """As much of vLLM as has to do with adapters, as an application of ASGI."""
+
+    def __init__(self) -> None:
+        self.adapters: dict[str, str] = {}
+        self.refusal = ""
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        body = json.loads((await receive())["body"] or b"null")
+        if scope["method"] == "POST":
+            assert (b"content-type", b"application/json") in scope["headers"]
+        status, answer = self._answer(scope["method"], scope["path"], body)
+        await send({"type": "http.response.start", "status": status, "headers": []})
+        await send({"type": "http.response.body", "body": json.dumps(answer).encode()})
+
+    def _answer(self, method: str, path: str, body: Any) -> tuple[int, Any]:
+        if (method, path) == ("GET", "/v1/models"):
+            listed = [{"id": name, "root": root, "parent": "tone-base"} for name, root in self.adapters.items()]
+            return 200, {"data": [{"id": "tone-base", "root": "/volumes/models/base", "parent": None}, *listed]}
+        if (method, path) == ("POST", "/v1/load_lora_adapter"):
+            if self.refusal:
+                return 500, {"error": {"message": self.refusal}}
+            assert body["lora_name"] not in self.adapters, "vLLM refuses a name that it has"
+            self.adapters[body["lora_name"]] = body["lora_path"]
+            return 200, "Success"
+        assert (method, path) == ("POST", "/v1/unload_lora_adapter")
+        del self.adapters[body["lora_name"]]
+        return 200, "Success"
+
+
+@dataclass
+class Shared:
+    """An engine for adapters behind its guard, and a folder of claims with adapters to load."""
+
+    vllm: FakeVllm
+    guard: Guard
+    folder: Path
+
+    def adapter(self, name: str, **changes: Any) -> dict[str, Any]:
+        folder = self.folder / "models" / name
+        folder.mkdir(parents=True)
+        digest = publish(folder, {"adapter_model.safetensors": name.encode()})
+        return {"name": name, "path": str(folder), "digest": digest, "probes": None, "reference": None} | changes
+
+    async def want(self, *adapters: dict[str, Any], generation: int = 1) -> tuple[int, Any]:
+        return await self.put(json.dumps({"generation": generation, "adapters": adapters}).encode())
+
+    async def put(self, body: bytes, headers: Any = KEY) -> tuple[int, Any]:
+        sent: list[Any] = []
+
+        async def receive() -> Any:
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        scope = {"type": "http", "method": "PUT", "path": "/tuneloop/adapters", "headers": headers, "query_string": b""}
+        await self.guard(scope, receive, send)
+        return sent[0]["status"], json.loads(sent[1]["body"])
+
+
+@pytest.fixture
+def shared(guard: Guard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shared:
+    """`guard` is there for the key."""
+    monkeypatch.setattr(engine_guard, "MODELS_FOLDER", tmp_path / "volumes")
+    vllm = FakeVllm()
+    return Shared(vllm, Guard(vllm), tmp_path / "volumes")
+
+
+async def test_what_is_wanted_is_verified_and_loaded_under_its_name_from_its_path(shared: Shared) -> None:
+    first, second = shared.adapter("v1"), shared.adapter("v2")
+    assert await shared.want(first) == (200, {"loaded": ["v1"], "errors": {}})
+    assert await shared.want(first, second, generation=2) == (200, {"loaded": ["v1", "v2"], "errors": {}})
+    assert shared.vllm.adapters == {"v1": first["path"], "v2": second["path"]}
+
+
+async def test_what_is_wanted_no_more_is_unloaded(shared: Shared) -> None:
+    first, second = shared.adapter("v1"), shared.adapter("v2")
+    await shared.want(first, second)
+    assert await shared.want(second, generation=2) == (200, {"loaded": ["v2"], "errors": {}})
+
+
+async def test_a_gateway_that_lags_behind_changes_nothing_and_learns_what_is_there(shared: Shared) -> None:
+    first, second = shared.adapter("v1"), shared.adapter("v2")
+    await shared.want(first, second, generation=5)
+    assert await shared.want(first, generation=4) == (200, {"loaded": ["v1", "v2"], "errors": {}})
+
+
+async def test_an_adapter_whose_files_changed_is_not_loaded(shared: Shared) -> None:
+    adapter = shared.adapter("v1")
+    (Path(adapter["path"]) / "adapter_model.safetensors").write_bytes(b"xx")
+    status, said = await shared.want(adapter)
+    assert (status, said["loaded"], shared.vllm.adapters) == (200, [], {})
+    refused = f"The adapter in {adapter['path']} is refused: adapter_model.safetensors is not what was published"
+    assert said["errors"]["v1"].startswith(refused)
+
+
+async def test_the_engines_own_sentence_is_told_and_the_next_try_may_succeed(shared: Shared) -> None:
+    adapter = shared.adapter("v1")
+    shared.vllm.refusal = "LoRA rank 64 is greater than max_lora_rank 16."
+    assert await shared.want(adapter) == (200, {"loaded": [], "errors": {"v1": shared.vllm.refusal}})
+    shared.vllm.refusal = ""
+    assert await shared.want(adapter) == (200, {"loaded": ["v1"], "errors": {}})
+
+
+@pytest.mark.parametrize("path", ["/etc", "relative", "{claims}/../secrets", "{claims}/link", "{claims}/models\0x"])
+async def test_nothing_outside_of_the_claims_is_loaded(shared: Shared, path: str, tmp_path: Path) -> None:
+    shared.folder.mkdir()
+    (tmp_path / "secrets").mkdir()
+    (shared.folder / "link").symlink_to(tmp_path / "secrets")
+    adapter = shared.adapter("v1", path=path.format(claims=shared.folder))
+    assert (await shared.want(adapter))[0] == 400
+    assert shared.vllm.adapters == {}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"", b"[]", b"{}", b'{"generation": "1", "adapters": []}', b'{"generation": 1, "adapters": 7}',
+        b'{"generation": 1, "adapters": [{}]}',
+        b'{"generation": 1, "adapters": [{"name": 1, "path": "/volumes/x", "digest": "d"}]}', b"[" * 100_000, b"x" * (2 << 20),
+        json.dumps({"generation": 1, "adapters": [{"name": "v", "path": "/volumes/x", "digest": "d"}] * 33}).encode(),
+        json.dumps({"generation": 1, "adapters": [{"name": "v", "path": "/volumes/x", "digest": "d", "probes": 1}]}).encode(),
+    ],
+)  # fmt: skip
+async def test_what_is_no_list_of_adapters_is_refused(shared: Shared, body: bytes) -> None:
+    assert (await shared.put(body))[0] == 400
+
+
+async def test_nobody_without_the_key_has_anything_loaded(shared: Shared) -> None:
+    adapter = shared.adapter("v1")
+    body = json.dumps({"generation": 1, "adapters": [adapter]}).encode()
+    assert (await shared.put(body, []))[0] == 401
+    assert shared.vllm.adapters == {}
+    for method in ("GET", "POST", "DELETE"):
+        assert (await ask(shared.guard, "/tuneloop/adapters", KEY, method))[0] == 404
+
+
+async def test_each_adapter_has_its_own_recorded_items(shared: Shared) -> None:
+    probes = shared.folder / "runs.json"
+    adapter = shared.adapter("v1", probes=str(probes))
+    assert (await ask(shared.guard, "/tuneloop/probes", KEY, query=b"model=v1"))[0] == 409
+    await shared.want(adapter)
+    assert (await ask(shared.guard, "/tuneloop/probes", KEY, query=b"model=v1"))[0] == 404
+    probes.write_text("[1]")
+    assert await ask(shared.guard, "/tuneloop/probes", KEY, query=b"model=v1") == (200, b"[1]")
+    assert (await ask(shared.guard, "/tuneloop/reference", KEY, query=b"model=v1"))[0] == 404
+    assert (await ask(shared.guard, "/tuneloop/probes", KEY, query=b"model=v2"))[0] == 409
+
+
+async def test_recorded_items_are_not_read_from_outside_of_the_claims(shared: Shared, tmp_path: Path) -> None:
+    (tmp_path / "engine-key").touch()
+    await shared.want(shared.adapter("v1", probes=str(tmp_path / "engine-key"), reference="/proc/self/environ"))
+    for name in ("probes", "reference"):
+        assert (await ask(shared.guard, f"/tuneloop/{name}", KEY, query=b"model=v1"))[0] == 404
 
 
 def test_the_guard_needs_nothing_but_the_standard_library() -> None:
@@ -259,6 +423,8 @@ def test_the_command_fails_closed(tmp_path_factory: pytest.TempPathFactory, tmp_
         (["verify", str(tmp_path), "sha256:" + "0" * 64, str(base), base_digest], 1, f"The model in {tmp_path} is refused"),
         (["verify", str(tmp_path), digest, str(base), digest], 1, f"The base model in {base} is refused"),
         (["verify", str(tmp_path), digest, str(base)], 2, "usage"),
+        (["verify-base", str(base), base_digest], 0, "of the base model against"),
+        (["verify-base", str(base), digest], 1, f"The base model in {base} is refused"),
         ([], 2, "usage"),
     ):
         done = subprocess.run([sys.executable, engine_guard.__file__, *arguments], capture_output=True, text=True, check=False)

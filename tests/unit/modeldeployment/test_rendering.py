@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import yaml
-from tests.unit.modeldeployment.world import DIGEST, LINEAGE_SPEC, World, make_version
+from tests.unit.modeldeployment.world import DIGEST, LINEAGE_SPEC, World, digest, make_adapter, make_version
 
 from tuneloop_gateway import engine_guard
 from tuneloop_gateway.contract import GatewayConfig
 from tuneloop_operator.api.engineoptions import ENGINE_OPTIONS, option_arguments, option_problem
-from tuneloop_operator.domain.modeldeployment.revisions import engine_hash
+from tuneloop_operator.domain.modeldeployment.revisions import engine_hash, revision_name
+from tuneloop_operator.render.engine import claims_of, model_id
 from tuneloop_operator.render.revisions import decoded, encoded
 from tuneloop_operator.settings import Settings
 
@@ -58,7 +59,15 @@ def fullest() -> World:
     return World(spec=FULL, gateways=2)
 
 
-@pytest.mark.parametrize(("name", "make"), [("smallest", smallest), ("fullest", fullest)])
+def adapters() -> World:
+    """Version 1 served, version 2 takes its place on the same engine."""
+    world = World(versions=[make_adapter(1)], settings=Settings(engine_image="vllm:1"))
+    world.settle()
+    world.versions.append(make_adapter(2))
+    return world
+
+
+@pytest.mark.parametrize(("name", "make"), [("smallest", smallest), ("fullest", fullest), ("adapters", adapters)])
 def test_the_manifests_are_those_of_the_golden_file(name: str, make: Any) -> None:
     """UPDATE_GOLDEN=1 writes the files anew."""
     world = make()
@@ -92,12 +101,49 @@ def arguments(world: World) -> list[str]:
     return list(engine_of(world)["containers"][0]["args"])
 
 
-def test_an_adapter_is_served_as_a_module_on_its_base_with_a_rank_that_vllm_takes() -> None:
-    args = arguments(World(versions=[make_version(1, **ADAPTER)]))
-    assert args[:9] == [
+def test_the_engine_of_an_adapter_serves_its_base_with_room_for_adapters_of_a_rank_that_vllm_takes() -> None:
+    engine = engine_of(World(versions=[make_version(1, **ADAPTER)]))["containers"][0]
+    assert engine["args"][:11] == [
         "--model", "/volumes/models/base", "--served-model-name", "sentiment-base", "--enable-lora", "--max-lora-rank", "16",
-        "--lora-modules", "sentiment=/volumes/adapters/v1",
+        "--max-loras", "2", "--max-cpu-loras", "4",
     ]  # fmt: skip
+    assert not [argument for argument in engine["args"] if "/volumes/adapters" in argument]
+    environment = {variable["name"]: variable.get("value") for variable in engine["env"]}
+    assert environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
+    assert not {"TUNELOOP_PROBES_FILE", "TUNELOOP_REFERENCE_FILE"} & environment.keys()
+
+
+def test_only_an_adapters_engine_may_load_while_it_runs() -> None:
+    assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING" not in {variable["name"] for variable in engine_of(World())["containers"][0]["env"]}
+
+
+def test_versions_share_an_engine_unless_it_would_have_to_start_otherwise_for_one() -> None:
+    deployment, first = World().deployment, make_adapter(1)
+    shared = engine_hash(deployment, first)
+    assert engine_hash(deployment, make_adapter(2)) == engine_hash(deployment, make_adapter(2, rank=9)) == shared
+    others = {
+        "a rank for which it has no room": make_adapter(2, rank=17),
+        "files on a claim that is not mounted": make_adapter(2, uri="pvc://elsewhere/v2"),
+        "another base": make_adapter(2, base={"source": {"uri": "pvc://models/other"}, "digest": DIGEST}),
+        "another base in the same place": make_adapter(2, base={"source": {"uri": "pvc://models/base"}, "digest": digest(7)}),
+    }
+    assert [why for why, version in others.items() if engine_hash(deployment, version) == shared] == []
+    assert engine_hash(World(spec={"engine": {"maxModelLength": 99}}).deployment, first) != shared
+    assert engine_hash(World(spec={"engine": {"replicas": 7}}).deployment, first) == shared
+
+
+def test_claims_are_named_in_one_order_in_every_process() -> None:
+    base = {"source": {"uri": "pvc://a/base"}, "digest": DIGEST}
+    assert claims_of(make_adapter(1, uri="pvc://d/v1", base=base, probesUri="pvc://c/p", referenceUri="pvc://b/r")) == ["a", "b", "c", "d"]
+
+
+def test_other_bytes_of_an_adapter_have_another_name_in_the_engine_and_are_another_revision() -> None:
+    deployment, first = World().deployment, make_adapter(1)
+    artifact = first.spec.artifact.model_dump(by_alias=True)
+    again = make_version(1, artifact=artifact | {"manifestDigest": DIGEST})
+    assert (model_id(first), model_id(again)) == ("sentiment-v1-000000000000", "sentiment-v1-0123456789ab")
+    assert revision_name(deployment, first) != revision_name(deployment, again)
+    assert engine_hash(deployment, first) == engine_hash(deployment, again)
 
 
 @pytest.mark.parametrize(("rank", "served"), [(1, "8"), (8, "8"), (9, "16"), (300, "320"), (512, "512")])
@@ -125,11 +171,17 @@ def test_a_record_that_corrects_the_rank_is_another_engine_of_the_same_bytes() -
     assert engine_hash(deployment, make_version(3, **ADAPTER)) == engine_hash(deployment, make_version(4, **ADAPTER))
 
 
-def test_the_base_of_an_adapter_is_verified_beside_it() -> None:
+def test_the_base_of_an_adapter_is_verified_before_the_engine_starts_and_the_store_is_mounted_to_be_read() -> None:
     spec = engine_of(World(versions=[make_version(1, **ADAPTER)]))
-    assert spec["initContainers"][0]["command"][2:] == ["verify", "/volumes/adapters/v1", DIGEST, "/volumes/models/base", DIGEST]
-    mounted = {mount["mountPath"] for mount in spec["initContainers"][0]["volumeMounts"]}
-    assert {"/volumes/adapters", "/volumes/models"} <= mounted
+    assert spec["initContainers"][0]["command"][2:] == ["verify-base", "/volumes/models/base", DIGEST]
+    mounted = {mount["mountPath"]: mount.get("readOnly") for mount in spec["containers"][0]["volumeMounts"]}
+    assert (mounted["/volumes/adapters"], mounted["/volumes/models"]) == (True, True)
+
+
+def test_a_base_whose_digest_nobody_knows_is_not_verified() -> None:
+    assert "initContainers" not in engine_of(
+        World(versions=[make_adapter(1, base={"source": {"uri": "hf://org/base", "revision": "abc"}})])
+    )
 
 
 def test_the_token_of_a_gated_base_reaches_the_engine_by_reference_alone() -> None:

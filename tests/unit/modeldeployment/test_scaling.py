@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tests.unit.modeldeployment.world import World, in_place, make_version
+from tests.unit.modeldeployment.world import World, in_place, make_adapter, make_version
 
 from tuneloop_operator.api.modeldeployment import ModelDeployment
+from tuneloop_operator.api.modelversion import ModelVersion
 from tuneloop_operator.domain.modeldeployment.scaling import wanted_replicas
 from tuneloop_operator.domain.modeldeployment.snapshot import Snapshot
 from tuneloop_operator.render import names
@@ -21,14 +22,14 @@ def replicas(world: World, version: int = 1) -> int:
     return int(world.objects["Deployment", names.engine(world.name, world.engine_of(version))]["spec"]["replicas"])
 
 
-def serving(**spec: object) -> World:
-    world = World(spec=SCALED | spec)
+def serving(versions: list[ModelVersion] | None = None, **spec: object) -> World:
+    world = World(spec=SCALED | spec, **({"versions": versions} if versions else {}))
     world.settle()
     return world
 
 
-def asleep(**spec: object) -> World:
-    world = serving(**spec)
+def asleep(versions: list[ModelVersion] | None = None, **spec: object) -> World:
+    world = serving(versions, **spec)
     world.idle = IDLE
     world.step(IDLE)
     world.settle()
@@ -75,6 +76,27 @@ def test_a_request_that_waits_starts_the_engine_in_the_pass_that_sees_it() -> No
     world.held, world.ready = 0, {}
     world.settle()
     assert world.condition("Ready") == ("True", "Serving")
+
+
+def test_an_adapter_sleeps_with_its_engine_and_requests_wait_until_it_is_loaded_again() -> None:
+    world = asleep(versions=[make_adapter(1)])
+    assert (replicas(world), world.condition("Ready")) == (0, ("True", "ScaledToZero"))
+    world.held, world.idle, world.loaded = 1, 0, {1: 0}
+    world.settle()
+    assert world.condition("Available") == ("False", "Starting")
+    assert world.message("Available") == "No engine pod has loaded the adapter of version 1. Requests wait for it up to 120 s."
+    world.held, world.loaded = 0, {}
+    world.settle()
+    assert world.condition("Ready") == ("True", "Serving")
+
+
+def test_the_next_adapter_wakes_the_engine_that_it_shares() -> None:
+    world = asleep(versions=[make_adapter(1)])
+    world.versions.append(make_adapter(2))
+    world.step()
+    assert (replicas(world, 2), len(world.engines())) == (1, 1)
+    world.settle()
+    assert world.weights() == {2: 100, 1: 0}
 
 
 def test_a_request_that_comes_while_it_falls_asleep_wakes_it_and_no_pod_goes() -> None:

@@ -66,6 +66,13 @@ def test_nothing_is_told_before_the_engine_answered() -> None:
     assert startup_status(snapshot, revision) is None
 
 
+def test_a_base_from_the_hub_has_nothing_verified_and_takes_no_time_for_it() -> None:
+    found = pod(0, 1, 3, 5, 60)
+    unverified = found.model_copy(update={"status": found.status.model_copy(update={"init_container_statuses": []})})
+    phases = told(*started(unverified))
+    assert [phases[f"{phase}Seconds"] for phase in ("schedule", "pull", "fetch", "load")] == [1, 4, 0, 55]
+
+
 def test_a_pod_that_does_not_say_all_its_times_is_left_out() -> None:
     silent = Pod.model_validate({"metadata": {"name": "s", "uid": "s"}, "status": {"conditions": [{"type": "Ready", "status": "True"}]}})
     snapshot, revision = started(silent, pod(0, 1, 3, 5, 60))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from tests.unit.modeldeployment.world import World, in_place, make_version
+from tests.unit.modeldeployment.world import World, in_place, make_adapter, make_version
 
 from tuneloop_gateway.contract import Outcomes, ProbeState
 from tuneloop_operator.domain.decision import Key, Refusal
@@ -194,6 +195,27 @@ def woken() -> World:
 
 FAILING = Outcomes(requests=100, errors=30, first_token=(*FAST, 70))
 
+
+def adapters(number: int, **world: Any) -> World:
+    """Adapters up to this version on one engine, the last one served where it can be."""
+    made = World(versions=[make_adapter(1)], **world)
+    made.settle()
+    made.versions += [make_adapter(n) for n in range(2, number + 1)]
+    made.settle()
+    return made
+
+
+def adapter_refused() -> World:
+    return adapters(2, load_errors={2: "The adapter in /volumes/models/sentiment/v2 is refused: x.safetensors is missing."})
+
+
+def adapter_lost() -> World:
+    world = adapters(1)
+    world.load_errors = {1: "The adapter in /volumes/models/sentiment/v1 is refused: x.safetensors is missing."}
+    world.settle()
+    return world
+
+
 STATES: dict[str, Callable[[], World]] = {
     "A pinned version does not exist": lambda: served(spec={"model": {"name": "sentiment", "version": 9}}),
     "A pinned version is not approved": lambda: served(
@@ -220,6 +242,9 @@ STATES: dict[str, Callable[[], World]] = {
     "A new revision's engine refuses its adapter, Latest": lambda: rolling_out(
         **ended(restarts=0, message="ValueError: Loading lora sentiment failed: No adapter found for <path>")
     ),
+    "A new version's adapter cannot be loaded, Latest": adapter_refused,
+    "The first version's adapter cannot be loaded": lambda: adapters(1, load_errors={1: "LoRA rank 12 is greater than max_lora_rank 8."}),
+    "A replica that started anew cannot load what serves": adapter_lost,
     "The first revision's model is not where it should be": lambda: unserved_failure(
         **ended(restarts=0, message="HFValidationError: Repo id must be in the form 'repo_name': '/volumes/models/gone'.")
     ),

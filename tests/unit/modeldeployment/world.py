@@ -88,6 +88,13 @@ def make_version(number: int = 1, *, approval: str = "Approved", verified: bool 
     )
 
 
+def make_adapter(number: int = 1, rank: int | None = None, uri: str = "", **spec: Any) -> ModelVersion:
+    """An adapter on `models/base`, with probes and a sample of its training inputs."""
+    artifact = {"uri": uri or f"pvc://models/sentiment/v{number}", "manifestDigest": digest(number), "format": "Adapter", "sizeBytes": 5}
+    recorded = {"referenceUri": f"pvc://models/runs/{number}/reference.json"}
+    return make_version(number, artifact=artifact | ({"rank": rank} if rank else {}), **(recorded | spec))
+
+
 def make_job(name: str, *, succeeded: str | None = None, reason: str = "Training", uid: str = "job-uid", **status: Any) -> FineTuneJob:
     """A retraining job; `succeeded` is the status of its condition."""
     conditions = [{"type": "Succeeded", "status": succeeded or "Unknown", "reason": reason, "message": "Numbers."}]
@@ -146,6 +153,10 @@ class World:
     """Version of the model -> vLLM's, where engines are to tell it."""
     omitted: str = ""
     """A revision that the second gateway does not speak of."""
+    loaded: dict[int, int] = field(default_factory=dict)
+    """Version -> replicas that have loaded its adapter; all, where it is not named."""
+    load_errors: dict[int, str] = field(default_factory=dict)
+    """Version -> why a replica could not load its adapter."""
     in_flight: dict[str, int] = field(default_factory=dict)
     held: int = 0
     idle: float = 0.0
@@ -357,17 +368,18 @@ class World:
         replicas = made["spec"]["replicas"] if made else 0
         said = self.second_probe if self.second_probe and pod.metadata.uid.endswith("-1") else self.probe
         probe = said if state is RevisionState.CANDIDATE else ProbeState(status="Pending")
-        endpoints = self.ready.get(hashed, replicas)
+        version = next(r.version for r in self.applied.revisions if r.name == name) if self.applied else None
+        refused = self.load_errors.get(version or 0, "")
+        endpoints = 0 if refused else min(self.ready.get(hashed, replicas), self.loaded.get(version or 0, replicas))
         error = self._prompt_error(name)
         warm = self.warm and endpoints > 0 and not error
         asked = {r.name for r in self.applied.revisions if r.probe_text} if self.applied else set()
         told = self.prompt_digest if warm and name in asked else ""
         in_flight = self.in_flight.get(name, 0)
-        version = next(r.version for r in self.applied.revisions if r.name == name) if self.applied else None
         counted = self.outcomes_of.get(version or 0, Outcomes()) if self.applied and self.applied.window else None
         return RevisionReport(
             name=name, endpoints=endpoints, warm=warm, prompt_error=error, probe=probe, prompt_digest=told, in_flight=in_flight,
-            outcomes=counted, engine_version=self.engine_versions.get(version or 0, "") if warm else "",
+            outcomes=counted, engine_version=self.engine_versions.get(version or 0, "") if warm else "", load_error=refused,
         )  # fmt: skip
 
     def _prompt_error(self, name: str) -> str:

@@ -88,6 +88,7 @@ def _revision(deployment: str, revision: Revision, state: RevisionState, weight:
         version=pinned.version,
         service=names.engine(deployment, pinned.engine_hash),
         model_id=pinned.model_id,
+        adapter=pinned.adapter,
         prompt=pinned.prompt,
         state=state,
         weight=weight,

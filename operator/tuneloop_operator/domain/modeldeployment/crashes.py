@@ -77,6 +77,11 @@ def sentence(log: str) -> str:
     index, said = own[-1]
     if DETAIL in said and index + 1 < len(lines):
         said = lines[index + 1].strip().removeprefix("Value error, ")
+    return unwrapped(said)
+
+
+def unwrapped(said: str) -> str:
+    """Without what another process put around it."""
     wrapped = WRAPPED.search(said)
     return shortened(wrapped["said"] if wrapped is not None else said, SENTENCE_LENGTH)
 
@@ -84,7 +89,11 @@ def sentence(log: str) -> str:
 def diagnose(log: str) -> Diagnosis | None:
     """Looks at the whole exception, wrapping included; None where it is not known."""
     lines = "\n".join(line for line in log.splitlines() if _match(line) or line.startswith("  Value error"))
-    return next((diagnosis for pattern, diagnosis in KNOWN if re.search(pattern, lines)), None)
+    return known_by(lines)
+
+
+def known_by(said: str) -> Diagnosis | None:
+    return next((diagnosis for pattern, diagnosis in KNOWN if re.search(pattern, said)), None)
 
 
 def _match(line: str) -> re.Match[str] | None:

@@ -98,7 +98,7 @@ def _replicas(snapshot: Snapshot, rollout: Rollout, revision: Revision) -> int:
 
 def _gateway(snapshot: Snapshot, rollout: Rollout, epoch: Epoch, configured: Configured, settings: Settings) -> list[Manifest]:
     deployment = snapshot.deployment
-    image = rollout.live[0].pinned.gateway_image if rollout.live else settings.gateway_image
+    image = next((r.pinned.gateway_image for r in _gateways_of(rollout)), settings.gateway_image)
     claim = gateway.render_claim(deployment)
     budget = [gateway.render_gateway_budget(deployment)] if deployment.spec.gateway.replicas > 1 else []
     return [
@@ -112,6 +112,11 @@ def _gateway(snapshot: Snapshot, rollout: Rollout, epoch: Epoch, configured: Con
         *budget,
         *([render_scaled_object(deployment, settings)] if snapshot.has_keda and deployment.spec.autoscaling is not None else []),
     ]
+
+
+def _gateways_of(rollout: Rollout) -> list[Revision]:
+    """Whose gateway to run: the stable one's, unless a revision has an adapter to load, of which an earlier release's knows nothing."""
+    return sorted(rollout.live, key=lambda revision: revision.pinned.adapter is None)
 
 
 def _config_annotations(snapshot: Snapshot, rollout: Rollout, epoch: Epoch, configured: Configured) -> dict[str, str]:

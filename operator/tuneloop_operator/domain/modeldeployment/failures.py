@@ -10,7 +10,7 @@ from tuneloop_operator.api.conditions import DeploymentReason
 from tuneloop_operator.api.kubernetes import ContainerStatus, Deployment, Pod, Terminated
 from tuneloop_operator.domain import times
 from tuneloop_operator.domain.conditions import shortened
-from tuneloop_operator.domain.modeldeployment.crashes import diagnose, sentence
+from tuneloop_operator.domain.modeldeployment.crashes import diagnose, known_by, sentence, unwrapped
 from tuneloop_operator.render.engine import VERIFY
 
 PULL_REASONS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "RegistryUnavailable")
@@ -101,6 +101,13 @@ def _crashed(what: str, restarts: int, ended: Terminated) -> Failure | None:
     if known is None:
         return Failure(DeploymentReason.ENGINE_FAILED, message, is_fatal=True)
     return Failure(known.reason, f"{message.rstrip('. ')}. {known.remedy}", is_fatal=True)
+
+
+def not_loaded(what: str, said: str) -> Failure:
+    """An adapter that a running engine refused, by the engine's own sentence."""
+    why, known = unwrapped(said).rstrip(". "), known_by(said)
+    remedy = known.remedy if known is not None else "Put its files back as they were published, or serve another version."
+    return Failure(DeploymentReason.ENGINE_FAILED, f"{what} could not load the adapter: {why}. {remedy}", is_fatal=True)
 
 
 def _unverified(what: str, ended: Terminated) -> Failure:

@@ -12,7 +12,7 @@ from tuneloop_operator.domain import times
 from tuneloop_operator.domain.modeldeployment import canaries, runtimes
 from tuneloop_operator.domain.modeldeployment.canaries import Canary
 from tuneloop_operator.domain.modeldeployment.evidence import Finding
-from tuneloop_operator.domain.modeldeployment.failures import Failure, find_failure
+from tuneloop_operator.domain.modeldeployment.failures import Failure, find_failure, not_loaded
 from tuneloop_operator.domain.modeldeployment.scaling import replicas_at, wanted_replicas
 from tuneloop_operator.domain.modeldeployment.snapshot import Snapshot
 from tuneloop_operator.render.engine import GRACE_SECONDS
@@ -96,7 +96,7 @@ def _judge(snapshot: Snapshot, candidate: Revision, stable: Revision | None, now
     if canary is None:
         return Judgement(progress=Progress(0, times.to_text(now)))
     on_inconclusive = snapshot.deployment.spec.rollout.on_inconclusive
-    ready = snapshot.ready_replicas(candidate.pinned.engine_hash)
+    ready = _answering(snapshot, candidate)
     needed = replicas_at(snapshot, candidate, stable, canary.progress.step + 1)
     if canaries.passes(canary, on_inconclusive) and ready < needed:
         waits_for = f"It passed {canary.place}; {ready} of the {needed} engine pods for its next share are ready."
@@ -138,6 +138,10 @@ def judge_start(snapshot: Snapshot, candidate: Revision, stable: Revision | None
     reports = snapshot.reports(candidate.name)
     if len(reports) < len(gateways) or not _is_offered(snapshot, candidate):
         return Judgement(waits_for="The gateway has not taken up the new revision yet.")
+    if (failure := load_failure(snapshot, candidate)) is not None:
+        return Judgement(verdict=rejected(failure.reason, failure.message, now)) if stable is not None else Judgement(failure=failure)
+    if (loaded := _answering(snapshot, candidate)) < replicas:
+        return Judgement(waits_for=f"{loaded} of {replicas} engine pods have loaded the adapter.")
     unusable = next((report.prompt_error for report in reports if report.prompt_error), None)
     if unusable is not None:
         return Judgement(verdict=rejected(DeploymentReason.PROMPT_INVALID, f"{unusable.rstrip('.')}. {_PROMPT_REMEDY}", now))
@@ -148,6 +152,14 @@ def judge_start(snapshot: Snapshot, candidate: Revision, stable: Revision | None
         return judgement
     told = runtimes.told_version(snapshot, candidate)
     return replace(judgement, verdict=replace(judgement.verdict, prompt=_prompt_read(candidate, reports), engine=told))
+
+
+def _answering(snapshot: Snapshot, revision: Revision) -> int:
+    """Ready pods of its engine; of an adapter, those that have it, as every gateway knows."""
+    ready = snapshot.ready_replicas(revision.pinned.engine_hash)
+    if revision.pinned.adapter is None:
+        return ready
+    return min([ready, *(report.endpoints for report in snapshot.reports(revision.name))])
 
 
 def _promoted_at(now: datetime) -> Verdict:
@@ -176,7 +188,14 @@ def engine_failure(snapshot: Snapshot, revision: Revision, now: datetime) -> Fai
     pinned = revision.pinned
     pods, deployment = snapshot.engine_pods.get(pinned.engine_hash, ()), snapshot.engines.get(pinned.engine_hash)
     what = f"The engine of version {pinned.version}"
-    return find_failure(what, pods, deployment, snapshot.warnings, pinned.startup_timeout_seconds, now)
+    failure = find_failure(what, pods, deployment, snapshot.warnings, pinned.startup_timeout_seconds, now)
+    return failure or load_failure(snapshot, revision)
+
+
+def load_failure(snapshot: Snapshot, revision: Revision) -> Failure | None:
+    """An adapter that a replica could not load: each gateway tells it in the engine's own words."""
+    said = next((report.load_error for report in snapshot.reports(revision.name) if report.load_error), None)
+    return not_loaded(f"The engine of version {revision.pinned.version}", said) if said is not None else None
 
 
 def gateway_failure(snapshot: Snapshot, now: datetime) -> Failure | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from tuneloop_gateway.contract import FewShot, Prompt
@@ -12,16 +13,33 @@ from tuneloop_operator.api.modelversion import ModelVersion
 from tuneloop_operator.api.objectives import is_servable, method_name, objective_name
 from tuneloop_operator.domain.decision import Invalid
 from tuneloop_operator.render import names
-from tuneloop_operator.render.engine import model_id, render_template
+from tuneloop_operator.render.engine import adapter, base_uri, claims_of, is_adapter, lora_rank, model_id, render_template
 from tuneloop_operator.render.revisions import Pinned, Revision, encoded
 from tuneloop_operator.settings import Settings
 
 
 def engine_hash(deployment: ModelDeployment, version: ModelVersion) -> str:
-    """Over the model's bytes, the task and `engine` but its replicas: as written, not as resolved, so that an upgrade changes no hash.
+    """Over what the engine loads at its start, the task and `engine` but its replicas: as written, not as resolved, so that an upgrade
+    changes no hash. Of an adapter that is its base, the rank there must be room for, and the claims that have to be mounted.
 
     Defaults are left out, so that a field that a later release adds changes none either.
     """
+    if not is_adapter(version) or version.spec.base is None:
+        return _own_engine_hash(deployment, version)
+    base = version.spec.base
+    identity: dict[str, Any] = {
+        "model": version.spec.model,
+        "base": [base.source.model_dump(mode="json", exclude_defaults=True), base.digest, base_uri(version)],
+        "rank": lora_rank(version),
+        "claims": claims_of(version),
+        "task": deployment.spec.task,
+        "engine": deployment.spec.engine.model_dump(mode="json", exclude={"replicas"}, exclude_defaults=True),
+    }
+    return names.short_hash(identity)
+
+
+def _own_engine_hash(deployment: ModelDeployment, version: ModelVersion) -> str:
+    """Of an engine that has one model. Earlier releases made such engines for adapters too."""
     artifact, base = version.spec.artifact, version.spec.base
     identity: dict[str, Any] = {
         "model": version.spec.model,
@@ -59,16 +77,32 @@ def renders_as_trained(deployment: ModelDeployment, version: ModelVersion) -> bo
 
 
 def revision_name(deployment: ModelDeployment, version: ModelVersion) -> str:
-    """One name for one (engineHash, promptHash); an adapter's digest is part of the engineHash."""
-    return f"{deployment.metadata.name}-{names.short_hash([engine_hash(deployment, version), prompt_hash(deployment, version)])}"
+    """One name for one (engineHash, adapter digest, promptHash)."""
+    adapters = [version.spec.artifact.manifest_digest] if is_adapter(version) else []
+    return _name(deployment, [engine_hash(deployment, version), *adapters, prompt_hash(deployment, version)])
+
+
+def _name(deployment: ModelDeployment, identity: list[str]) -> str:
+    return f"{deployment.metadata.name}-{names.short_hash(identity)}"
+
+
+def revision_of(deployment: ModelDeployment, version: ModelVersion, revisions: tuple[Revision, ...]) -> Revision | None:
+    """The one on record; also one by which an earlier release gave an adapter an engine of its own: an upgrade rolls nothing out."""
+    earlier = _name(deployment, [_own_engine_hash(deployment, version), prompt_hash(deployment, version)])
+    by_name = {revision.name: revision for revision in revisions}
+    return by_name.get(revision_name(deployment, version)) or by_name.get(earlier)
 
 
 def prompt_hash(deployment: ModelDeployment, version: ModelVersion) -> str:
     return names.short_hash(effective_prompt(deployment, version).model_dump(mode="json", exclude_defaults=True))
 
 
-def new_revision(deployment: ModelDeployment, version: ModelVersion, number: int, created_at: str, settings: Settings) -> Revision:
-    """A revision with everything pinned that serving it takes. Raises Invalid where it cannot be served."""
+def new_revision(
+    deployment: ModelDeployment, version: ModelVersion, number: int, created_at: str, settings: Settings,
+    engines: Mapping[str, dict[str, Any]],
+) -> Revision:  # fmt: skip
+    """A revision with everything pinned that serving it takes. Raises Invalid where it cannot be served. `engines` are the pod templates
+    of those that run, by hash: one that is shared stays as it is, also where another release would make it otherwise."""
     _check(deployment, version)
     hashed = engine_hash(deployment, version)
     inherits = renders_as_trained(deployment, version)
@@ -79,6 +113,7 @@ def new_revision(deployment: ModelDeployment, version: ModelVersion, number: int
         engine_hash=hashed,
         prompt_hash=prompt_hash(deployment, version),
         model_id=model_id(version),
+        adapter=adapter(version),
         prompt=effective_prompt(deployment, version),
         inherits_prompt=inherits,
         has_probes=version.spec.probes_uri is not None and inherits,
@@ -86,7 +121,7 @@ def new_revision(deployment: ModelDeployment, version: ModelVersion, number: int
         has_reference=version.spec.reference_uri is not None,
         startup_timeout_seconds=deployment.spec.engine.startup_timeout_seconds,
         gateway_image=settings.gateway_image,
-        template=render_template(deployment, version, hashed, settings),
+        template=engines.get(hashed) or render_template(deployment, version, hashed, settings),
     )
     name = revision_name(deployment, version)
     return Revision(name=name, number=number, created_at=created_at, pinned=pinned, data=encoded(pinned))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from datetime import datetime
+from typing import Any
 
 from tuneloop_operator.api.conditions import DeploymentReason
 from tuneloop_operator.domain import times
@@ -12,7 +13,7 @@ from tuneloop_operator.domain.modeldeployment import canaries, runtimes
 from tuneloop_operator.domain.modeldeployment.canaries import Canary
 from tuneloop_operator.domain.modeldeployment.failures import Failure
 from tuneloop_operator.domain.modeldeployment.judgements import Judgement, judge, rejected
-from tuneloop_operator.domain.modeldeployment.revisions import new_revision, revision_name
+from tuneloop_operator.domain.modeldeployment.revisions import new_revision, revision_of
 from tuneloop_operator.domain.modeldeployment.scaling import wants_sleep
 from tuneloop_operator.domain.modeldeployment.snapshot import Snapshot
 from tuneloop_operator.domain.modeldeployment.targets import Target, resolve
@@ -64,9 +65,11 @@ def plan(snapshot: Snapshot, settings: Settings, now: datetime) -> Rollout:
     target = resolve(snapshot, stable)
     if target.version is None:
         return _finished(snapshot, Rollout(target, snapshot.revisions, stable), now)
-    known = _anew(snapshot.revision(revision_name(snapshot.deployment, target.version)))
+    known = _anew(revision_of(snapshot.deployment, target.version, snapshot.revisions))
     try:
-        candidate = known or new_revision(snapshot.deployment, target.version, _next_number(snapshot), times.to_text(now), settings)
+        candidate = known or new_revision(
+            snapshot.deployment, target.version, _next_number(snapshot), times.to_text(now), settings, _running(snapshot)
+        )  # fmt: skip
     except Invalid as error:
         refused = Target(reason=DeploymentReason(error.reason), message=error.message, is_final=True)
         return _finished(snapshot, Rollout(refused, snapshot.revisions, stable), now)
@@ -91,6 +94,11 @@ def plan(snapshot: Snapshot, settings: Settings, now: datetime) -> Rollout:
     canary = canaries.look(snapshot, candidate, stable, now) if stable is not None else None
     rollout = Rollout(target, recorded.revisions, stable, candidate, (), judgement.failure, judgement.waits_for, canary)
     return _finished(snapshot, rollout, now)
+
+
+def _running(snapshot: Snapshot) -> dict[str, dict[str, Any]]:
+    """Pod template of each engine that there is, and that has served."""
+    return {r.pinned.engine_hash: r.pinned.template for r in _promoted(snapshot.revisions) if r.pinned.engine_hash in snapshot.engines}
 
 
 def _anew(known: Revision | None) -> Revision | None:

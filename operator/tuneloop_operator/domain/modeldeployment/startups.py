@@ -39,17 +39,22 @@ def _measured(snapshot: Snapshot, revision: Revision) -> StartupStatus | None:
 
 
 def _phases(pod: Pod) -> tuple[int, int, int, int] | None:
-    """Seconds until it had a node, its image and volumes, its verified model, and was ready; None where the pod does not say all of it."""
+    """Seconds until it had a node, its image and volumes, its verified model, and was ready; None where the pod does not say all of it.
+    A base that the engine fetches from the hub is not verified: there is no time for it."""
     scheduled, ready = pod.condition("PodScheduled"), pod.condition("Ready")
     verified = _container(pod.status.init_container_statuses, VERIFY)
     server = _container(pod.status.container_statuses, COMPONENT)
-    if scheduled is None or ready is None or verified is None or verified.state.terminated is None or server is None:
+    if scheduled is None or ready is None or server is None:
         return None
+    if verified is not None:
+        began, fetched = (ended.started_at, ended.finished_at) if (ended := verified.state.terminated) is not None else (None, None)
+    else:
+        began = fetched = server.state.running.started_at if server.state.running is not None else None
     marks = (
         pod.metadata.creation_timestamp,
         scheduled.last_transition_time,
-        verified.state.terminated.started_at,
-        verified.state.terminated.finished_at,
+        began,
+        fetched,
         ready.last_transition_time,
     )
     moments = [times.parse(mark) for mark in marks]

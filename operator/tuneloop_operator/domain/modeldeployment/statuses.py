@@ -114,16 +114,22 @@ def _available(found: Findings, now: datetime) -> Claim:
             True, R.SCALED_TO_ZERO, f"Nobody asks version {stable.pinned.version}: the next request starts its engine. {_held(found)}"
         )
     if snapshot.ready_replicas(stable.pinned.engine_hash) == 0:
-        message, reason = f"No engine pod of version {stable.pinned.version} is ready.", R.NO_ENDPOINTS
-        if hold_seconds(snapshot.deployment) is not None and snapshot.engine_pods.get(stable.pinned.engine_hash):
-            message, reason = f"{message} {_held(found)}", R.STARTING
-        return _broken(engine_failure(snapshot, stable, now), reason, message)
+        return _without_engine(found, stable, f"No engine pod of version {stable.pinned.version} is ready.", now)
     if snapshot.configured_stable is None:
         return Claim(False, R.STARTING, f"The gateway takes up version {stable.pinned.version}.")
     reports = snapshot.reports(stable.name)
     if reports and all(report.endpoints == 0 for report in reports):
-        return Claim(False, R.NO_ENDPOINTS, f"The gateway sees no engine pod of version {stable.pinned.version}.")
+        without = "The gateway sees no engine pod" if stable.pinned.adapter is None else "No engine pod has loaded the adapter"
+        return _without_engine(found, stable, f"{without} of version {stable.pinned.version}.", now)
     return Claim(True, R.SERVING, f"Version {stable.pinned.version} answers.")
+
+
+def _without_engine(found: Findings, stable: Revision, message: str, now: datetime) -> Claim:
+    """Where it may sleep, it may just be waking."""
+    snapshot, reason = found.snapshot, R.NO_ENDPOINTS
+    if hold_seconds(snapshot.deployment) is not None and snapshot.engine_pods.get(stable.pinned.engine_hash):
+        message, reason = f"{message} {_held(found)}", R.STARTING
+    return _broken(engine_failure(snapshot, stable, now), reason, message)
 
 
 def _held(found: Findings) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from tuneloop_operator.api.conditions import DeploymentReason, VersionCondition
 from tuneloop_operator.api.modelversion import ModelVersion
 from tuneloop_operator.domain import conditions
-from tuneloop_operator.domain.modeldeployment.revisions import revision_name
+from tuneloop_operator.domain.modeldeployment.revisions import revision_of
 from tuneloop_operator.domain.modeldeployment.snapshot import Snapshot
 from tuneloop_operator.render.revisions import Revision
 
@@ -41,7 +41,7 @@ def is_servable(version: ModelVersion) -> bool:
 
 def rejection(snapshot: Snapshot, version: ModelVersion) -> Revision | None:
     """The revision of this version under the current spec, if it was rejected."""
-    revision = snapshot.revision(revision_name(snapshot.deployment, version))
+    revision = revision_of(snapshot.deployment, version, snapshot.revisions)
     return revision if revision is not None and revision.is_rejected else None
 
 
