@@ -1,4 +1,4 @@
-"""LoRA adapters on a real engine: served under the model's name, after a restart too; and what becomes of those that cannot be served."""
+"""LoRA adapters on a real engine: two versions in one process, a canary between them, after a restart too; and what cannot be served."""
 
 from __future__ import annotations
 
@@ -32,10 +32,11 @@ target = pathlib.Path(target)
 shutil.rmtree(target, ignore_errors=True)
 shutil.copytree(source, target, copy_function=shutil.copyfile)
 weights = target / "adapter_model.safetensors"
-if change == "flip":
+if change in ("note", "flip"):
     manifest = json.loads((target / "manifest.json").read_bytes())
-    manifest["metadata"]["note"] = "another digest, hence another engine"
+    manifest["metadata"]["note"] = "another digest, hence another revision"
     (target / "manifest.json").write_bytes(json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode())
+if change == "flip":
     raw = bytearray(weights.read_bytes())
     raw[-1] ^= 1
     weights.write_bytes(raw)
@@ -75,20 +76,42 @@ class Served:
     def wait_for(self, done: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
         return dict(self.space.wait_until("modeldeployment", MODEL, done, timeout=900))
 
-    def pin(self, number: int, **engine: Any) -> None:
+    def pin(self, number: int, rollout: dict[str, Any] | None = None, **engine: Any) -> None:
         """`kubectl patch`: serve this version."""
-        patch = json.dumps({"spec": {"model": {"version": number}, "engine": engine}})
+        patch = json.dumps({"spec": {"model": {"version": number}, "engine": engine, "rollout": rollout or {}}})
         self.space.kubectl("patch", "modeldeployment", MODEL, "--type=merge", "-p", patch)
 
     def answers(self) -> list[str]:
         """Through the gateway, by the deployment's model name."""
+        return [answer for answer, _ in self.asked()]
+
+    def asked(self) -> list[tuple[str, str]]:
+        """(answer, revision) of some texts."""
         rows = self.story.files["tweets/clean.jsonl"][:12]
 
-        async def ask() -> list[str]:
+        async def ask() -> list[tuple[str, dict[str, str]]]:
             with self.space.forward(f"service/{MODEL}", 80) as url:
-                return [(await traffic.ask_once(url, MODEL, row.text))[0] for row in rows]
+                return [await traffic.ask_once(url, MODEL, row.text) for row in rows]
+
+        return [(answer, headers["x-tuneloop-revision"]) for answer, headers in asyncio.run(ask())]
+
+    def listed(self) -> set[str]:
+        """What its pod's own /v1/models has beside the base."""
+        secret = json.loads(self.space.kubectl("get", "secret", f"{MODEL}-keys", "-o", "json"))
+        headers = {"Authorization": f"Bearer {tale.decode(secret['data']['engine-key'])}"}
+
+        async def ask() -> set[str]:
+            with self.space.forward(f"pod/{self.pod()['metadata']['name']}", 8000) as url:
+                async with aiohttp.ClientSession(headers=headers) as client, client.get(f"{url}/v1/models") as response:
+                    return {str(model["id"]) for model in (await response.json())["data"] if model["parent"]}
 
         return asyncio.run(ask())
+
+    def name(self, number: int) -> str:
+        """What the engine calls a version."""
+        version = self.space.get("modelversion", f"{MODEL}-v{number}")
+        assert version is not None
+        return f"{MODEL}-v{number}-{version['spec']['artifact']['manifestDigest'].removeprefix('sha256:')[:12]}"
 
     def base_answers(self) -> list[str]:
         """Of the base model in the same engine, which the gateway does not let anybody ask."""
@@ -170,6 +193,7 @@ def test_an_adapter_is_served_under_the_models_name_with_its_evaluators_answers(
     assert (artifact["format"], artifact["rank"], adapter.version["spec"]["approval"]) == ("Adapter", RANK, "Approved")
     arguments = adapter.pod()["spec"]["containers"][0]["args"]
     assert arguments[arguments.index("--max-lora-rank") + 1] == "16"
+    assert adapter.listed() == {adapter.name(1)}
     agreed = adapter.get()["status"]["stable"]["message"]
     assert "/50 probe items answered as evaluated" in agreed
     assert int(agreed.split("/")[0]) >= 48
@@ -178,13 +202,45 @@ def test_an_adapter_is_served_under_the_models_name_with_its_evaluators_answers(
     assert not set(adapter.base_answers()) & {"positive", "negative"}
 
 
-def test_an_adapter_is_there_again_after_a_restart_of_its_engine(adapter: Served) -> None:
+def test_a_canary_between_two_adapters_runs_on_one_engine_and_both_are_there_again_after_its_restart(adapter: Served) -> None:
     before, pod = adapter.answers(), adapter.pod()
-    adapter.space.kubectl("delete", "pod", pod["metadata"]["name"], "--wait=false")
-    uid = pod["metadata"]["uid"]
-    adapter.space.kubectl("wait", "--for=delete", f"pod/{pod['metadata']['name']}", "--timeout=180s")
+    folder = adapter.version["spec"]["artifact"]["uri"].removeprefix("pvc://")
+    digest = adapter.copy(f"/volumes/{folder}", "/volumes/models/second", "note")
+    adapter.make(8, artifact={"uri": "pvc://models/second", "manifestDigest": digest})
+    steps = {"strategy": "Canary", "affinity": "Request", "steps": [{"weight": 50, "minRequests": 1}]}
+    adapter.pin(8, steps)
+    found = adapter.wait_for(lambda found: found["status"].get("canary", {}).get("weight") == 50)
+    revisions = {found["status"][role]["revision"] for role in ("stable", "canary")}
+    asked = adapter.asked() + adapter.asked() + adapter.asked()
+    assert {revision for _, revision in asked} == revisions
+    assert [answer for answer, _ in asked] == before * 3
+    assert adapter.pod()["metadata"]["uid"] == pod["metadata"]["uid"]
+    assert adapter.listed() == {adapter.name(1), adapter.name(8)}
+
+    restarted(adapter)
+    assert adapter.answers() == before
+    assert adapter.listed() == {adapter.name(1), adapter.name(8)}
+
+    adapter.pin(8, {"onInconclusive": "Promote", "analysis": {"timeoutSeconds": 1}})
+    adapter.wait_for(lambda found: found["status"]["stable"]["version"] == 8)
+    uid = adapter.pod()["metadata"]["uid"]
+    adapter.pin(1, {"strategy": "BlueGreen", "affinity": "Session"})
+    adapter.wait_for(lambda found: found["status"]["stable"]["version"] == 1)
+    assert adapter.pod()["metadata"]["uid"] == uid
+
+
+def restarted(adapter: Served) -> None:
+    """Its engine's pod is deleted; another one answers."""
+    pod = adapter.pod()["metadata"]
+    adapter.space.kubectl("delete", "pod", pod["name"], "--wait=false")
+    adapter.space.kubectl("wait", "--for=delete", f"pod/{pod['name']}", "--timeout=180s")
     adapter.wait_for(lambda found: condition(found, "Available").get("status") == "True")
-    assert adapter.pod()["metadata"]["uid"] != uid
+    assert adapter.pod()["metadata"]["uid"] != pod["uid"]
+
+
+def test_an_adapter_is_there_again_after_a_restart_of_its_engine(adapter: Served) -> None:
+    before = adapter.answers()
+    restarted(adapter)
     assert adapter.answers() == before
 
 
