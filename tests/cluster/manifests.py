@@ -189,6 +189,7 @@ MODEL_DEPLOYMENT: Manifest = {
             "acceleratorResource": "nvidia.com/gpu",
             "maxModelLength": 1024,
             "options": {"dtype": "bfloat16"},
+            "compileCache": {"uri": "pvc://compiled/engines"},
             "startupTimeoutSeconds": 600,
             "pod": POD,
         },

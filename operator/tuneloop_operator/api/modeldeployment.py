@@ -24,6 +24,7 @@ from tuneloop_operator.api.types import (
     decimal,
     keyed_by,
     rules,
+    sentence,
 )
 
 KIND = "ModelDeployment"
@@ -57,6 +58,17 @@ class Prompt(Model):
 OptionValue = Annotated[str, Field(max_length=256)]
 
 
+class CompileCache(Model):
+    """Where engines keep what they compile."""
+
+    uri: str = Field(
+        pattern=r"^pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?(/[A-Za-z0-9._-]+)*$",
+        max_length=256,
+        json_schema_extra=sentence("must be pvc://claim or pvc://claim/folder, without '..'.", "!self.contains('..')"),
+        description="pvc://claim or pvc://claim/folder, not the models' claim. Who may write there can run code in the engine.",
+    )
+
+
 class Engine(Model):
     """The vLLM engine."""
 
@@ -73,6 +85,9 @@ class Engine(Model):
         default={},
         description="Engine options by name, from an allow-list: dtype, max-num-seqs, gpu-memory-utilization, enforce-eager, …",
         json_schema_extra=rules(*option_rules()),
+    )
+    compile_cache: CompileCache | None = Field(
+        default=None, description="Keeps compiled kernels for the next pod and the next version. Absent: each pod compiles."
     )
     startup_timeout_seconds: int = Field(default=1200, ge=30, le=14_400, description="Time that a pod has until it is ready.")
     pod: PodOverrides = Field(default=PodOverrides(), description="Overrides for the engine's pods.")

@@ -54,6 +54,8 @@ def render_template(deployment: ModelDeployment, version: ModelVersion, engine_h
     claims = claims_of(version)
     volumes, mounts = pods.claim_mounts(written=(), read=claims)
     guard = pods.read_only_mount("guard", GUARD_PATH)
+    caches = [] if engine.compile_cache is None else [names.parse_pvc(engine.compile_cache.uri)[0]]
+    written = [pods.claim_mount(claim, read_only=False) for claim in caches]
     secret = names.gateway_secret(deployment.metadata.name)
     template: Json = {
         "metadata": {"labels": engine_labels(deployment.metadata.name, engine_hash)},
@@ -61,9 +63,10 @@ def render_template(deployment: ModelDeployment, version: ModelVersion, engine_h
             **pods.pod_defaults(settings, settings.engine_user),
             "terminationGracePeriodSeconds": GRACE_SECONDS,
             **_verified(version, image, [*mounts, guard], settings),
-            "containers": [_server(deployment, version, image, [*mounts, guard], settings)],
+            "containers": [_server(deployment, version, image, [*mounts, *written, guard], settings)],
             "volumes": [
                 *volumes,
+                *(pods.claim_volume(claim) for claim in caches),
                 pods.config_volume("guard", names.engine(deployment.metadata.name, engine_hash)),
                 pods.secret_volume("secrets", secret, ["engine-key"]),
                 *pods.scratch_volumes(),
@@ -109,6 +112,14 @@ def adapter(version: ModelVersion) -> Adapter | None:
     )
 
 
+def cache_problem(engine: Engine, version: ModelVersion) -> str | None:
+    """A sentence where what compiles could write over the model."""
+    claim = names.parse_pvc(engine.compile_cache.uri)[0] if engine.compile_cache is not None else None
+    if claim not in claims_of(version):
+        return None
+    return f"Field engine.compileCache.uri cannot be on the claim '{claim}', where the model's files are: name another claim."
+
+
 def _is_on_claim(uri: str | None) -> TypeGuard[str]:
     return uri is not None and uri.startswith("pvc://")
 
@@ -151,7 +162,7 @@ def _server(deployment: ModelDeployment, version: ModelVersion, image: str, moun
         # `python3 -m` imports from here; PYTHONPATH is the image's own business.
         "workingDir": GUARD_PATH,
         "args": _arguments(engine, version),
-        "env": [*_environment(version, engine.startup_timeout_seconds, on_cpu=on_cpu), *_compilation(engine, on_cpu=on_cpu)],
+        "env": [*_environment(engine, version, on_cpu=on_cpu), *_compilation(engine, on_cpu=on_cpu)],
         "ports": [{"name": "http", "containerPort": ENGINE_PORT}],
         "resources": pods.resources({"cpu": "500m", "memory": "4Gi"}, engine.pod.resources, devices),
         "securityContext": pods.container_security(),
@@ -226,12 +237,12 @@ def _rounded_rank(rank: int) -> int:
     return next((size for size in LORA_RANKS if size >= rank), LORA_RANKS[-1])
 
 
-def _environment(version: ModelVersion, startup_seconds: int, *, on_cpu: bool) -> list[Json]:
+def _environment(engine: Engine, version: ModelVersion, *, on_cpu: bool) -> list[Json]:
     base = base_uri(version)
-    from_hub = base is not None and not _is_on_claim(base)
+    from_hub, cache = base is not None and not _is_on_claim(base), engine.compile_cache
     variables = [
-        *pods.scratch_environment(),
-        pods.value("VLLM_ENGINE_READY_TIMEOUT_S", str(startup_seconds)),
+        *(pods.scratch_environment(names.pvc_path(cache.uri)) if cache is not None else pods.scratch_environment()),
+        pods.value("VLLM_ENGINE_READY_TIMEOUT_S", str(engine.startup_timeout_seconds)),
         pods.value("PYTHONDONTWRITEBYTECODE", "1"),
         pods.value("TUNELOOP_ENGINE_KEY_FILE", f"{SECRETS_PATH}/engine-key"),
         pods.value("VLLM_NO_USAGE_STATS", "1"),

@@ -111,22 +111,22 @@ def scratch_mounts() -> list[Json]:
 # --- environment -------------------------------------------------------------
 
 
-def scratch_environment() -> list[Json]:
-    """Every cache that ML libraries keep, on the emptyDir; a name for the user, who need not be in /etc/passwd."""
-    folders = {
+def scratch_environment(compiled: str = HOME) -> list[Json]:
+    """Every cache that ML libraries keep, on the emptyDir, what they compile in the folder `compiled`; a name for the user, who need
+    not be in /etc/passwd."""
+    caches = {
         "HF_HOME": "huggingface",
         "XDG_CACHE_HOME": "cache",
         "XDG_CONFIG_HOME": "config",
         "NUMBA_CACHE_DIR": "numba",
-        "TORCHINDUCTOR_CACHE_DIR": "inductor",
-        "TRITON_CACHE_DIR": "triton",
-        "VLLM_CACHE_ROOT": "vllm",
     }
+    compiles = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton", "VLLM_CACHE_ROOT": "vllm"}
     return [
         value("HOME", HOME),
         value("USER", "tuneloop"),
         value("LOGNAME", "tuneloop"),
-        *(value(name, f"{HOME}/{folder}") for name, folder in folders.items()),
+        *(value(name, f"{HOME}/{folder}") for name, folder in caches.items()),
+        *(value(name, f"{compiled}/{folder}") for name, folder in compiles.items()),
     ]
 
 

@@ -343,6 +343,27 @@ def test_the_configuration_holds_no_field_that_is_default() -> None:
     assert GatewayConfig.model_validate_json(world.config_text()).capture.sample_rate == 1.0
 
 
+def test_what_an_engine_compiles_is_kept_where_it_is_asked_for_and_nowhere_else_is_written() -> None:
+    world = World(spec={"engine": {"compileCache": {"uri": "pvc://compiled/engines"}}})
+    spec = engine_of(world)
+    kept = {variable["name"]: variable.get("value", "") for variable in spec["containers"][0]["env"]}
+    assert {kept[name] for name in ("VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")} == {
+        "/volumes/compiled/engines/vllm", "/volumes/compiled/engines/inductor", "/volumes/compiled/engines/triton",
+    }  # fmt: skip
+    assert kept["HF_HOME"].startswith("/home/")
+    mounts = {mount["mountPath"]: mount.get("readOnly", False) for mount in spec["containers"][0]["volumeMounts"]}
+    assert (mounts["/volumes/compiled"], mounts["/volumes/models"]) == (False, True)
+    assert "/volumes/compiled" not in [mount["mountPath"] for mount in spec["initContainers"][0]["volumeMounts"]]
+
+
+def test_what_compiles_may_not_write_where_the_model_is() -> None:
+    world = World(spec={"engine": {"compileCache": {"uri": "pvc://models/compiled"}}})
+    world.settle()
+    assert world.condition("Stalled") == ("True", "InvalidOption")
+    assert "cannot be on the claim 'models', where the model's files are: name another claim." in world.message("Stalled")
+    assert world.engines() == []
+
+
 # --- engine options ----------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ from tuneloop_operator.api.modelversion import ModelVersion
 from tuneloop_operator.api.objectives import is_servable, method_name, objective_name
 from tuneloop_operator.domain.decision import Invalid
 from tuneloop_operator.render import names
-from tuneloop_operator.render.engine import adapter, base_uri, claims_of, is_adapter, lora_rank, model_id, render_template
+from tuneloop_operator.render.engine import adapter, base_uri, cache_problem, claims_of, is_adapter, lora_rank, model_id, render_template
 from tuneloop_operator.render.revisions import Pinned, Revision, encoded
 from tuneloop_operator.settings import Settings
 
@@ -140,7 +140,7 @@ def _trained_with(lineage_spec: dict[str, Any]) -> str:
 
 
 def _check(deployment: ModelDeployment, version: ModelVersion) -> None:
-    problem = option_problem(deployment.spec.engine.options)
+    problem = option_problem(deployment.spec.engine.options) or cache_problem(deployment.spec.engine, version)
     if problem is not None:
         raise Invalid(DeploymentReason.INVALID_OPTION.value, problem)
     if version.spec.lineage is not None and not is_servable(version.spec.lineage.spec):
