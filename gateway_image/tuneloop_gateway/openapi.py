@@ -62,7 +62,7 @@ def document() -> Json:
     references, defined = models_json_schema(
         [(ChatRequest, "validation"), (CompletionRequest, "validation")], ref_template="#/components/schemas/{model}"
     )
-    answer = {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {"schema": {"type": "string"}}}
+    answer = {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {}}
     session = {"name": SESSION_HEADER, "in": "header", "schema": {"type": "string"}, "description": "What the client calls its session."}
     name = {"name": "model", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
     signed = {"name": FEEDBACK_HEADER, "in": "header", "schema": SIGNED}
