@@ -7,10 +7,14 @@ import json
 import logging
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from tuneloop_gateway.proxy import Exchange
+
+if TYPE_CHECKING:
+    from tuneloop_gateway.spans import Trace
 
 logger = logging.getLogger(__name__)
 WRITE_SECONDS = 0.5
@@ -31,6 +35,7 @@ class Entry:
     """What it is where the client went away before anything was said."""
     error: str = ""
     exchange: Exchange | None = None
+    trace: Trace | None = None
     started: float = field(default_factory=time.perf_counter)
 
     def line(self) -> str:
@@ -46,6 +51,8 @@ class Entry:
             said |= {"finishReason": exchange.finish_reason, "promptTokens": exchange.tokens[0], "completionTokens": exchange.tokens[1]}
             if exchange.first_at:
                 said["firstByteSeconds"] = round(exchange.first_at - exchange.started, 4)
+        if self.trace is not None:
+            said["traceId"] = self.trace.id
         return json.dumps(said, separators=(",", ":"))
 
 
@@ -82,6 +89,11 @@ class AccessLog:
             except (OSError, ValueError) as error:
                 self._dropped += told + len(lines) - bool(told)
                 logger.warning("Lines of the access log could not be written: %s.", type(error).__name__)
+
+    async def close(self, seconds: float) -> None:
+        """The last write."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self.write(), seconds)
 
     def _put(self, text: str) -> None:
         stream = self._stream or sys.stdout

@@ -6,7 +6,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Coroutine
-from contextlib import suppress
 from typing import Any
 
 from aiohttp import web
@@ -37,6 +36,7 @@ from tuneloop_gateway.retention import Retention
 from tuneloop_gateway.routing import Router
 from tuneloop_gateway.settings import Settings
 from tuneloop_gateway.state import State
+from tuneloop_gateway.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 FILE_SECONDS = 1.0
@@ -74,10 +74,10 @@ class Gateway:
         self._feedback_key = secrets.feedback_key
         self.allowances = SharedAllowances(self.database) if self.database.is_shared else OwnAllowances()
         feedback = Feedback(configuration, self.curation, self.metrics, secrets.feedback_key, self.outcomes)
-        self.ledger, self.access_log = Ledger(self.database), AccessLog()
+        self.ledger, self.access_log, self.tracing = Ledger(self.database), AccessLog(), Tracing(configuration, settings.pod_uid)
         self.public = Public(
             configuration, self.keys, self.proxy, self.capture, feedback, self.monitor, self.metrics, secrets.feedback_key,
-            self.allowances, self.ledger, self.access_log,
+            self.allowances, self.ledger, self.access_log, self.tracing,
         )  # fmt: skip
         state = State(
             configuration, self.endpoints, self.router, self.prober, self.capture, self.monitor, self.curation, settings.pod_uid,
@@ -108,7 +108,7 @@ class Gateway:
         """Opens both ports and starts what runs beside requests."""
         beside = (
             self.retention.run, self.monitor.run, self.adapters.run, self.prober.run, self.ledger.run, self.access_log.run,
-            self._follow_keys,
+            self.tracing.run, self._follow_keys,
         )  # fmt: skip
         for work in (self.capture.prepare, self.capture.write, *beside):
             self._tasks.append(asyncio.create_task(_keep_running(work.__qualname__, work)))
@@ -162,10 +162,8 @@ class Gateway:
         refusing.cancel()
         if time.monotonic() - started >= self.settings.drain_seconds:
             logger.error("Requests that ran for more than %g seconds were cut off at the end.", self.settings.drain_seconds)
-        await self.capture.flush(FLUSH_SECONDS)
-        await self.ledger.close()
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self.access_log.write(), FLUSH_SECONDS)
+        pending = (self.capture.flush(FLUSH_SECONDS), self.ledger.close(), self.tracing.close(), self.access_log.close(FLUSH_SECONDS))
+        await asyncio.gather(*pending)
         async with self.database.quiet():
             for task in self._tasks:
                 task.cancel()

@@ -187,6 +187,15 @@ class Limits(Model):
     """Of the bodies of requests that wait for a replica."""
 
 
+class Tracing(Model):
+    """Spans of requests, to an OTLP/HTTP receiver."""
+
+    endpoint: str = Field(max_length=512)
+    """Without `/v1/traces`."""
+    sample_rate: float = Field(ge=0, le=1)
+    """Share of the requests that are recorded, where their sender did not decide."""
+
+
 class GatewayConfig(Model):
     version: Literal[1] = 1
     generation: int
@@ -212,6 +221,7 @@ class GatewayConfig(Model):
     """No engine runs, or is to run: requests wait, and `GatewayState.held` asks for one."""
     hold_seconds: float | None = Field(default=None, gt=0)
     """How long a request waits for a ready replica before it is answered 503; None: the gateway's own setting."""
+    tracing: Tracing | None = None
 
 
 # --- state -------------------------------------------------------------------

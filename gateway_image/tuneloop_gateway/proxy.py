@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -55,6 +55,8 @@ class Exchange:
     """Ours, sent with the answer."""
     keep: bool
     """Keep the answer for capture."""
+    engine_headers: Mapping[str, str] = field(default_factory=dict)
+    """Sent to the engine beside the gateway's own."""
     started: float = field(default_factory=time.perf_counter)
     received_at: float = field(default_factory=time.time)
     size: int = 0
@@ -224,7 +226,7 @@ class Proxy:
             endpoint.in_flight -= 1
 
     async def _post(self, endpoint: Endpoint, exchange: Exchange, body: bytes) -> aiohttp.ClientResponse:
-        headers = {**self._engine_headers, "X-Request-Id": exchange.headers["x-request-id"]}
+        headers = {**self._engine_headers, "X-Request-Id": exchange.headers["x-request-id"], **exchange.engine_headers}
         url = f"http://{endpoint.address}{exchange.inbound.path}"
         try:
             return await self.session.post(url, data=body, headers=headers, allow_redirects=False)

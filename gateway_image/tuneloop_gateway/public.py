@@ -26,6 +26,7 @@ from tuneloop_gateway.metrics import Metrics
 from tuneloop_gateway.openapi import document
 from tuneloop_gateway.proxy import Exchange, Proxy
 from tuneloop_gateway.tokens import FeedbackToken, sign
+from tuneloop_gateway.tracing import Tracing
 from tuneloop_gateway.usage import UsageFilter, asks_for_usage
 
 logger = logging.getLogger(__name__)
@@ -44,10 +45,11 @@ class Public:
     def __init__(
         self, configuration: Configuration, keys: KeyRing, proxy: Proxy, capture: Capture, feedback: Feedback,
         monitor: Monitor, metrics: Metrics, feedback_key: bytes, allowances: Allowances, ledger: Ledger, access_log: AccessLog,
+        tracing: Tracing,
     ) -> None:  # fmt: skip
         self._configuration, self._keys, self._proxy, self._capture = configuration, keys, proxy, capture
         self._feedback, self._monitor, self._metrics, self._feedback_key = feedback, monitor, metrics, feedback_key
-        self._allowances, self._ledger, self._access_log = allowances, ledger, access_log
+        self._allowances, self._ledger, self._access_log, self._tracing = allowances, ledger, access_log, tracing
         self._started = int(time.time())
         self.in_flight = 0
         self.stopping = False
@@ -95,6 +97,8 @@ class Public:
             finally:
                 if entry.exchange is not None:
                     self._count(entry, entry.exchange)
+                if entry.trace is not None:
+                    entry.trace.end(entry, self._model_id(entry))
                 self._access_log.add(entry)
 
         return handle
@@ -155,11 +159,19 @@ class Public:
             inbound, response_id, caller.subject, headers, keep=self._capture.wants_answer(), started=entry.started, size=len(raw)
         )
         entry.exchange = exchange
+        if self._tracing.spans is not None:
+            entry.trace = self._tracing.spans.begin(request.headers, inbound, entry, self._configuration.current.model)
+            exchange.engine_headers = entry.trace.headers
         if self._configuration.current.window and self._configuration.current.affinity == "Session":
             exchange.session = session_of(inbound, caller.subject, request.headers.get(SESSION_HEADER, ""))
         if inbound.stream and not asks_for_usage(inbound.body):
             exchange.hidden_usage = UsageFilter()
         return await self._proxy.answer(request, exchange)
+
+    def _model_id(self, entry: Entry) -> str:
+        """What the engine calls the model that answered."""
+        used = entry.exchange.revision if entry.exchange is not None else ""
+        return next((revision.model_id for revision in self._configuration.current.revisions if revision.name == used), "")
 
     def _model(self) -> dict[str, str | int]:
         return {"id": self._configuration.current.model, "object": "model", "created": self._started, "owned_by": "tuneloop"}

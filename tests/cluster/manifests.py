@@ -230,6 +230,7 @@ MODEL_DEPLOYMENT: Manifest = {
                 "database": {"volume": {"size": "10Gi", "storageClassName": "standard", "retentionPolicy": "Retain"}},
             },
             "feedback": {"maxShareOfOneSubject": "0.02"},
+            "tracing": {"endpoint": "http://collector.observability:4318", "sampleRate": "0.1"},
             "pod": POD,
         },
         "monitoring": {

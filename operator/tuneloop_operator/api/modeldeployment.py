@@ -277,6 +277,20 @@ class Feedback(Model):
     )
 
 
+class Tracing(Model):
+    """Spans of requests by OpenTelemetry, without their texts."""
+
+    endpoint: str = Field(
+        pattern=r"^https?://[A-Za-z0-9]([-A-Za-z0-9.:]*[A-Za-z0-9])?(/[A-Za-z0-9._/-]*)?$",
+        max_length=512,
+        json_schema_extra=sentence("must be the address of an OTLP/HTTP receiver, for example http://collector.observability:4318."),
+        description="An OTLP/HTTP receiver, for example http://collector.observability:4318; `/v1/traces` is added.",
+    )
+    sample_rate: Share = Field(
+        default="0.1", description="Share of the requests that are traced, where their sender's `traceparent` does not say."
+    )
+
+
 class Gateway(Model):
     """The front of the deployment."""
 
@@ -293,6 +307,7 @@ class Gateway(Model):
     auth: Auth = Field(default=Auth(), description="Who may use the API.")
     capture: Capture = Field(default=Capture(), description="What is kept of the traffic.")
     feedback: Feedback = Field(default=Feedback(), description="Safeguards of the feedback.")
+    tracing: Tracing | None = Field(default=None, description="Absent: no traces.")
     pod: PodOverrides = Field(default=PodOverrides(), description="Overrides for the gateway's pods.")
 
 

@@ -12,7 +12,7 @@ import yaml
 from tests.unit.modeldeployment.world import DIGEST, LINEAGE_SPEC, World, digest, make_adapter, make_version
 
 from tuneloop_gateway import engine_guard
-from tuneloop_gateway.contract import GatewayConfig
+from tuneloop_gateway.contract import GatewayConfig, Tracing
 from tuneloop_operator.api.engineoptions import ENGINE_OPTIONS, option_arguments, option_problem
 from tuneloop_operator.domain.modeldeployment.revisions import engine_hash, revision_name
 from tuneloop_operator.render.engine import claims_of, model_id
@@ -45,6 +45,7 @@ FULL: dict[str, Any] = {
             "database": {"secretRef": {"name": "db", "key": "dsn"}},
         },
         "feedback": {"maxShareOfOneSubject": "0.1"},
+        "tracing": {"endpoint": "https://traces.example/otlp", "sampleRate": "0.25"},
         "pod": {"tolerations": [{"key": "k", "operator": "Exists"}]},
     },
     "monitoring": {"drift": {"size": 500, "falseAlarmEveryRequests": 1000, "horizonDays": "2", "mixOverSeconds": 60}},
@@ -326,6 +327,7 @@ def test_every_setting_of_the_spec_reaches_the_gateway() -> None:
     assert (config.limits.requests_per_minute, config.limits.tokens_per_minute) == (60, 9000)
     assert (config.capture.sample_rate, config.capture.personal_data, config.capture.retention_days) == (0.5, "Keep", 7)
     assert config.max_share_of_one_subject == 0.1
+    assert config.tracing == Tracing(endpoint="https://traces.example/otlp", sample_rate=0.25)
     assert config.drift is not None
     assert (config.drift.size, config.drift.false_alarm_every_requests, config.drift.horizon_days, config.drift.mix_over_seconds) == (
         500,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tuneloop_gateway.contract import Capture, Drift, GatewayConfig, Limits, RevisionState
+from tuneloop_gateway.contract import Capture, Drift, GatewayConfig, Limits, RevisionState, Tracing
 from tuneloop_gateway.contract import Revision as GatewayRevision
 from tuneloop_operator.api.modeldeployment import ModelDeployment
 from tuneloop_operator.domain.modeldeployment.drift import Epoch
@@ -71,6 +71,7 @@ def _config(snapshot: Snapshot, rollout: Rollout, epoch: Epoch, generation: int)
         limits=Limits(requests_per_minute=gateway.auth.requests_per_minute, tokens_per_minute=gateway.auth.tokens_per_minute),
         asleep=rollout.is_asleep,
         hold_seconds=hold_seconds(deployment),
+        tracing=_tracing(deployment),
     )
 
 
@@ -96,6 +97,11 @@ def _revision(deployment: str, revision: Revision, state: RevisionState, weight:
         reference=pinned.has_reference,
         probe=state is RevisionState.CANDIDATE and pinned.has_probes,
     )
+
+
+def _tracing(deployment: ModelDeployment) -> Tracing | None:
+    asked = deployment.spec.gateway.tracing
+    return Tracing(endpoint=asked.endpoint, sample_rate=float(asked.sample_rate)) if asked is not None else None
 
 
 def _drift(deployment: ModelDeployment, rollout: Rollout, epoch: Epoch) -> Drift | None:
