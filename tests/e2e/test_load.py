@@ -31,8 +31,10 @@ pytestmark = [pytest.mark.long, pytest.mark.skipif(not tale.IS_LOCAL, reason="po
 NAME = "load"
 GATEWAYS, ENGINES = (f"tuneloop.dev/modeldeployment={NAME},app.kubernetes.io/component={part}" for part in ("gateway", "engine"))
 QUESTION: Any = [{"role": "user", "content": "Count from one to fifty in words."}]
-LENGTHS = (6, 6, 60)
+LENGTHS = (6, 6, 30)
 """Tokens that the clients ask for: one waits for a short answer, one streams a short one, one streams a long one."""
+PAUSE_SECONDS = 1.0
+"""Between two requests of a client, so that engines that start have something of two cores."""
 
 PUBLISH = """
 import hashlib, json, os, pathlib, shutil, sys
@@ -109,7 +111,7 @@ class Clients:
                 print(f"{time.strftime('%H:%M:%S')} {self.phase}: {'cut' if begun else 'failed'}: {error!r:.300}", flush=True)
             else:
                 counts["answered" if reason in ("stop", "length") else "truncated"] += 1
-            await asyncio.sleep(0.3)
+            await asyncio.sleep(PAUSE_SECONDS)
 
 
 @dataclass
@@ -135,7 +137,9 @@ class Fleet:
         self.space.apply(json.dumps(secret))
         resources = {"requests": {"cpu": "100m", "memory": "3Gi"}}
         options = {"enforce-eager": "true", "max-num-seqs": "8"}
-        engine = {"acceleratorsPerReplica": 0, "maxModelLength": 512, "options": options, "pod": {"resources": resources}}
+        threads = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}  # else every engine binds itself to the same core
+        pod = {"resources": resources, "env": [{"name": name, "value": value} for name, value in threads.items()]}
+        engine = {"acceleratorsPerReplica": 0, "maxModelLength": 512, "options": options, "pod": pod}
         spec = {
             "model": {"name": NAME, "version": 1},
             "engine": engine,
