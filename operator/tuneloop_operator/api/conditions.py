@@ -108,6 +108,7 @@ class DeploymentReason(StrEnum):
     VERSION_NOT_FOUND = "VersionNotFound"
     NO_APPROVED_VERSION = "NoApprovedVersion"
     NOT_SERVABLE = "NotServable"
+    NO_LEADER_WORKER_SETS = "NoLeaderWorkerSets"
     INVALID_OPTION = "InvalidOption"
     PROMPT_MISMATCH = "PromptMismatch"
     RUNTIME_VULNERABLE = "RuntimeVulnerable"

@@ -72,6 +72,15 @@ class CompileCache(Model):
 class Engine(Model):
     """The vLLM engine."""
 
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            (
+                "self.nodesPerReplica == 1 || self.acceleratorsPerReplica >= 1",
+                "nodesPerReplica above 1 needs acceleratorsPerReplica of 1 or more: an engine on the CPU has one node.",
+            )
+        )
+    )
+
     image: str | None = Field(
         default=None, max_length=512, description="Image with vLLM. Absent: the operator's, pinned when a revision is made."
     )
@@ -79,6 +88,12 @@ class Engine(Model):
         default=1, ge=0, le=64, description="Engine pods of the stable revision: the scale path. 0 only with autoscaling.minReplicas: 0."
     )
     accelerators_per_replica: int = Field(default=1, ge=0, le=16, description="Devices of a pod; 0 serves on the CPU.")
+    nodes_per_replica: int = Field(
+        default=1,
+        ge=1,
+        le=16,
+        description="Pods that are one replica together, each on a node of its own: a LeaderWorkerSet, where the cluster has them.",
+    )
     accelerator_resource: str = Field(default="nvidia.com/gpu", max_length=128, description="Resource name of the devices.")
     max_model_length: int | None = Field(default=None, ge=16, le=1_048_576, description="Longest prompt and answer together, in tokens.")
     options: Annotated[dict[Annotated[str, Field(max_length=64)], OptionValue], Field(max_length=32)] = Field(
@@ -555,6 +570,12 @@ DEFINITION = Definition(
         Column("Model", ".spec.model.name", priority=1),
         Column("Reason", '.status.conditions[?(@.type=="Ready")].reason', priority=1),
     ),
-    rules=(NAME_RULE,),
+    rules=(
+        NAME_RULE,
+        {
+            "rule": "self.spec.engine.nodesPerReplica == 1 || self.metadata.name.size() <= 38",
+            "message": "metadata.name must be at most 38 characters where engine.nodesPerReplica is above 1: pods of groups are named by it.",
+        },
+    ),
     scale=Scale(spec_replicas=".spec.engine.replicas", status_replicas=".status.replicas", selector=".status.selector"),
 )

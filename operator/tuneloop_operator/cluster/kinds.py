@@ -64,6 +64,7 @@ KINDS: dict[str, Resource] = {
         Resource("apps/v1", "controllerrevisions", "ControllerRevision"),
         Resource("batch/v1", "jobs", "Job"),
         Resource("jobset.x-k8s.io/v1alpha2", "jobsets", "JobSet", is_optional=True),
+        Resource("leaderworkerset.x-k8s.io/v1", "leaderworkersets", "LeaderWorkerSet", is_optional=True),
         Resource("keda.sh/v1alpha1", "scaledobjects", "ScaledObject", is_optional=True),
         Resource("policy/v1", "poddisruptionbudgets", "PodDisruptionBudget"),
         Resource("networking.k8s.io/v1", "networkpolicies", "NetworkPolicy"),

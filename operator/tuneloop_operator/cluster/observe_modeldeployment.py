@@ -34,7 +34,7 @@ from tuneloop_operator.domain.modeldeployment import (
     Snapshot,
     decide,
 )
-from tuneloop_operator.render import names
+from tuneloop_operator.render import groups, names
 from tuneloop_operator.render.engine import COMPONENT as ENGINE
 from tuneloop_operator.render.engine import GUARD_FILE
 from tuneloop_operator.render.gateway import COMPONENT as GATEWAY
@@ -45,7 +45,7 @@ from tuneloop_operator.settings import Settings
 Object = dict[str, Any]
 CHILDREN = (
     "ControllerRevision", "Deployment", "Service", "ConfigMap", "ServiceAccount", "Role", "RoleBinding", "NetworkPolicy",
-    "PodDisruptionBudget", "PersistentVolumeClaim", "ScaledObject",
+    "PodDisruptionBudget", "PersistentVolumeClaim", "ScaledObject", "LeaderWorkerSet",
 )  # fmt: skip
 STATE_LIMIT = 64 * 1024
 STUCK_SECONDS = 15
@@ -61,7 +61,7 @@ async def observe(key: Key, cluster: Cluster, settings: Settings, now: datetime)
     uid = deployment.metadata.uid
     children = {kind: cluster.cache.owned(kind, key.namespace, uid) for kind in CHILDREN}
     pods = [Pod.model_validate(pod) for pod in cluster.cache.list("Pod", key.namespace, {names.DEPLOYMENT_LABEL: key.name})]
-    workloads = [Deployment.model_validate(item) for item in children["Deployment"]]
+    workloads = [Deployment.model_validate(item) for kind in ("Deployment", groups.KIND) for item in children[kind]]
     gateway = next((item for item in workloads if item.metadata.name == names.gateway(key.name)), None)
     config = _config(children["ConfigMap"], key.name)
     reads_prometheus = deployment.spec.monitoring.source == "Prometheus" and settings.prometheus_url is not None
@@ -72,7 +72,8 @@ async def observe(key: Key, cluster: Cluster, settings: Settings, now: datetime)
         versions=tuple(_versions(deployment, cluster.cache)),
         revisions=tuple(revision for item in children["ControllerRevision"] if (revision := _revision(item)) is not None),
         engines={hashed: item for item in workloads if (hashed := item.metadata.labels.get(names.ENGINE_LABEL))},
-        engine_pods=_by_engine(pod for pod in pods if component(pod) == ENGINE and pod.metadata.deletion_timestamp is None),
+        engine_pods=_by_engine(pods, ENGINE),
+        engine_workers=_by_engine(pods, groups.WORKER),
         guards=_guards(children["ConfigMap"]),
         guard_source=guard_source(),
         gateway=gateway,
@@ -82,6 +83,7 @@ async def observe(key: Key, cluster: Cluster, settings: Settings, now: datetime)
         evidence=await _prometheus_evidence(deployment, config, cluster) if reads_prometheus else None,
         reads_prometheus=reads_prometheus,
         has_keda=settings.scaler_address is not None and "ScaledObject" not in cluster.unserved,
+        has_groups=groups.KIND not in cluster.unserved,
         warnings=warnings,
         owned=tuple(_target(kind, item) for kind, items in children.items() for item in items),
         conflicts=tuple(sorted(cluster.conflicts.get(uid, ()), key=lambda taken: (taken.kind, taken.name))),
@@ -132,9 +134,9 @@ def _revision(raw: Object) -> Revision | None:
     )
 
 
-def _by_engine(pods: Iterable[Pod]) -> dict[str, tuple[Pod, ...]]:
+def _by_engine(pods: Iterable[Pod], part: str) -> dict[str, tuple[Pod, ...]]:
     found: dict[str, tuple[Pod, ...]] = {}
-    for pod in pods:
+    for pod in (pod for pod in pods if component(pod) == part and pod.metadata.deletion_timestamp is None):
         hashed = pod.metadata.labels.get(names.ENGINE_LABEL, "")
         found[hashed] = (*found.get(hashed, ()), pod)
     return found

@@ -7,6 +7,7 @@ from typing import Any
 from tuneloop_gateway.contract import ENGINE_PORT, INTERNAL_PORT, PUBLIC_PORT
 from tuneloop_operator.api.modeldeployment import ModelDeployment
 from tuneloop_operator.render import names
+from tuneloop_operator.render.groups import WORKER
 from tuneloop_operator.settings import Settings
 
 Json = dict[str, Any]
@@ -23,6 +24,14 @@ def render_engine_policy(deployment: ModelDeployment) -> Json:
     name = deployment.metadata.name
     gateway = {"podSelector": {"matchLabels": component_selector(name, "gateway")}}
     return _policy(deployment, f"{name}-engine", component_selector(name, "engine"), [_allow([gateway, MONITORING], ENGINE_PORT)])
+
+
+def render_group_policy(deployment: ModelDeployment) -> Json:
+    """Engine pods of the deployment reach each other, and nobody else the workers: NCCL, Gloo and vLLM open ports as they like."""
+    parts = {"key": "app.kubernetes.io/component", "operator": "In", "values": ["engine", WORKER]}
+    members = {"matchLabels": {names.DEPLOYMENT_LABEL: deployment.metadata.name}, "matchExpressions": [parts]}
+    policy = _policy(deployment, f"{deployment.metadata.name}-engine-group", {}, [{"from": [{"podSelector": members}]}])
+    return policy | {"spec": policy["spec"] | {"podSelector": members}}
 
 
 def render_gateway_policy(deployment: ModelDeployment, settings: Settings) -> Json:

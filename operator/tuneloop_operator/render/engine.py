@@ -12,8 +12,8 @@ from tuneloop_gateway.contract import ENGINE_PORT, SECRETS_PATH, Adapter
 from tuneloop_operator.api.engineoptions import option_arguments
 from tuneloop_operator.api.modeldeployment import Engine, ModelDeployment
 from tuneloop_operator.api.modelversion import ModelVersion
-from tuneloop_operator.render import names, pods
-from tuneloop_operator.render.revisions import Pinned
+from tuneloop_operator.render import groups, names, pods
+from tuneloop_operator.render.revisions import Group, Pinned
 from tuneloop_operator.render.training import HUB_TOKEN
 from tuneloop_operator.settings import Settings
 
@@ -44,11 +44,23 @@ def engine_selector(deployment: str, engine_hash: str) -> dict[str, str]:
     return {names.DEPLOYMENT_LABEL: deployment, names.ENGINE_LABEL: engine_hash}
 
 
+def serving_selector(deployment: str, pinned: Pinned) -> dict[str, str]:
+    """The pods that are asked: of a group, the leader."""
+    leader = {"app.kubernetes.io/component": COMPONENT} if pinned.group is not None else {}
+    return engine_selector(deployment, pinned.engine_hash) | leader
+
+
 # --- the pod -----------------------------------------------------------------
 
 
+def render_templates(deployment: ModelDeployment, version: ModelVersion, engine_hash: str, settings: Settings) -> tuple[Json, Group | None]:
+    """The pod template of one engine; where a replica has several nodes, of its leader, and the rest of its group."""
+    template, nodes = render_template(deployment, version, engine_hash, settings), deployment.spec.engine.nodes_per_replica
+    return groups.divided(template, nodes) if nodes > 1 else (template, None)
+
+
 def render_template(deployment: ModelDeployment, version: ModelVersion, engine_hash: str, settings: Settings) -> Json:
-    """The pod template of one engine. The model's files are verified before the engine may read them."""
+    """The model's files are verified before the engine may read them."""
     engine = deployment.spec.engine
     image = engine_image(engine, settings)
     claims = claims_of(version)
@@ -188,8 +200,6 @@ def model_id(version: ModelVersion) -> str:
 
 
 def _arguments(engine: Engine, version: ModelVersion) -> list[str]:
-    parallel = engine.accelerators_per_replica
-    options = {"tensor-parallel-size": str(parallel)} | engine.options if parallel > 1 else engine.options
     arguments = [
         *_model_arguments(version),
         "--port", str(ENGINE_PORT),
@@ -199,7 +209,7 @@ def _arguments(engine: Engine, version: ModelVersion) -> list[str]:
     ]  # fmt: skip
     if engine.max_model_length is not None:
         arguments += ["--max-model-len", str(engine.max_model_length)]
-    return arguments + option_arguments(options)
+    return arguments + option_arguments(groups.parallel_options(engine) | engine.options)
 
 
 def _model_arguments(version: ModelVersion) -> list[str]:
@@ -273,8 +283,10 @@ def _compilation(engine: Engine, *, on_cpu: bool) -> list[Json]:
 
 
 def render_engine(deployment: ModelDeployment, pinned: Pinned, replicas: int) -> Json:
-    """The Deployment of an engine. Its template never changes: another one has another hash, hence another name."""
+    """The Deployment of an engine, or its LeaderWorkerSet. Its template never changes: another one has another hash, hence another name."""
     name = deployment.metadata.name
+    if pinned.group is not None:
+        return groups.render_group(_metadata(deployment, pinned.engine_hash), pinned.template, pinned.group, replicas)
     return {
         "apiVersion": "apps/v1",
         "kind": "Deployment",
@@ -290,15 +302,15 @@ def render_engine(deployment: ModelDeployment, pinned: Pinned, replicas: int) ->
     }
 
 
-def render_engine_service(deployment: ModelDeployment, engine_hash: str) -> Json:
+def render_engine_service(deployment: ModelDeployment, pinned: Pinned) -> Json:
     """Its EndpointSlices are what the gateway routes over."""
     return {
         "apiVersion": "v1",
         "kind": "Service",
-        "metadata": _metadata(deployment, engine_hash),
+        "metadata": _metadata(deployment, pinned.engine_hash),
         "spec": {
             "type": "ClusterIP",
-            "selector": engine_selector(deployment.metadata.name, engine_hash),
+            "selector": serving_selector(deployment.metadata.name, pinned),
             "ports": [{"name": "http", "port": ENGINE_PORT, "targetPort": "http", "protocol": "TCP"}],
         },
     }
@@ -310,6 +322,7 @@ def render_guard(deployment: ModelDeployment, engine_hash: str, source: str) -> 
 
 
 def render_engine_budget(deployment: ModelDeployment, engine_hash: str) -> Json:
+    """Workers are counted, too: whoever evicts one ends its group."""
     return {
         "apiVersion": "policy/v1",
         "kind": "PodDisruptionBudget",

@@ -45,6 +45,14 @@ class Outcome(StrEnum):
     """A canary that ended without a finding: another version was to be served."""
 
 
+class Group(Model):
+    """Several pods that are one replica."""
+
+    size: int
+    worker: dict[str, Any]
+    """Pod template of all but the first."""
+
+
 class Pinned(Model):
     """All that serving a revision takes, resolved once: neither an edit of the spec nor another operator changes it."""
 
@@ -70,7 +78,8 @@ class Pinned(Model):
     startup_timeout_seconds: int
     gateway_image: str
     template: dict[str, Any]
-    """The engine's pod template."""
+    """The engine's pod template; of a group, the first pod's, which is asked."""
+    group: Group | None = None
 
 
 def encoded(pinned: Pinned) -> Json:
@@ -79,7 +88,7 @@ def encoded(pinned: Pinned) -> Json:
     The API server holds `data` fast byte by byte, and its own re-encoding of an object (key order, escapes, nulls) counts as a change.
     What is written here has one encoding only.
     """
-    later = ("adapter", "prompt_probe", "has_reference")  # left out where absent, as an earlier release writes and reads it
+    later = ("adapter", "prompt_probe", "has_reference", "group")  # left out where absent, as an earlier release writes and reads it
     absent = {name for name in later if not getattr(pinned, name)}
     whole = json.dumps(pinned.model_dump(mode="json", by_alias=True, exclude=absent), sort_keys=True).encode()
     return {

@@ -39,6 +39,9 @@
 - apiGroups: [jobset.x-k8s.io] # trainings on several nodes, where the cluster has JobSets
   resources: [jobsets]
   verbs: [get, list, watch, create, patch, delete]
+- apiGroups: [leaderworkerset.x-k8s.io] # engines on several nodes, where the cluster has LeaderWorkerSets
+  resources: [leaderworkersets]
+  verbs: [get, list, watch, create, patch, delete]
 - apiGroups: [keda.sh] # deployments with autoscaling, where the cluster has KEDA
   resources: [scaledobjects]
   verbs: [get, list, watch, create, patch, delete]

@@ -79,8 +79,8 @@ def _engine(snapshot: Snapshot, rollout: Rollout, revision: Revision) -> list[Ma
     budget = [engine.render_engine_budget(deployment, hashed)] if replicas > 1 else []
     return [
         engine.render_guard(deployment, hashed, snapshot.guards.get(hashed, snapshot.guard_source)),
-        engine.render_engine(deployment, revision.pinned, replicas),
-        engine.render_engine_service(deployment, hashed),
+        *([engine.render_engine(deployment, revision.pinned, replicas)] if snapshot.can_run(revision) else []),
+        engine.render_engine_service(deployment, revision.pinned),
         *budget,
     ]
 
@@ -109,6 +109,7 @@ def _gateway(snapshot: Snapshot, rollout: Rollout, epoch: Epoch, configured: Con
         gateway.render_public_service(deployment),
         access.render_gateway_policy(deployment, settings),
         access.render_engine_policy(deployment),
+        *([access.render_group_policy(deployment)] if any(revision.pinned.group is not None for revision in rollout.live) else []),
         *budget,
         *([render_scaled_object(deployment, settings)] if snapshot.has_keda and deployment.spec.autoscaling is not None else []),
     ]

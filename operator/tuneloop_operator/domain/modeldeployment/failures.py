@@ -44,6 +44,16 @@ def find_failure(
     return _of_deployment(what, deployment)
 
 
+def never_ready(what: str, leaders: Iterable[Pod], made: Deployment, startup_seconds: int) -> Failure | None:
+    """Where leaders that are not ready were made anew long after the first ones: their groups end again and again."""
+    first = made.metadata.creation_timestamp
+    later = [times.parse(pod.metadata.creation_timestamp) for pod in leaders if not pod.is_ready]
+    if not any(at is not None and times.seconds_between(first, at) > startup_seconds + TIMEOUT_SLACK_SECONDS for at in later):
+        return None
+    message = f"{what} was not ready {startup_seconds} s after its start: its pods end, and begin again. Look at the logs of its groups."
+    return Failure(DeploymentReason.STARTUP_TIMEOUT, message, is_fatal=True)
+
+
 def _of_pod(what: str, pod: Pod, warnings: Mapping[str, str], startup_seconds: int, now: datetime) -> Failure | None:
     if pod.is_unschedulable:
         return _unschedulable(what, pod)

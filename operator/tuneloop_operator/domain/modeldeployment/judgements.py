@@ -12,7 +12,7 @@ from tuneloop_operator.domain import times
 from tuneloop_operator.domain.modeldeployment import canaries, runtimes
 from tuneloop_operator.domain.modeldeployment.canaries import Canary
 from tuneloop_operator.domain.modeldeployment.evidence import Finding
-from tuneloop_operator.domain.modeldeployment.failures import Failure, find_failure, not_loaded
+from tuneloop_operator.domain.modeldeployment.failures import Failure, find_failure, never_ready, not_loaded
 from tuneloop_operator.domain.modeldeployment.scaling import replicas_at, wanted_replicas
 from tuneloop_operator.domain.modeldeployment.snapshot import Snapshot
 from tuneloop_operator.render.engine import GRACE_SECONDS
@@ -185,10 +185,14 @@ def _is_offered(snapshot: Snapshot, candidate: Revision) -> bool:
 
 
 def engine_failure(snapshot: Snapshot, revision: Revision, now: datetime) -> Failure | None:
+    """Of its pods; of a group, the workers' as well. A group begins anew where one of its pods does, so that no pod tells for how long."""
     pinned = revision.pinned
-    pods, deployment = snapshot.engine_pods.get(pinned.engine_hash, ()), snapshot.engines.get(pinned.engine_hash)
-    what = f"The engine of version {pinned.version}"
+    leaders, deployment = snapshot.engine_pods.get(pinned.engine_hash, ()), snapshot.engines.get(pinned.engine_hash)
+    what, pods = f"The engine of version {pinned.version}", (*leaders, *snapshot.engine_workers.get(pinned.engine_hash, ()))
     failure = find_failure(what, pods, deployment, snapshot.warnings, pinned.startup_timeout_seconds, now)
+    is_group_to_be = pinned.group is not None and revision.verdict is None and revision.progress is None
+    if failure is None and deployment is not None and is_group_to_be:
+        failure = never_ready(what, leaders, deployment, pinned.startup_timeout_seconds)
     return failure or load_failure(snapshot, revision)
 
 

@@ -13,7 +13,8 @@ from tuneloop_operator.api.modelversion import ModelVersion
 from tuneloop_operator.api.objectives import is_servable, method_name, objective_name
 from tuneloop_operator.domain.decision import Invalid
 from tuneloop_operator.render import names
-from tuneloop_operator.render.engine import adapter, base_uri, cache_problem, claims_of, is_adapter, lora_rank, model_id, render_template
+from tuneloop_operator.render.engine import adapter, base_uri, cache_problem, claims_of, is_adapter, lora_rank, model_id, render_templates
+from tuneloop_operator.render.groups import parallel_problem
 from tuneloop_operator.render.revisions import Pinned, Revision, encoded
 from tuneloop_operator.settings import Settings
 
@@ -99,13 +100,15 @@ def prompt_hash(deployment: ModelDeployment, version: ModelVersion) -> str:
 
 def new_revision(
     deployment: ModelDeployment, version: ModelVersion, number: int, created_at: str, settings: Settings,
-    engines: Mapping[str, dict[str, Any]],
+    engines: Mapping[str, Pinned],
 ) -> Revision:  # fmt: skip
-    """A revision with everything pinned that serving it takes. Raises Invalid where it cannot be served. `engines` are the pod templates
-    of those that run, by hash: one that is shared stays as it is, also where another release would make it otherwise."""
+    """A revision with everything pinned that serving it takes. Raises Invalid where it cannot be served. `engines` are
+    those that run, by hash: one that is shared stays as it is, also where another release would make it otherwise."""
     _check(deployment, version)
     hashed = engine_hash(deployment, version)
     inherits = renders_as_trained(deployment, version)
+    running = engines.get(hashed)
+    template, group = (running.template, running.group) if running is not None else render_templates(deployment, version, hashed, settings)
     pinned = Pinned(
         version=version.spec.version,
         model_version=version.metadata.name,
@@ -121,7 +124,8 @@ def new_revision(
         has_reference=version.spec.reference_uri is not None,
         startup_timeout_seconds=deployment.spec.engine.startup_timeout_seconds,
         gateway_image=settings.gateway_image,
-        template=engines.get(hashed) or render_template(deployment, version, hashed, settings),
+        template=template,
+        group=group,
     )
     name = revision_name(deployment, version)
     return Revision(name=name, number=number, created_at=created_at, pinned=pinned, data=encoded(pinned))
@@ -140,7 +144,8 @@ def _trained_with(lineage_spec: dict[str, Any]) -> str:
 
 
 def _check(deployment: ModelDeployment, version: ModelVersion) -> None:
-    problem = option_problem(deployment.spec.engine.options) or cache_problem(deployment.spec.engine, version)
+    engine = deployment.spec.engine
+    problem = option_problem(engine.options) or cache_problem(engine, version) or parallel_problem(engine)
     if problem is not None:
         raise Invalid(DeploymentReason.INVALID_OPTION.value, problem)
     if version.spec.lineage is not None and not is_servable(version.spec.lineage.spec):

@@ -18,7 +18,7 @@ from tuneloop_operator.domain.modeldeployment.scaling import wants_sleep
 from tuneloop_operator.domain.modeldeployment.snapshot import Snapshot
 from tuneloop_operator.domain.modeldeployment.targets import Target, resolve
 from tuneloop_operator.render import names
-from tuneloop_operator.render.revisions import Outcome, Revision, Verdict
+from tuneloop_operator.render.revisions import Outcome, Pinned, Revision, Verdict
 from tuneloop_operator.settings import Settings
 
 IN_FLIGHT_SECONDS = 600
@@ -75,6 +75,9 @@ def plan(snapshot: Snapshot, settings: Settings, now: datetime) -> Rollout:
         return _finished(snapshot, Rollout(refused, snapshot.revisions, stable), now)
     if stable is not None and candidate.name == stable.name:
         return _finished(snapshot, Rollout(target, snapshot.revisions, stable), now)
+    if not snapshot.can_run(candidate):
+        refused = Target(reason=DeploymentReason.NO_LEADER_WORKER_SETS, message=_NO_GROUPS, is_final=True)
+        return _finished(snapshot, Rollout(refused, snapshot.revisions, stable), now)
     flaws = runtimes.vulnerability(snapshot, candidate, settings) if settings.vulnerable_engines == "Refuse" else ""
     if flaws and not runtimes.told_version(snapshot, candidate):
         refused = Target(reason=DeploymentReason.RUNTIME_VULNERABLE, message=flaws, is_final=True)
@@ -96,9 +99,15 @@ def plan(snapshot: Snapshot, settings: Settings, now: datetime) -> Rollout:
     return _finished(snapshot, rollout, now)
 
 
-def _running(snapshot: Snapshot) -> dict[str, dict[str, Any]]:
-    """Pod template of each engine that there is, and that has served."""
-    return {r.pinned.engine_hash: r.pinned.template for r in _promoted(snapshot.revisions) if r.pinned.engine_hash in snapshot.engines}
+def _running(snapshot: Snapshot) -> dict[str, Pinned]:
+    """What is pinned of each engine that there is, and that has served."""
+    return {r.pinned.engine_hash: r.pinned for r in _promoted(snapshot.revisions) if r.pinned.engine_hash in snapshot.engines}
+
+
+_NO_GROUPS = (
+    "engine.nodesPerReplica above 1 needs LeaderWorkerSets (leaderworkerset.x-k8s.io/v1), which this cluster did not have when the operator"
+    " started. Install LeaderWorkerSet and restart the operator, or set engine.nodesPerReplica to 1."
+)
 
 
 def _anew(known: Revision | None) -> Revision | None:

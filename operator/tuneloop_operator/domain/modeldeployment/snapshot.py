@@ -66,8 +66,10 @@ class Snapshot:
     versions: tuple[ModelVersion, ...] = ()
     revisions: tuple[Revision, ...] = ()
     engines: Mapping[str, Deployment] = field(default_factory=dict)
-    """By engineHash, as are the next two."""
+    """By engineHash, as are the next three. A LeaderWorkerSet is taken for a Deployment of its leaders."""
     engine_pods: Mapping[str, tuple[Pod, ...]] = field(default_factory=dict)
+    engine_workers: Mapping[str, tuple[Pod, ...]] = field(default_factory=dict)
+    """The other pods of engines whose replicas are groups: a replica is its leader, which is ready when its group is."""
     guards: Mapping[str, str] = field(default_factory=dict)
     """Source of the guard that an engine was made with."""
     guard_source: str = ""
@@ -82,6 +84,8 @@ class Snapshot:
     reads_prometheus: bool = False
     has_keda: bool = False
     """A ScaledObject is followed: between zero and one it alone decides."""
+    has_groups: bool = False
+    """The API server serves LeaderWorkerSets."""
     warnings: Mapping[str, str] = field(default_factory=dict)
     """Pod UID -> its last warning event, where a pod makes no headway and its status does not say why."""
     owned: tuple[Target, ...] = ()
@@ -110,6 +114,10 @@ class Snapshot:
 
     def version(self, number: int) -> ModelVersion | None:
         return next((version for version in self.versions if version.spec.version == number), None)
+
+    def can_run(self, revision: Revision) -> bool:
+        """The cluster has the kind that its engine is made of."""
+        return revision.pinned.group is None or self.has_groups
 
     def ready_replicas(self, engine_hash: str) -> int:
         """Ready pods of an engine, counted from the pods: a Deployment's status lags behind them."""

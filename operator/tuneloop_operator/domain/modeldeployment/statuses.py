@@ -22,7 +22,7 @@ from tuneloop_operator.domain.modeldeployment.scaling import hold_seconds
 from tuneloop_operator.domain.modeldeployment.snapshot import Evidence, Snapshot
 from tuneloop_operator.domain.modeldeployment.startups import startup_status
 from tuneloop_operator.render import names
-from tuneloop_operator.render.engine import engine_selector
+from tuneloop_operator.render.engine import serving_selector
 from tuneloop_operator.render.revisions import Revision
 
 C, R = DeploymentCondition, DeploymentReason
@@ -312,5 +312,5 @@ def _canary_status(found: Findings) -> RevisionStatus:
 
 
 def _selector(snapshot: Snapshot, stable: Revision) -> str:
-    pairs = engine_selector(snapshot.name, stable.pinned.engine_hash).items()
+    pairs = serving_selector(snapshot.name, stable.pinned).items()
     return ",".join(f"{label}={value}" for label, value in sorted(pairs))
