@@ -186,6 +186,7 @@ MODEL_DEPLOYMENT: Manifest = {
             "image": "vllm/vllm-openai:v0.32.0",
             "replicas": 1,
             "acceleratorsPerReplica": 0,
+            "nodesPerReplica": 1,
             "acceleratorResource": "nvidia.com/gpu",
             "maxModelLength": 1024,
             "options": {"dtype": "bfloat16"},

@@ -416,6 +416,13 @@ REFUSED: dict[str, list[Manifest]] = {
         changed(MODEL_DEPLOYMENT, "spec.rollout", {"surge": "Never"}),
         changed(MODEL_DEPLOYMENT, "spec.rollout", {"surge": "Never", "allowDowntime": False}),
     ],
+    "nodesPerReplica above 1 needs acceleratorsPerReplica of 1 or more: an engine on the CPU has one node.": [
+        changed(MODEL_DEPLOYMENT, "spec.engine.nodesPerReplica", 2),
+        changed(MODEL_DEPLOYMENT, "spec.engine", {"acceleratorsPerReplica": 0, "nodesPerReplica": 16}),
+    ],
+    "metadata.name must be at most 38 characters where engine.nodesPerReplica is above 1: its pods are named by it.": [
+        changed(changed(MODEL_DEPLOYMENT, "spec.engine", {"nodesPerReplica": 2}), "metadata.name", "x" * 39),
+    ],
     "maxReplicas must not be below minReplicas.": [
         changed(MODEL_DEPLOYMENT, "spec.autoscaling", {"minReplicas": 3, "maxReplicas": 2}),
         changed(MODEL_DEPLOYMENT, "spec.autoscaling", {"minReplicas": 2, "maxReplicas": 1}),

@@ -573,8 +573,8 @@ DEFINITION = Definition(
     rules=(
         NAME_RULE,
         {
-            "rule": "self.spec.engine.nodesPerReplica == 1 || self.metadata.name.size() <= 38",
-            "message": "metadata.name must be at most 38 characters where engine.nodesPerReplica is above 1: pods of groups are named by it.",
+            "rule": "!has(self.spec.engine) || self.spec.engine.nodesPerReplica == 1 || self.metadata.name.size() <= 38",
+            "message": "metadata.name must be at most 38 characters where engine.nodesPerReplica is above 1: its pods are named by it.",
         },
     ),
     scale=Scale(spec_replicas=".spec.engine.replicas", status_replicas=".status.replicas", selector=".status.selector"),

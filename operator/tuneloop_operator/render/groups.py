@@ -34,8 +34,8 @@ def parallel_problem(engine: Engine) -> str | None:
     if engine.nodes_per_replica == 1 or tensor * pipeline == devices:
         return None
     return (
-        f"engine.options divide the model into {tensor} x {pipeline} parts (tensor-parallel-size, pipeline-parallel-size), but a replica"
-        f" has {devices} devices: {engine.accelerators_per_replica} on each of {engine.nodes_per_replica} nodes. Make both the same."
+        f"Options tensor-parallel-size and pipeline-parallel-size divide the model into {tensor} x {pipeline} parts, but a replica has"
+        f" {devices} devices: {engine.accelerators_per_replica} on each of {engine.nodes_per_replica} nodes. Make both the same."
     )
 
 

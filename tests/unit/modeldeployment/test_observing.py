@@ -42,6 +42,7 @@ class FakeCluster:
         self.events: list[Json] = []
         self.series: dict[str, float] = dict(SERIES)
         self.queries: list[str] = []
+        self.unserved: set[str] = {"LeaderWorkerSet"}
 
     def refused(self, owner_uid: str) -> tuple[Refusal, ...]:
         return self.refusals if owner_uid == "mdep-uid" else ()
@@ -123,6 +124,23 @@ async def test_what_was_written_is_observed_as_it_is() -> None:
     assert snapshot.guards == expected.guards
     assert {target.key for target in snapshot.owned} == {target.key for target in expected.owned}
     assert snapshot.keys is None
+
+
+async def test_a_leader_worker_set_is_taken_for_a_deployment_of_its_leaders() -> None:
+    world = World(spec={"engine": {"nodesPerReplica": 2, "replicas": 3}}, has_groups=True)
+    world.settle()
+    cluster = cluster_of(world)
+    (hashed,) = world.engines()
+    for part in ("engine", "engine-worker"):
+        labels = {"tuneloop.dev/modeldeployment": "tweets", "tuneloop.dev/engine": hashed, "app.kubernetes.io/component": part}
+        put(cluster, "Pod", part, {"metadata": {"labels": labels}, "spec": {}})
+    snapshot = await look(cluster)
+    assert (set(snapshot.engines), snapshot.engines[hashed].spec.replicas, snapshot.has_groups) == ({hashed}, 3, False)
+    pods = (snapshot.engine_pods, snapshot.engine_workers)
+    assert [[pod.metadata.name for pod in found[hashed]] for found in pods] == [["engine"], ["engine-worker"]]
+    assert snapshot.revisions[0].pinned == world.snapshot().revisions[0].pinned
+    cluster.unserved = set()
+    assert (await look(cluster)).has_groups
 
 
 async def test_an_object_that_is_gone_or_going_is_none() -> None:

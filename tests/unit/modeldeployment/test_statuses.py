@@ -225,6 +225,7 @@ STATES: dict[str, Callable[[], World]] = {
         versions=[make_version(1, verified=False), make_version(2, approval="Pending")]
     ),
     "An engine option has a value that it does not take": lambda: served(spec={"engine": {"options": {"dtype": "int1"}}}),
+    "The cluster has no LeaderWorkerSets, and a replica has several nodes": lambda: served(spec={"engine": {"nodesPerReplica": 2}}),
     "An adapter does not name its base": lambda: served(
         versions=[make_version(1, base=None, artifact=make_version(1).spec.artifact.model_dump(by_alias=True) | {"format": "Adapter"})]
     ),

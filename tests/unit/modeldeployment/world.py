@@ -41,6 +41,7 @@ from tuneloop_operator.settings import Settings
 
 Json = dict[str, Any]
 NOW = datetime(2026, 1, 15, 12, 0, tzinfo=UTC)
+WORKLOADS = ("Deployment", "LeaderWorkerSet")
 DIGEST = "sha256:" + "0123456789abcdef" * 4
 GATEWAY_UID = "gateway-pod"
 
@@ -176,6 +177,9 @@ class World:
     prometheus: Any = None
     reads_prometheus: bool = False
     has_keda: bool = False
+    has_groups: bool = False
+    worker_status: dict[str, Json] = field(default_factory=dict)
+    """Status of an engine's workers that are not ready."""
     writes_left: int | None = None
     """Writes that the operator makes before it is killed; None = it lives."""
 
@@ -256,8 +260,8 @@ class World:
         return {revision.version: revision.state.value for revision in self.config.revisions}
 
     def engines(self) -> list[str]:
-        """engineHashes that have a Deployment."""
-        found = (m["metadata"]["labels"].get(names.ENGINE_LABEL) for (kind, _), m in self.objects.items() if kind == "Deployment")
+        """engineHashes that have a Deployment, or a LeaderWorkerSet."""
+        found = (m["metadata"]["labels"].get(names.ENGINE_LABEL) for (kind, _), m in self.objects.items() if kind in WORKLOADS)
         return sorted(hashed for hashed in found if hashed)
 
     def engine_of(self, version: int) -> str:
@@ -281,7 +285,7 @@ class World:
         return ModelDeployment.model_validate({"metadata": metadata, "spec": spec, "status": self.status})
 
     def snapshot(self) -> Snapshot:
-        deployments = {name: m for (kind, name), m in self.objects.items() if kind == "Deployment"}
+        deployments = {name: m for (kind, name), m in self.objects.items() if kind in WORKLOADS}
         engines = {h: self._made(m) for m in deployments.values() if (h := m["metadata"]["labels"].get(names.ENGINE_LABEL))}
         config_map = self.objects.get(("ConfigMap", names.gateway(self.name)))
         has_gateway = names.gateway(self.name) in deployments
@@ -291,6 +295,7 @@ class World:
             revisions=tuple(self._revisions()),
             engines=engines,
             engine_pods={hashed: self._engine_pods(hashed, item.spec.replicas) for hashed, item in engines.items()},
+            engine_workers={h: (make_pod(f"{h}-0-1", ready=False, **status),) for h, status in self.worker_status.items()},
             guards={m["metadata"]["labels"][names.ENGINE_LABEL]: m["data"]["engine_guard.py"] for m in self._guards()},
             guard_source=self.guard_source,
             gateway=Deployment.model_validate(deployments[names.gateway(self.name)]) if has_gateway else None,
@@ -300,6 +305,7 @@ class World:
             evidence=self.prometheus,
             reads_prometheus=self.reads_prometheus,
             has_keda=self.has_keda,
+            has_groups=self.has_groups,
             warnings=self.warnings,
             owned=tuple(Target(Key(kind, "shop", name), f"{kind}/{name}") for kind, name in self.objects),
             conflicts=self.conflicts,
@@ -364,7 +370,7 @@ class World:
 
     def _report(self, name: str, service: str, state: RevisionState, pod: Pod) -> RevisionReport:
         hashed = service.rpartition("-")[2]
-        made = self.objects.get(("Deployment", service))
+        made = self.objects.get(("Deployment", service)) or self.objects.get(("LeaderWorkerSet", service))
         replicas = made["spec"]["replicas"] if made else 0
         said = self.second_probe if self.second_probe and pod.metadata.uid.endswith("-1") else self.probe
         probe = said if state is RevisionState.CANDIDATE else ProbeState(status="Pending")

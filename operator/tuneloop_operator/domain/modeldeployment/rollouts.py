@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Any
 
 from tuneloop_operator.api.conditions import DeploymentReason
 from tuneloop_operator.domain import times
@@ -105,8 +104,8 @@ def _running(snapshot: Snapshot) -> dict[str, Pinned]:
 
 
 _NO_GROUPS = (
-    "engine.nodesPerReplica above 1 needs LeaderWorkerSets (leaderworkerset.x-k8s.io/v1), which this cluster did not have when the operator"
-    " started. Install LeaderWorkerSet and restart the operator, or set engine.nodesPerReplica to 1."
+    "A replica of several nodes (engine.nodesPerReplica) needs LeaderWorkerSets (leaderworkerset.x-k8s.io/v1), and this cluster had none"
+    " when the operator started. Install LeaderWorkerSet and restart the operator, or set engine.nodesPerReplica to 1."
 )
 
 
