@@ -7,7 +7,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from tests.unit.modeldeployment.world import World, make_version
+from tests.unit.modeldeployment.world import World, make_adapter, make_version
 
 from tuneloop_operator.api.kubernetes import Pod
 from tuneloop_operator.domain import times
@@ -188,6 +188,17 @@ def test_the_group_before_is_kept_warm_and_goes() -> None:
     found.step(seconds=700)
     found.settle()
     assert found.engines() == [found.engine_of(2)]
+
+
+def test_adapters_share_a_group() -> None:
+    found = world()
+    found.versions = [make_adapter(1)]
+    found.settle()
+    before = the_set(found)
+    found.versions.append(make_adapter(2))
+    found.settle()
+    assert found.outcomes() == {1: "Promoted", 2: "Promoted"}
+    assert (len(found.engines()), the_set(found)) == (1, before)
 
 
 def test_in_place_the_group_before_has_no_pods() -> None:
