@@ -82,9 +82,11 @@ def test_an_engine_of_two_nodes_serves_when_its_leader_is_ready(
     wait_for(lambda: api.get("Pod", namespace, f"{group['metadata']['name']}-0-1") is None, what="the worker to go")
     serve(api, stage, group)
     assert stage.status()["replicas"] == 1
-    slices = lambda: api.list("EndpointSlice", namespace, f"kubernetes.io/service-name={group['metadata']['name']}")  # noqa: E731
-    endpoints = wait_for(lambda: [e for s in slices() for e in s["endpoints"] or []], what="endpoints of the engine")
-    assert [endpoint["targetRef"]["name"] for endpoint in endpoints] == [f"{group['metadata']['name']}-0"]
+    service = api.get("Service", namespace, group["metadata"]["name"])
+    assert service is not None
+    for selector in (service["spec"]["selector"], dict(pair.split("=") for pair in stage.status()["selector"].split(","))):
+        asked = api.list("Pod", namespace, "%2C".join(f"{label}={value}" for label, value in selector.items()))
+        assert [pod["metadata"]["name"] for pod in asked] == [f"{group['metadata']['name']}-0"]
 
 
 def test_a_group_is_scaled_and_goes_with_its_deployment(group: Object, stage: Stage, api: Api, namespace: str) -> None:  # noqa: F811
