@@ -5,18 +5,20 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import sys
+import os
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
 from tuneloop_gateway.proxy import Exchange
+from tuneloop_gateway.threads import in_daemon_thread
 
 if TYPE_CHECKING:
     from tuneloop_gateway.spans import Trace
 
 logger = logging.getLogger(__name__)
+STANDARD_OUTPUT = 1
 WRITE_SECONDS = 0.5
 MAX_LINES = 20_000
 """Lines that wait to be written; where nobody reads them, more are dropped and counted."""
@@ -59,8 +61,8 @@ class Entry:
 class AccessLog:
     """Lines are gathered and written by another thread: a reader that is slow holds no request up."""
 
-    def __init__(self, stream: TextIO | None = None) -> None:
-        self._stream, self._lines, self._dropped = stream, list[str](), 0
+    def __init__(self) -> None:
+        self._lines, self._dropped = list[str](), 0
         self._turn = asyncio.Lock()
 
     def add(self, entry: Entry) -> None:
@@ -85,8 +87,9 @@ class AccessLog:
                 return
             told, self._dropped = self._dropped, 0
             try:
-                await asyncio.to_thread(self._put, "\n".join(lines) + "\n")
-            except (OSError, ValueError) as error:
+                data = ("\n".join(lines) + "\n").encode()
+                await in_daemon_thread(lambda: _put(data))
+            except OSError as error:
                 self._dropped += told + len(lines) - bool(told)
                 logger.warning("Lines of the access log could not be written: %s.", type(error).__name__)
 
@@ -95,7 +98,8 @@ class AccessLog:
         with suppress(TimeoutError):
             await asyncio.wait_for(self.write(), seconds)
 
-    def _put(self, text: str) -> None:
-        stream = self._stream or sys.stdout
-        stream.write(text)
-        stream.flush()
+
+def _put(data: bytes) -> None:
+    """Not by `sys.stdout`, whose lock a thread that is held up would keep beyond the process's end."""
+    while data:
+        data = data[os.write(STANDARD_OUTPUT, data) :]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from tuneloop_gateway import contract
 from tuneloop_gateway.configuration import Configuration
+from tuneloop_gateway.threads import in_daemon_thread
 
 if TYPE_CHECKING:
     from tuneloop_gateway.spans import Spans
@@ -49,6 +50,5 @@ class Tracing:
         """Sends what waits, for some seconds."""
         spans, self.spans = self.spans, None
         if spans is not None:
-            sending = threading.Thread(target=spans.close, daemon=True)  # one that the process need not wait for
-            sending.start()
-            await asyncio.to_thread(sending.join, CLOSE_SECONDS)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(in_daemon_thread(spans.close), CLOSE_SECONDS)

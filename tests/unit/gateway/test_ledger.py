@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -199,20 +199,34 @@ def test_keys_beyond_some_share_their_metrics() -> None:
 # --- the log ---------------------------------------------------------------------
 
 
+class Written(io.BytesIO):
+    """Takes the place of standard output."""
+
+    is_full = False
+
+    def take(self, data: bytes) -> None:
+        if self.is_full:
+            raise OSError(28, "No space left on device")
+        self.write(data)
+
+    def lines(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.getvalue().splitlines()]
+
+
 @pytest.fixture
-def log(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
-    stream = io.StringIO()
-    monkeypatch.setattr(access_log, "sys", SimpleNamespace(stdout=stream))
-    return stream
+def log(monkeypatch: pytest.MonkeyPatch) -> Written:
+    written = Written()
+    monkeypatch.setattr(access_log, "_put", written.take)
+    return written
 
 
-async def lines(gateway: Running, log: io.StringIO) -> list[dict[str, Any]]:
+async def lines(gateway: Running, log: Written) -> list[dict[str, Any]]:
     await gateway.gateway.access_log.write()
-    return [json.loads(line) for line in log.getvalue().splitlines()]
+    return log.lines()
 
 
 @on_sqlite_alone
-async def test_each_request_has_a_line_without_what_was_said(start: Start, engine: FakeEngine, log: io.StringIO) -> None:
+async def test_each_request_has_a_line_without_what_was_said(start: Start, engine: FakeEngine, log: Written) -> None:
     gateway = await start(make_config(requireKey=True), {"svc": (engine.address,)}, KEYS)
     await gateway.ask("a secret question", headers={**APP, "x-request-id": "mine-1"})
     async with gateway.chat("a secret question", headers=TEAM, stream=True) as response:
@@ -228,14 +242,14 @@ async def test_each_request_has_a_line_without_what_was_said(start: Start, engin
     assert (streamed["key"], streamed["stream"], streamed["completionTokens"]) == ("team", True, 3)
     assert 0 < streamed["firstByteSeconds"] <= streamed["seconds"]
     assert (refused["status"], refused["error"], refused["key"]) == (401, "invalid_api_key", "")
-    shown = log.getvalue()
+    shown = log.getvalue().decode()
     assert "secret" not in shown
     assert not any(key in shown for key in KEYS.values())
 
 
 @on_sqlite_alone
 async def test_a_client_that_went_away_and_an_engine_that_was_not_there_are_lines_too(
-    start: Start, engine: FakeEngine, log: io.StringIO
+    start: Start, engine: FakeEngine, log: Written
 ) -> None:
     gateway = await start(endpoints={"svc": (engine.address,)})
     engine.replies = [stream_of(*chat_events("a", "b"), gate=asyncio.Event(), first=2)]
@@ -258,30 +272,37 @@ async def test_every_answer_carries_a_request_id_and_a_bad_one_is_replaced(gatew
             assert (answered == given) is same
 
 
-async def test_lines_that_nobody_writes_are_dropped_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_lines_that_nobody_writes_are_dropped_and_counted(monkeypatch: pytest.MonkeyPatch, log: Written) -> None:
     monkeypatch.setattr(access_log, "MAX_LINES", 3)
-    stream = io.StringIO()
-    log = AccessLog(stream)
+    ours = AccessLog()
     for number in range(5):
-        log.add(Entry(f"id-{number}", "/v1/completions"))
-    await log.write()
-    assert [json.loads(line).get("requestId") for line in stream.getvalue().splitlines()] == ["id-0", "id-1", "id-2", None]
-    assert json.loads(stream.getvalue().splitlines()[-1]) == {"droppedLines": 2}
+        ours.add(Entry(f"id-{number}", "/v1/completions"))
+    await ours.write()
+    assert [line.get("requestId") for line in log.lines()] == ["id-0", "id-1", "id-2", None]
+    assert log.lines()[-1] == {"droppedLines": 2}
 
 
-async def test_a_stream_that_is_broken_costs_lines_and_nothing_else() -> None:
-    class Full(io.StringIO):
-        def flush(self) -> None:
-            raise OSError(28, "No space left on device")
+async def test_a_full_disk_costs_lines_and_nothing_else(log: Written) -> None:
+    ours = AccessLog()
+    log.is_full = True
+    ours.add(Entry("a", "/v1/models"))
+    await ours.write()
+    log.is_full = False
+    ours.add(Entry("b", "/v1/models"))
+    await ours.write()
+    assert log.lines()[0]["requestId"] == "b"
+    assert log.lines()[1:] == [{"droppedLines": 1}]
 
-    log = AccessLog(Full())
-    log.add(Entry("a", "/v1/models"))
-    await log.write()
-    log._stream = stream = io.StringIO()
-    log.add(Entry("b", "/v1/models"))
-    await log.write()
-    assert [json.loads(line).get("requestId", "none") for line in stream.getvalue().splitlines()] == ["b", "none"]
-    assert '"droppedLines": 1' in stream.getvalue()
+
+async def test_a_reader_that_stands_still_holds_nothing_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    read, write = os.pipe()
+    monkeypatch.setattr(access_log, "STANDARD_OUTPUT", write)
+    ours = AccessLog()
+    for number in range(2000):  # a pipe holds 64 KiB
+        ours.add(Entry(f"id-{number}", "/v1/completions"))
+    await ours.close(0.05)
+    os.close(read)
+    os.close(write)
 
 
 @on_sqlite_alone

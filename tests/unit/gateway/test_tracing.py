@@ -124,7 +124,7 @@ async def test_a_request_is_a_span_by_the_conventions_and_the_engine_goes_on_bel
 
 
 async def test_streams_failures_and_clients_that_go_are_spans_too(
-    start: Start, engine: FakeEngine, receiver: Receiver, capsys: pytest.CaptureFixture[str]
+    start: Start, engine: FakeEngine, receiver: Receiver, capfd: pytest.CaptureFixture[str]
 ) -> None:
     gateway = await traced(start, engine, receiver.endpoint)
     async with gateway.chat(stream=True) as response:
@@ -144,7 +144,7 @@ async def test_streams_failures_and_clients_that_go_are_spans_too(
     assert (failed.status.code, values(failed)["error.type"]) == (Status.STATUS_CODE_ERROR, "error")
     assert (cut.status.code, values(cut)["error.type"]) == (Status.STATUS_CODE_UNSET, "cancelled")
     assert whole.name == "text_completion sentiment"
-    logged = {line["traceId"] for line in map(json.loads, capsys.readouterr().out.splitlines()) if "traceId" in line}
+    logged = {line["traceId"] for line in map(json.loads, capfd.readouterr().out.splitlines()) if "traceId" in line}
     assert logged == {span.trace_id.hex() for span in receiver.spans}
 
 
