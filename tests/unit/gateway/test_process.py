@@ -21,6 +21,8 @@ from tests.unit.gateway.engines import FakeEngine, chat_events, stream_of
 
 from tuneloop_gateway.__main__ import run
 from tuneloop_gateway.contract import DriftStatus, GatewayState
+from tuneloop_gateway.database import Database, database_url
+from tuneloop_gateway.ledger import Ledger
 from tuneloop_gateway.settings import Settings
 
 pytestmark = pytest.mark.process
@@ -165,6 +167,19 @@ async def send(process: Process, session: aiohttp.ClientSession, texts: Sequence
 
     queue = iter(texts)
     await asyncio.gather(*(worker(queue) for _ in range(8)))
+
+
+@pytest.mark.parametrize("store", ["postgresql"], indirect=True)
+async def test_two_processes_account_for_every_request_and_lose_none_at_their_end(store: str, tmp_path: Path, engine: FakeEngine) -> None:
+    async with running(tmp_path, make_config(), engine) as (one, session), running(tmp_path, make_config(), engine) as (two, _):
+        await asyncio.gather(*(process.ask(session, "hello", stream=n % 2 == 0) for process in (one, two) for n in range(50)))
+        for process in (one, two):
+            process.process.send_signal(signal.SIGTERM)
+        assert [await process.process.wait() for process in (one, two)] == [0, 0]
+    database = Database(database_url(tmp_path / "url", tmp_path), "team/tweets")
+    (row,) = await Ledger(database).report("2020-01-01", "2999-12-31", lambda _: None)
+    assert (row.requests, row.failed, row.prompt_tokens, row.completion_tokens) == (100, 0, 700, 300)
+    await database.close()
 
 
 @pytest.mark.long
