@@ -86,6 +86,7 @@ async def test_two_replicas_and_a_restart_count_each_request_once(start: Start, 
     assert await usage(two) == {"app": (40, 280, 120)} or await usage(two) == {"app": (41, 287, 123)}
 
 
+@pytest.mark.parametrize("store", ["postgresql"], indirect=True)
 async def test_what_was_written_though_nobody_said_so_is_not_counted_twice(start: Start, engine: FakeEngine, monkeypatch: Any) -> None:
     gateway = await start(endpoints={"svc": (engine.address,)}, keys=KEYS)
     await gateway.ask(headers=APP)
@@ -106,6 +107,7 @@ async def test_what_was_written_though_nobody_said_so_is_not_counted_twice(start
     assert await usage(gateway) == {"app": (2, 14, 6)}
 
 
+@pytest.mark.parametrize("store", ["postgresql"], indirect=True)
 async def test_a_key_that_is_gone_is_named_by_its_pseudonym_and_no_table_holds_a_name(start: Start, engine: FakeEngine) -> None:
     gateway = await start(endpoints={"svc": (engine.address,)}, keys=KEYS)
     await gateway.ask(headers=APP)
@@ -148,6 +150,7 @@ async def test_while_the_database_is_away_requests_are_answered_and_counted_to_b
     assert await usage(gateway) == {"app": (3, 21, 9)}
 
 
+@pytest.mark.parametrize("store", ["postgresql"], indirect=True)
 async def test_what_is_counted_at_the_end_is_written(start: Start, engine: FakeEngine) -> None:
     one = await start(endpoints={"svc": (engine.address,)}, keys=KEYS)
     await one.ask(headers=APP)

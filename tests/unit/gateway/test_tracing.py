@@ -20,6 +20,7 @@ from tests.unit.gateway.engines import FakeEngine, chat_events, status, stream_o
 
 from tuneloop_gateway import spans, tracing
 
+pytestmark = pytest.mark.process
 PARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-{}"
 TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
 
@@ -77,8 +78,6 @@ async def receiver() -> AsyncIterator[Receiver]:
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracing, "LOOK_SECONDS", 0.02)
-    monkeypatch.setattr(tracing, "CLOSE_SECONDS", 0.5)
-    monkeypatch.setattr(spans, "EXPORT_SECONDS", 0.3)
 
 
 async def traced(start: Start, engine: FakeEngine, endpoint: str, rate: float = 1, **more: Any) -> Running:
@@ -166,6 +165,7 @@ async def test_a_receiver_that_is_away_or_stands_still_costs_no_request(
     async def say_nothing(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         held.append(writer)
 
+    monkeypatch.setattr(tracing, "CLOSE_SECONDS", 0.1)
     monkeypatch.setattr(spans, "EXPORT_SECONDS", 3600)
     monkeypatch.setattr(spans, "BATCH", 2)
     silent = await asyncio.start_server(say_nothing, "127.0.0.1", 0)
@@ -193,7 +193,6 @@ async def test_traces_begin_and_end_with_the_configuration(start: Start, engine:
     await eventually(lambda: len(receiver.spans) == 1)
 
 
-@pytest.mark.process
 def test_opentelemetry_is_loaded_where_it_is_asked_for_alone() -> None:
     seen = "import tuneloop_gateway.app, sys; print([name for name in sys.modules if name.startswith(('opentelemetry', 'requests'))])"
     assert subprocess.run([sys.executable, "-c", seen], capture_output=True, text=True, check=True).stdout == "[]\n"
