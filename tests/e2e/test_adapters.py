@@ -34,7 +34,7 @@ shutil.copytree(source, target, copy_function=shutil.copyfile)
 weights = target / "adapter_model.safetensors"
 if change in ("note", "flip"):
     manifest = json.loads((target / "manifest.json").read_bytes())
-    manifest["metadata"]["note"] = "another digest, hence another revision"
+    manifest["metadata"]["note"] = f"{change}: another digest, hence another revision"
     (target / "manifest.json").write_bytes(json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode())
 if change == "flip":
     raw = bytearray(weights.read_bytes())
