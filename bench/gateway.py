@@ -214,7 +214,7 @@ def server(command: Sequence[str], core: int | None, environment: dict[str, str]
         if core is not None:
             os.sched_setaffinity(0, {core})
 
-    process = subprocess.Popen(command, env=environment, preexec_fn=pin)
+    process = subprocess.Popen(command, env=environment, preexec_fn=pin, stdout=subprocess.DEVNULL)  # a line for each request
     try:
         deadline = time.monotonic() + 120
         while not _answers(ready_url):
