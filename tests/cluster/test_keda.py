@@ -1,11 +1,14 @@
-"""What KEDA is told, by its own definitions and protocol; the test writes the scale as KEDA does."""
+"""KEDA beside the operator: by its definitions and its protocol, with the scale written by the test; and KEDA's own operator (long)."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import subprocess
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grpc
@@ -19,6 +22,8 @@ from tests.cluster.test_modeldeployment import NAME, Stage, gateway, operators_f
 from tuneloop_operator.runtime.scaler import MESSAGES, M
 
 MODULE = "github.com/kedacore/keda/v2@v2.18.3"
+LEFT_OUT = {"newrelic": "NewNewRelicScaler", "solarwinds": "NewSolarWindsScaler"}
+"""Scalers that need modules which the module proxy does not have: KEDA's operator is built without them."""
 PROTOCOL = "pkg/scalers/externalscaler/externalscaler.proto"
 SILENT = "http://127.0.0.1:9"
 NIGHT = {"start": "0 20 * * *", "end": "0 22 * * *", "timezone": "Europe/Berlin", "replicas": 2}
@@ -48,6 +53,58 @@ def start_scaler(definitions: None, start_operator: Start) -> Callable[..., str]
         return address
 
     return start
+
+
+@pytest.fixture(scope="module")
+def program(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """KEDA's operator, built once on a machine: some 15 minutes on two cores."""
+    built = Path.home() / ".cache" / "tuneloop" / f"keda-operator-{MODULE.rpartition('@')[2]}"
+    if not built.exists():
+        copy = tmp_path_factory.mktemp("keda") / "source"
+        shutil.copytree(source, copy, copy_function=shutil.copyfile)
+        for folder in (copy, *(path for path in copy.rglob("*") if path.is_dir())):
+            folder.chmod(0o755)
+        builder = copy / "pkg" / "scaling" / "scalers_builder.go"
+        text = builder.read_text()
+        for name, made_by in LEFT_OUT.items():
+            (copy / "pkg" / "scalers" / f"{name}_scaler.go").unlink()
+            text = re.sub(rf'\tcase "[\w-]+":\n\t\treturn scalers\.{made_by}\(config\)\n', "", text)
+        builder.write_text(text)
+        built.parent.mkdir(parents=True, exist_ok=True)
+        build = ["go", "build", "-mod=mod", "-trimpath", "-ldflags=-s -w", "-o", f"{built}.part", "./cmd/operator"]
+        subprocess.run(build, cwd=copy, check=True, timeout=3600)
+        Path(f"{built}.part").rename(built)
+    return built
+
+
+@pytest.fixture
+def keda(cluster_kubeconfig: str, namespace: str, program: Path, definitions: None, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """It sees this namespace alone. Without its metrics adapter: from one replica on nothing scales here."""
+    certificate(tmp_path)
+    ports = [f"--{name}-bind-address=127.0.0.1:{free_port()}" for name in ("metrics", "health-probe", "metrics-service")]
+    more = {
+        "KUBECONFIG": cluster_kubeconfig,
+        "WATCH_NAMESPACE": namespace,
+        "POD_NAMESPACE": namespace,
+        "KEDA_CLUSTER_OBJECT_NAMESPACE": namespace,
+    }
+    log = tmp_path / "keda.log"
+    with log.open("wb") as output:
+        running = subprocess.Popen([program, *ports, f"--cert-dir={tmp_path}"], env={**os.environ, **more}, stdout=output, stderr=output)
+    yield running
+    running.terminate()
+    running.wait(60)
+    print(log.read_text()[-6000:])
+
+
+def certificate(folder: Path) -> None:
+    """For the port that KEDA's metrics adapter would ask."""
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
+         "-keyout", folder / "tls.key", "-out", folder / "tls.crt", "-subj", "/CN=keda"],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    (folder / "ca.crt").write_bytes((folder / "tls.crt").read_bytes())
 
 
 def test_we_speak_kedas_protocol(source: Path) -> None:
@@ -91,3 +148,25 @@ def test_between_zero_and_one_keda_alone_decides_by_what_we_push(
         stage.wait("Ready", "True", "Serving")
         pushed.cancel()
     assert not operators_fields(api, namespace)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(4000)
+def test_keda_itself_stops_an_idle_engine_and_starts_it_for_a_request(
+    keda: subprocess.Popen[bytes], start_scaler: Callable[..., str], stage: Stage, api: Api, namespace: str  # noqa: F811
+) -> None:  # fmt: skip
+    start_scaler()
+    stage.serve(autoscaling={"minReplicas": 0, "maxReplicas": 2, "idleSeconds": 5})
+    stage.wait("Ready", "True", "Serving")
+    stage.gateway.idle = 100
+    api.wait_for_condition("ModelDeployment", namespace, NAME, "Ready", "True", "ScaledToZero", timeout=120)
+    engine = stage.engine(1)
+    wait_for(lambda: not stage.play.pods(engine), what="no pods")
+    stage.gateway.held, stage.gateway.idle = 1, 0
+    began = time.monotonic()
+    wait_for(lambda: (api.get("Deployment", namespace, engine) or {})["spec"]["replicas"] == 1, what="a replica")
+    print(f"from a request that waits to a replica, by KEDA: {time.monotonic() - began:.2f} s")
+    stage.start_engine(1)
+    stage.wait("Ready", "True", "Serving")
+    assert not operators_fields(api, namespace), "KEDA alone writes the scale"
+    assert keda.poll() is None
