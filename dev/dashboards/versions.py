@@ -21,6 +21,13 @@ from dev.dashboards.queries import (
     quantile,
 )
 
+PROBES = Panel(
+    "Probe items",
+    "Answered as the evaluator did, before traffic.",
+    ((f"min by ({OF_REVISION}) ({chosen('tuneloop_gateway_probe_agreement_ratio')}) or {REVISIONS}", REVISION),),
+    "percentunit",
+    most=1,
+)
 CANARY = Dashboard(
     "canary",
     "canary and stable",
@@ -50,13 +57,7 @@ CANARY = Dashboard(
                         ),
                     ),
                 ),
-                Panel(
-                    "Probe items",
-                    "Answered as the evaluator did, before traffic.",
-                    ((f"min by ({OF_REVISION}) ({chosen('tuneloop_gateway_probe_agreement_ratio')}) or {REVISIONS}", REVISION),),
-                    "percentunit",
-                    most=1,
-                ),
+                PROBES,
             ),
         ),
         Row(
@@ -154,13 +155,7 @@ ADAPTERS = Dashboard(
                     ((f"histogram_quantile(0.95, {of_versions(f'{BETWEEN}_bucket', f'{ONE}, version, le')})", VERSION),),
                     "s",
                 ),
-                Panel(
-                    "Probe items",
-                    "Answered as the evaluator did, before traffic.",
-                    ((f"min by ({OF_REVISION}) ({chosen('tuneloop_gateway_probe_agreement_ratio')}) or {REVISIONS}", REVISION),),
-                    "percentunit",
-                    most=1,
-                ),
+                PROBES,
             ),
         ),
     ),

@@ -9,6 +9,7 @@ from pydantic import ConfigDict, Field
 from tuneloop_operator.api.definitions import NAME_RULE, Column, Definition, Scale, condition
 from tuneloop_operator.api.engineoptions import option_rules
 from tuneloop_operator.api.types import (
+    ClaimFolder,
     Condition,
     Half,
     Metadata,
@@ -61,11 +62,8 @@ OptionValue = Annotated[str, Field(max_length=256)]
 class CompileCache(Model):
     """Where engines keep what they compile."""
 
-    uri: str = Field(
-        pattern=r"^pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?(/[A-Za-z0-9._-]+)*$",
-        max_length=256,
-        json_schema_extra=sentence("must be pvc://claim or pvc://claim/folder, without '..'.", "!self.contains('..')"),
-        description="pvc://claim or pvc://claim/folder, not the models' claim. Who may write there can run code in the engine.",
+    uri: ClaimFolder = Field(
+        description="pvc://claim or pvc://claim/folder, not the models' claim. Who may write there can run code in the engine."
     )
 
 

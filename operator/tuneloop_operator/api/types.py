@@ -107,14 +107,21 @@ class Source(Model):
     secret_ref: SecretRef | None = Field(default=None, description="Secret with the key `token`, for a hub repository that needs one.")
 
 
-class StoreRef(Model):
-    """A claim (and a folder on it) that models are written to."""
-
-    uri: str = Field(
+ClaimFolder = Annotated[
+    str,
+    Field(
         pattern=r"^pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?(/[A-Za-z0-9._-]+)*$",
         max_length=256,
         json_schema_extra=sentence("must be pvc://claim or pvc://claim/folder, without '..'.", "!self.contains('..')"),
-        description="pvc://claim or pvc://claim/folder. All stages and engines mount it: ReadWriteMany on more than one node.",
+    ),
+]
+
+
+class StoreRef(Model):
+    """A claim (and a folder on it) that models are written to."""
+
+    uri: ClaimFolder = Field(
+        description="pvc://claim or pvc://claim/folder. All stages and engines mount it: ReadWriteMany on more than one node."
     )
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
 from tuneloop_gateway.contract import ForgetReceipt, ForgetRequest
 from tuneloop_operator.cli.errors import Failure
-from tuneloop_operator.cli.gateway import connect
+from tuneloop_operator.cli.gateway import add_place, connect
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
@@ -27,9 +26,7 @@ def add_to(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
     whose = forget.add_mutually_exclusive_group(required=True)
     whose.add_argument("--key", help="the key's name in the Secret of keys; `anonymous`: all callers without a key")
     whose.add_argument("--subject", help="its pseudonym, as a receipt of this command shows it")
-    forget.add_argument("-n", "--namespace", help="its namespace (default: the kubeconfig's)")
-    forget.add_argument("--url", help="ask the gateway's internal port here, for example through `kubectl port-forward`")
-    forget.add_argument("--token-file", type=Path, help="the internal token, for use with --url")
+    add_place(forget)
     forget.set_defaults(run=run_forget)
 
 

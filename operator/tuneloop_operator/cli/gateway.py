@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import base64
 import binascii
 import json
@@ -55,6 +56,13 @@ class Gateway:
                     yield line
             if rest:
                 yield rest
+
+
+def add_place(command: argparse.ArgumentParser) -> None:
+    """Declare where the gateway is: what `connect` takes beside the deployment's name."""
+    command.add_argument("-n", "--namespace", help="its namespace (default: the kubeconfig's)")
+    command.add_argument("--url", help="ask the gateway's internal port here, for example through `kubectl port-forward`")
+    command.add_argument("--token-file", type=Path, help="the internal token, for use with --url")
 
 
 @asynccontextmanager

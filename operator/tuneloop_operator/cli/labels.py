@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from tuneloop_gateway.contract import CapturedRow, LabelReceipt, LabelRow
 from tuneloop_operator.cli.errors import Failure
-from tuneloop_operator.cli.gateway import Gateway, connect
+from tuneloop_operator.cli.gateway import Gateway, add_place, connect
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
@@ -43,9 +43,7 @@ def add_to(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
     import_.set_defaults(run=run_import)
     for action in (export, import_):
         action.add_argument("deployment", help="name of the ModelDeployment")
-        action.add_argument("-n", "--namespace", help="its namespace (default: the kubeconfig's)")
-        action.add_argument("--url", help="ask the gateway's internal port here, for example through `kubectl port-forward`")
-        action.add_argument("--token-file", type=Path, help="the internal token, for use with --url")
+        add_place(action)
     import_.add_argument("file", type=Path, help="file of labels; - reads stdin")
 
 

@@ -7,14 +7,13 @@ import asyncio
 import csv
 import sys
 from datetime import UTC, date, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
 from tuneloop_gateway.contract import UsageRow
 from tuneloop_operator.cli.errors import Failure
-from tuneloop_operator.cli.gateway import connect
+from tuneloop_operator.cli.gateway import add_place, connect
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
@@ -29,9 +28,7 @@ def add_to(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
     usage.add_argument("--since", type=_day, metavar="DAY", help="as 2026-01-31, in UTC (default: the first of this month)")
     usage.add_argument("--until", type=_day, metavar="DAY", help="the last day (default: today)")
     usage.add_argument("--output", choices=("table", "csv", "json"), default="table", help="json: an object a line (default: %(default)s)")
-    usage.add_argument("-n", "--namespace", help="its namespace (default: the kubeconfig's)")
-    usage.add_argument("--url", help="ask the gateway's internal port here, for example through `kubectl port-forward`")
-    usage.add_argument("--token-file", type=Path, help="the internal token, for use with --url")
+    add_place(usage)
     usage.set_defaults(run=run_usage)
 
 

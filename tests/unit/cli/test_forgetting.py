@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import unused_port
+from tests.unit.cli.servers import serving
 
 from tuneloop_operator.cli import main
 
@@ -19,7 +18,7 @@ class Play:
     """A gateway's internal port that remembers whom it was to forget."""
 
     def __init__(self) -> None:
-        self.port, self.asked, self.over = unused_port(), list[object](), threading.Event()
+        self.port, self.asked = unused_port(), list[object]()
         self.answer: dict[str, object] = {"subject": "0" * 24, "captured": 3, "feedback": 1, "labels": 2, "corrections": 0}
 
     async def forget(self, request: web.Request) -> web.Response:
@@ -31,24 +30,9 @@ class Play:
 
 @pytest.fixture
 def play() -> Iterator[Play]:
-    played, started = Play(), threading.Event()
-
-    async def serve() -> None:
-        app = web.Application()
-        app.router.add_post("/internal/forget", played.forget)
-        runner = web.AppRunner(app)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", played.port).start()
-        started.set()
-        await asyncio.to_thread(played.over.wait)
-        await runner.cleanup()
-
-    thread = threading.Thread(target=asyncio.run, args=(serve(),))
-    thread.start()
-    assert started.wait(10)
-    yield played
-    played.over.set()
-    thread.join(10)
+    played = Play()
+    with serving(web.post("/internal/forget", played.forget), port=played.port):
+        yield played
 
 
 def forget(play: Play, folder: Path, *arguments: str, token: str = "good") -> int:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import unused_port
+from tests.unit.cli.servers import serving
 
 from tuneloop_operator.cli import main
 
@@ -23,7 +22,7 @@ ROWS = [
 
 class Play:
     def __init__(self) -> None:
-        self.port, self.asked, self.over, self.rows = unused_port(), list[str](), threading.Event(), ROWS
+        self.port, self.asked, self.rows = unused_port(), list[str](), ROWS
 
     async def usage(self, request: web.Request) -> web.Response:
         self.asked.append(f"{request.query['since']} {request.query['until']}")
@@ -32,24 +31,9 @@ class Play:
 
 @pytest.fixture
 def play() -> Iterator[Play]:
-    played, started = Play(), threading.Event()
-
-    async def serve() -> None:
-        app = web.Application()
-        app.router.add_get("/internal/usage", played.usage)
-        runner = web.AppRunner(app)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", played.port).start()
-        started.set()
-        await asyncio.to_thread(played.over.wait)
-        await runner.cleanup()
-
-    thread = threading.Thread(target=asyncio.run, args=(serve(),))
-    thread.start()
-    assert started.wait(10)
-    yield played
-    played.over.set()
-    thread.join(10)
+    played = Play()
+    with serving(web.get("/internal/usage", played.usage), port=played.port):
+        yield played
 
 
 def usage(play: Play, folder: Path, *arguments: str) -> int:
